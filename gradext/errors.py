@@ -1,0 +1,17 @@
+"""The errors that gradext raises on purpose. Each message names what was expected, what came, and what to do."""
+
+
+class CaptureError(RuntimeError):
+    """Per-sample gradients of this model, on this input, cannot be computed exactly."""
+
+
+class UnsupportedLayerError(CaptureError):
+    """A chosen layer is of a type, or is used in a way, for which gradext has no exact rule."""
+
+
+class NonFiniteError(CaptureError):
+    """A delta holds NaN or infinity (raised with ``check_finite=True``)."""
+
+
+class BackendError(RuntimeError):
+    """The backend asked for does not work here; the message says why."""

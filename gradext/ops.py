@@ -1,0 +1,243 @@
+"""The operators: torch.library schemas, argument checks, fake kernels, autograd formulas, choice of backend.
+
+Every operator takes ``delta [B, (T,) O]`` and ``activation [B, (T,) I]``, which stand for the per-sample gradients
+``G[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` of shape [B, O, I]. They trace under ``torch.compile(fullgraph=True)``, and
+their autograd formulas are themselves made of differentiable operators, so that they can be differentiated again.
+Nothing here knows about modules.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.reference import accumulation_type
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("gradext", "DEF")
+
+
+def outer(
+    delta: Tensor,
+    activation: Tensor,
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Per-sample outer products ``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ``.
+
+    delta [B, (T,) O], activation [B, (T,) I] -> [B, O, I] of type ``dtype`` (default: of the inputs, or of ``out``).
+    Writes B·O·I numbers, the floor of its cost; half precision accumulates in fp32. ``out`` may have any strides.
+    Raises ValueError or TypeError for shapes, types and devices that do not fit, BackendError for a backend that does
+    not work here.
+    """
+    name = "outer" if delta.ndim == 2 else "outer_sum"
+    operator = getattr(torch.ops.gradext, name)
+    if out is None:
+        return operator.default(delta, activation, dtype=dtype, backend=backend)
+    operator.out(delta, activation, out=out, backend=backend)
+    return out
+
+
+def sq_norm(delta: Tensor, activation: Tensor, *, backend: str | None = None) -> Tensor:
+    """Squared Frobenius norm of every per-sample gradient, ``Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], never forming one."""
+    return torch.ops.gradext.sq_norm(delta, activation, backend=backend)
+
+
+def dot(delta: Tensor, activation: Tensor, reference: Tensor, *, backend: str | None = None) -> Tensor:
+    """Inner product of every per-sample gradient with ``reference [O, I]``, ``Σ_t δ_tᵀ R a_t`` -> [B]."""
+    return torch.ops.gradext.dot(delta, activation, reference, backend=backend)
+
+
+def linear(delta: Tensor, activation: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """H linear functionals ``weight [H, O, I]`` of every per-sample gradient, ``⟨G[b], weight[h]⟩`` -> [B, H]."""
+    return torch.ops.gradext.linear(delta, activation, weight, backend=backend)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_factors(delta: Tensor, activation: Tensor) -> None:
+    if delta.ndim not in (2, 3) or activation.ndim != delta.ndim or delta.shape[:-1] != activation.shape[:-1]:
+        raise ValueError(
+            "delta, activation: expected shapes [B, O] and [B, I], or [B, T, O] and [B, T, I], but got "
+            f"{list(delta.shape)} and {list(activation.shape)}"
+        )
+    if delta.dtype not in DTYPES or activation.dtype != delta.dtype:
+        raise TypeError(
+            f"delta, activation: expected one floating-point type for both, but got {delta.dtype} and "
+            f"{activation.dtype}; convert one with .to()"
+        )
+    if delta.device != activation.device:
+        raise ValueError(
+            f"delta, activation: expected one device for both, but got {delta.device} and {activation.device}"
+        )
+
+
+def _check_operand(name: str, operand: Tensor, shape: str, expected: tuple[int, ...], delta: Tensor) -> None:
+    if tuple(operand.shape[-2:]) != expected or operand.ndim != shape.count(",") + 1:
+        raise ValueError(
+            f"{name}: expected shape {shape} with [O, I] = {list(expected)}, but got {list(operand.shape)}"
+        )
+    if operand.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected a floating-point type, but got {operand.dtype}")
+    if operand.device != delta.device:
+        raise ValueError(f"{name}: expected the factors' device {delta.device}, but got {operand.device}")
+
+
+def check_out(out: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "out") -> None:
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, but got {list(out.shape)}")
+    if out.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected a floating-point type, but got {out.dtype}")
+    if out.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, but got one on {out.device}")
+    if out.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that does not require grad; pass {name}.detach()")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"{name}: expected memory of its own for every element, but it is an expanded tensor")
+
+
+def _gradient_shape(delta: Tensor, activation: Tensor) -> tuple[int, int, int]:
+    return delta.shape[0], delta.shape[-1], activation.shape[-1]
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _check_ndim(delta: Tensor, ndim: int) -> None:
+    if delta.ndim != ndim:
+        raise ValueError(f"delta: expected {ndim} dimensions, but got shape {list(delta.shape)}")
+
+
+def _outer_kernels(name: str, ndim: int):
+    def check(delta, activation):
+        check_factors(delta, activation)
+        _check_ndim(delta, ndim)
+
+    def functional(delta, activation, *, dtype=None, backend=None):
+        check(delta, activation)
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype: expected one of {DTYPES}, but got {dtype}")
+        return backends.implementation("outer", backend, delta.device.type)(delta, activation, dtype=dtype)
+
+    def into_out(delta, activation, *, out, backend=None):
+        check(delta, activation)
+        check_out(out, _gradient_shape(delta, activation), delta.device)
+        backends.implementation("outer", backend, delta.device.type)(delta, activation, out=out)
+
+    def fake(delta, activation, *, dtype=None, backend=None):
+        check(delta, activation)
+        return delta.new_empty(_gradient_shape(delta, activation), dtype=dtype)
+
+    def fake_out(delta, activation, *, out, backend=None):
+        check(delta, activation)
+        check_out(out, _gradient_shape(delta, activation), delta.device)
+
+    arguments = "Tensor delta, Tensor activation, *"
+    _library.define(f"{name}({arguments}, ScalarType? dtype=None, str? backend=None) -> Tensor")
+    _library.define(f"{name}.out({arguments}, Tensor(a!) out, str? backend=None) -> ()")
+    _library.impl(name, functional, "CompositeExplicitAutograd")
+    _library.impl(f"{name}.out", into_out, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gradext::{name}", fake, lib=_library)
+    torch.library.register_fake(f"gradext::{name}.out", fake_out, lib=_library)
+    torch.library.register_autograd(f"gradext::{name}", _outer_backward, setup_context=_save_factors, lib=_library)
+
+
+def _contraction_kernel(name: str, operand: str | None, shape: str, result_shape):
+    def check(delta, activation, operands):
+        check_factors(delta, activation)
+        for tensor in operands:
+            _check_operand(operand, tensor, shape, (delta.shape[-1], activation.shape[-1]), delta)
+
+    def kernel(delta, activation, *operands, backend=None):
+        check(delta, activation, operands)
+        return backends.implementation(name, backend, delta.device.type)(delta, activation, *operands)
+
+    def fake(delta, activation, *operands, backend=None):
+        check(delta, activation, operands)
+        return delta.new_empty(result_shape(delta, *operands), dtype=accumulation_type(delta.dtype))
+
+    extra = f", Tensor {operand}" if operand else ""
+    _library.define(f"{name}(Tensor delta, Tensor activation{extra}, *, str? backend=None) -> Tensor")
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gradext::{name}", fake, lib=_library)
+
+
+# --- autograd formulas -----------------------------------------------------------------------------------------------
+
+
+def _save_factors(ctx, inputs, output, keyword_only_inputs=None):
+    ctx.save_for_backward(*inputs)
+
+
+def _positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, O] and [B, T, I], with T = 1 made explicit."""
+    return (delta.unsqueeze(1), activation.unsqueeze(1)) if delta.ndim == 2 else (delta, activation)
+
+
+def _outer_backward(ctx, grad):
+    """Ḡ [B, O, I]: δ̄_t = Ḡ a_t, ā_t = Ḡᵀ δ_t."""
+    delta, activation = ctx.saved_tensors
+    d, a = _positions(delta, activation)
+    grad = grad.to(delta.dtype)
+    return (a @ grad.mT).reshape(delta.shape), (d @ grad).reshape(activation.shape)
+
+
+def _sq_norm_backward(ctx, grad):
+    """s̄ [B]: δ̄_t = 2 s̄ Σ_s (a_t·a_s) δ_s, ā_t = 2 s̄ Σ_s (δ_t·δ_s) a_s."""
+    delta, activation = ctx.saved_tensors
+    d, a = _positions(delta, activation)
+    scale = (2 * grad).to(delta.dtype)[:, None, None]
+    return (scale * ((a @ a.mT) @ d)).reshape(delta.shape), (scale * ((d @ d.mT) @ a)).reshape(activation.shape)
+
+
+def _dot_backward(ctx, grad):
+    """s̄ [B]: δ̄_t = s̄ R a_t, ā_t = s̄ Rᵀ δ_t, R̄ = Σ_bt s̄_b δ_bt a_btᵀ."""
+    delta, activation, reference = ctx.saved_tensors
+    d, a = _positions(delta, activation)
+    scaled = grad.to(delta.dtype)[:, None, None] * d
+    R = reference.to(delta.dtype)
+    grad_delta = (grad.to(delta.dtype)[:, None, None] * (a @ R.mT)).reshape(delta.shape)
+    grad_reference = scaled.flatten(0, 1).mT @ a.flatten(0, 1)
+    return grad_delta, (scaled @ R).reshape(activation.shape), grad_reference.to(reference.dtype)
+
+
+def _linear_backward(ctx, grad):
+    """ȳ [B, H]: W̄[h] = Σ_bt ȳ_bh δ_bt a_btᵀ, δ̄_t = Σ_h ȳ_h W[h] a_t, ā_t = Σ_h ȳ_h W[h]ᵀ δ_t."""
+    delta, activation, weight = ctx.saved_tensors
+    d, a = _positions(delta, activation)
+    (_, T, O), I = d.shape, a.shape[2]
+    d, a, W = d.flatten(0, 1), a.flatten(0, 1), weight.to(delta.dtype)
+    g = grad.to(delta.dtype).repeat_interleave(T, dim=0).mT.unsqueeze(-1)  # [H, BT, 1]
+    if I <= O:  # the scaled copy of the shorter factor is the intermediate, [H, BT, min(O, I)]
+        scaled = g * a
+        grad_weight = d.mT @ scaled
+        grad_delta = (scaled @ W.mT).sum(0) if ctx.needs_input_grad[0] else None
+        grad_activation = (g * (d @ W)).sum(0) if ctx.needs_input_grad[1] else None
+    else:
+        scaled = g * d
+        grad_weight = scaled.mT @ a
+        grad_delta = (g * (a @ W.mT)).sum(0) if ctx.needs_input_grad[0] else None
+        grad_activation = (scaled @ W).sum(0) if ctx.needs_input_grad[1] else None
+    return (
+        None if grad_delta is None else grad_delta.reshape(delta.shape),
+        None if grad_activation is None else grad_activation.reshape(activation.shape),
+        grad_weight.to(weight.dtype),
+    )
+
+
+_outer_kernels("outer", 2)
+_outer_kernels("outer_sum", 3)
+_contraction_kernel("sq_norm", None, "", lambda delta: (delta.shape[0],))
+_contraction_kernel("dot", "reference", "[O, I]", lambda delta, reference: (delta.shape[0],))
+_contraction_kernel("linear", "weight", "[H, O, I]", lambda delta, weight: (delta.shape[0], weight.shape[0]))
+for _name, _backward in (
+    ("sq_norm", _sq_norm_backward),
+    ("dot", _dot_backward),
+    ("linear", _linear_backward),
+):
+    torch.library.register_autograd(f"gradext::{_name}", _backward, setup_context=_save_factors, lib=_library)
