@@ -1,4 +1,4 @@
-"""Image data sets read from local files.
+"""Image data sets read from local files, and the splits of the novelty-detection protocol.
 
 Files are not trusted: headers are checked against the bytes that are really there, and memory grows with
 those bytes, not with what a header claims. Nothing is downloaded, unpickled or unpacked to disk. This file
@@ -11,6 +11,7 @@ import gzip
 import io
 import lzma
 import math
+import operator
 import os
 import tarfile
 import zlib
@@ -22,16 +23,20 @@ from typing import BinaryIO
 import numpy as np
 
 __all__ = [
+    "FOLDS",
     "NAMES",
     "DatasetError",
     "ImageSet",
+    "OneClassSplit",
     "load",
     "load_cifar10",
     "load_digits",
     "load_idx",
+    "one_class_split",
 ]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar-10")
+FOLDS = 5
 
 StrPath = str | os.PathLike[str]
 
@@ -60,6 +65,12 @@ _CIFAR10_TAR_MAX_BYTES = 256 << 20  # the original: 184 MB
 _CIFAR10_SHAPE = (3, 32, 32)
 _CIFAR10_RECORD = 1 + math.prod(_CIFAR10_SHAPE)  # a label byte, then the red, green and blue planes
 _CIFAR10_MAX_RECORDS = 10_000  # in a file of the original; small copies hold fewer
+
+# Sets whose original training and test parts the protocol keeps; all others are dealt into folds.
+_OFFICIAL_SPLIT = frozenset({"cifar-10"})
+_OFFICIAL_VALIDATION_PARTS = 10  # one of them (10 % of the training inliers) is held out for validation
+
+_PARTS, _OUTLIERS = 0, 1  # what a random stream is for
 
 
 class DatasetError(ValueError):
@@ -116,6 +127,20 @@ class ImageSet:
     def pixels(self, index) -> np.ndarray:
         """images[index] / scale: float32 in [0, 1], for any index that numpy takes."""
         return np.divide(self.images[index], self.scale, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class OneClassSplit:
+    """Sorted, disjoint int64 indices into an ImageSet.
+
+    train, validation, test  images of the inlier class
+    outliers                 images of the other classes, to be told from `test`
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    outliers: np.ndarray
 
 
 # Reading
@@ -401,3 +426,96 @@ def _missing(what: str, missing: Iterable[str], folders: Iterable[Path]) -> Data
         f"{what}: missing {', '.join(missing)}; no one of these folders holds all files: "
         f"{', '.join(map(str, folders))}"
     )
+
+
+# Splitting
+
+
+def one_class_split(image_set: ImageSet, inlier: int, *, fold: int = 0, seed: int = 0) -> OneClassSplit:
+    """Images of class `inlier` to fit, tune and test a novelty detector on, and outliers to tell from them.
+
+    Folds (digits, MNIST, Fashion-MNIST, sets of one's own): the images of each class, original parts put
+    together, are shuffled and dealt into 5 folds. Fold `fold` is the test part, the next one (cyclically) the
+    validation part, the other three the training part: 60/20/20 % of each class, and every image is tested in
+    exactly one fold. Who is in which fold depends on `seed` only, so an image's fold is the same whichever
+    class is the inlier.
+
+    Original parts (CIFAR-10): the test part is the original one, and 10 % of the training inliers are held
+    out for validation, another 10 % for each `fold`.
+
+    Outliers: as many as there are test inliers, drawn without replacement from the test part of the other
+    classes, as evenly as their sizes allow: classes that are not used up differ by at most one. If there
+    are fewer, all of them.
+
+    The same arguments give the same split in every version of numpy. Raises DatasetError on an unknown inlier
+    class, a fold that is not 0..4, a negative seed, a single class, and a class with less than 5 images (in
+    the original training part, if that is kept) or none in the test part.
+    Source: G. Kwon, M. Prabhushankar, D. Temel, G. AlRegib, "Backpropagated Gradient Representations for
+    Anomaly Detection", ECCV 2020 (their published code keeps the original parts of MNIST, too, and draws the
+    outliers without regard to class); folds as in S. Pidhorskyi, R. Almohsen, G. Doretto, "Generative
+    Probabilistic Novelty Detection with Adversarial Autoencoders", NeurIPS 2018.
+    """
+    inlier, fold, seed = operator.index(inlier), operator.index(fold), operator.index(seed)
+    name, labels = image_set.name, image_set.labels
+    classes = np.unique(labels).tolist()
+    if inlier not in classes:
+        raise DatasetError(f"{name}: inlier: expected one of the classes {classes}, got {inlier}")
+    if len(classes) == 1:
+        raise DatasetError(f"{name}: expected outliers of other classes, got the one class {inlier}")
+    if not 0 <= fold < FOLDS:
+        raise DatasetError(f"fold: expected 0 to {FOLDS - 1}, got {fold}")
+    if seed < 0:
+        raise DatasetError(f"seed: expected 0 or more, got {seed}")
+
+    if name in _OFFICIAL_SPLIT:
+        if image_set.train is None:
+            raise DatasetError(f"{name}: train: expected the number of original training images, got None")
+        dealt = np.arange(len(labels)) < image_set.train
+        part = _deal(labels, np.flatnonzero(dealt), _OFFICIAL_VALIDATION_PARTS, seed)
+        in_test, in_validation = ~dealt, part == fold
+    else:
+        dealt = np.ones(len(labels), bool)
+        part = _deal(labels, np.flatnonzero(dealt), FOLDS, seed)
+        in_test, in_validation = part == fold, part == (fold + 1) % FOLDS
+    for label in classes:
+        of_class = labels == label
+        enough, tested = np.count_nonzero(of_class & dealt), np.count_nonzero(of_class & in_test)
+        if enough < FOLDS or not tested:
+            raise DatasetError(
+                f"{name}: class {label}: expected at least {FOLDS} images to split and one to test, "
+                f"got {enough} and {tested}"
+            )
+
+    is_inlier = labels == inlier
+    test = np.flatnonzero(is_inlier & in_test)
+    # Each inlier class and fold draws outliers of its own.
+    pool = _shuffled(np.flatnonzero(~is_inlier & in_test), seed, _OUTLIERS, classes.index(inlier), fold)
+    return OneClassSplit(
+        train=np.flatnonzero(is_inlier & ~in_test & ~in_validation),
+        validation=np.flatnonzero(is_inlier & in_validation),
+        test=test,
+        outliers=_first_evenly(labels, pool, len(test)),
+    )
+
+
+def _deal(labels: np.ndarray, indices: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Each image's part [N]: `indices` are shuffled by class and dealt to 0..parts-1; the others are -1."""
+    part = np.full(len(labels), -1, np.int64)
+    for position, label in enumerate(np.unique(labels)):
+        members = _shuffled(indices[labels[indices] == label], seed, _PARTS, position)
+        part[members] = np.arange(len(members)) % parts
+    return part
+
+
+def _first_evenly(labels: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    """`count` of `indices`, sorted: one of each class in turn, in the order they come, until it is enough."""
+    of_class = [indices[labels[indices] == label] for label in dict.fromkeys(labels[indices].tolist())]
+    turn = np.concatenate([np.arange(len(members)) for members in of_class])
+    return np.sort(np.concatenate(of_class)[np.argsort(turn, kind="stable")[:count]])
+
+
+def _shuffled(values: np.ndarray, seed: int, *stream: int) -> np.ndarray:
+    """`values` in a random order; another stream of the same seed is independent of this one."""
+    # Sorts by raw random bits, which are the same in every numpy; Generator.permutation's order need not be.
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream))
+    return values[np.argsort(bits.random_raw(len(values)), kind="stable")]

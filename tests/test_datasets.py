@@ -1,4 +1,4 @@
-"""Data sets: reading files that are good, damaged and hostile; finding them.
+"""Data sets: reading files that are good, damaged and hostile; finding them; the splits.
 
 Small files are generated. The tests of the real sets run where the environment variable GRADEXT_DATA names a
 folder that `gradext.datasets.load` finds them in.
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from gradext.datasets import (
+    FOLDS,
     NAMES,
     DatasetError,
     ImageSet,
@@ -25,6 +26,7 @@ from gradext.datasets import (
     load_cifar10,
     load_digits,
     load_idx,
+    one_class_split,
 )
 
 CIFAR10_FILES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
@@ -555,6 +557,176 @@ def test_load_refuses_a_data_folder_that_is_none(tmp_path):
             load("mnist", tmp_path / name)
 
 
+# Splits
+
+
+def image_set(counts, *, name="own", test_counts=None, seed=0):
+    """Blank images in random order, counts[label] of each class (and test_counts[label] in the test part)."""
+    random = np.random.default_rng(seed)
+    parts = [random.permutation(np.repeat(list(c), list(c.values()))) for c in (counts, test_counts or {})]
+    labels = np.concatenate(parts).astype(np.int64)
+    train = None if test_counts is None else len(parts[0])
+    return ImageSet(name, np.zeros((len(labels), 1, 1), np.uint8), labels, train=train, scale=255)
+
+
+FOLDED = image_set({0: 50, 1: 53, 2: 47, 3: 120, 7: 60})
+OFFICIAL = image_set(dict.fromkeys(range(5), 50), name="cifar-10", test_counts=dict.fromkeys(range(5), 12))
+parts_of = pytest.mark.parametrize("images", [FOLDED, OFFICIAL], ids=["folds", "official"])
+
+
+def arrays(split):
+    return [split.train, split.validation, split.test, split.outliers]
+
+
+@parts_of
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_split_parts_are_sorted_disjoint_and_of_their_classes(images, fold):
+    for inlier in np.unique(images.labels):
+        split = one_class_split(images, inlier, fold=fold)
+        everything = np.concatenate(arrays(split))
+        assert len(np.unique(everything)) == len(everything)
+        for part in arrays(split):
+            assert part.dtype == np.int64
+            assert (np.diff(part) > 0).all()
+        inliers = np.sort(np.concatenate([split.train, split.validation, split.test]))
+        np.testing.assert_array_equal(inliers, np.flatnonzero(images.labels == inlier))
+        assert (images.labels[split.outliers] != inlier).all()
+
+
+def test_folds_are_60_20_20_percent_within_an_image():
+    for inlier, count in zip(*np.unique(FOLDED.labels, return_counts=True), strict=True):
+        for fold in range(FOLDS):
+            split = one_class_split(FOLDED, inlier, fold=fold)
+            for part, share in ((split.train, 0.6), (split.validation, 0.2), (split.test, 0.2)):
+                assert abs(len(part) - share * count) < (2 if share == 0.6 else 1)
+
+
+def test_every_image_is_tested_and_validated_in_one_fold():
+    for inlier in np.unique(FOLDED.labels):
+        splits = [one_class_split(FOLDED, inlier, fold=fold) for fold in range(FOLDS)]
+        for part in ("test", "validation"):
+            together = np.sort(np.concatenate([getattr(split, part) for split in splits]))
+            np.testing.assert_array_equal(together, np.flatnonzero(FOLDED.labels == inlier))
+
+
+@parts_of
+def test_an_images_fold_is_the_same_for_every_inlier(images):
+    for fold in range(FOLDS):
+        splits = {inlier: one_class_split(images, inlier, fold=fold) for inlier in np.unique(images.labels)}
+        tested = np.concatenate([split.test for split in splits.values()])
+        for split in splits.values():
+            assert np.isin(split.outliers, tested).all()
+
+
+def test_original_parts_are_kept():
+    validated = []
+    for fold in range(FOLDS):
+        split = one_class_split(OFFICIAL, 3, fold=fold)
+        assert [len(part) for part in arrays(split)] == [45, 5, 12, 12]
+        assert max(split.train[-1], split.validation[-1]) < OFFICIAL.train
+        assert min(split.test[0], split.outliers[0]) >= OFFICIAL.train
+        validated.append(split.validation)
+    assert len(np.unique(validated)) == 25  # another 10 % for each fold
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion-mnist", "own"])
+def test_sets_other_than_cifar10_are_dealt_into_folds_across_their_original_parts(name):
+    images = image_set({0: 60, 1: 60}, name=name, test_counts={0: 40, 1: 40})
+    split = one_class_split(images, 0)
+    assert (len(split.train), len(split.validation), len(split.test)) == (60, 20, 20)
+    for part in arrays(split):
+        assert part[0] < images.train <= part[-1]
+
+
+@parts_of
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_outliers_are_as_many_as_inliers_and_even_over_classes(images, fold):
+    for inlier in np.unique(images.labels)[:3]:
+        split = one_class_split(images, inlier, fold=fold)
+        assert len(split.outliers) == len(split.test)
+        _, counts = np.unique(images.labels[split.outliers], return_counts=True)
+        assert len(counts) == 4
+        assert counts.max() - counts.min() <= 1
+
+
+def test_a_class_with_few_outliers_gives_all_and_the_others_the_rest():
+    images = image_set({0: 100, 1: 15, 2: 80, 3: 80})
+    split = one_class_split(images, 0)
+    counts = np.bincount(images.labels[split.outliers], minlength=4)
+    assert counts[1] == 3
+    assert sorted(counts[2:]) == [8, 9]
+
+
+def test_all_outliers_are_taken_where_there_are_fewer_than_inliers():
+    split = one_class_split(image_set({0: 100, 1: 15, 2: 20}), 0)
+    assert (len(split.test), len(split.outliers)) == (20, 7)
+
+
+@parts_of
+def test_split_depends_on_its_arguments_alone(images):
+    np.random.seed(1)  # noqa: NPY002 - the global state is what must not matter
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = one_class_split(images, 1, fold=2, seed=3)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    for one, other in zip(arrays(first), arrays(one_class_split(images, 1, fold=2, seed=3)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    other = one_class_split(images, 1, fold=2, seed=4)
+    assert not np.array_equal(first.train, other.train)
+    assert not np.array_equal(first.outliers, other.outliers)
+
+
+def test_split_is_the_same_in_every_version():
+    images = ImageSet("own", np.zeros((30, 1, 1), np.uint8), np.arange(30) % 3, train=None, scale=255)
+    split = one_class_split(images, 1, fold=1, seed=5)
+    # Written down when first run: a change moves images between training and test part of published results.
+    assert [part.tolist() for part in arrays(split)] == [[1, 7, 10, 19, 25, 28], [13, 22], [4, 16], [17, 21]]
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "message"),
+    [
+        (FOLDED, {"inlier": 4}, r"own: inlier: expected one of the classes \[0, 1, 2, 3, 7\], got 4"),
+        (FOLDED, {"inlier": -1}, "inlier: .* got -1"),
+        (FOLDED, {"inlier": 0, "fold": 5}, "fold: expected 0 to 4, got 5"),
+        (FOLDED, {"inlier": 0, "fold": -1}, "fold: expected 0 to 4, got -1"),
+        (OFFICIAL, {"inlier": 0, "fold": 5}, "fold: expected 0 to 4, got 5"),
+        (FOLDED, {"inlier": 0, "seed": -1}, "seed: expected 0 or more, got -1"),
+        (image_set({2: 50}), {"inlier": 2}, "own: expected outliers of other classes, got the one class 2"),
+        (image_set({}), {"inlier": 0}, r"one of the classes \[\], got 0"),
+        (image_set({0: 50, 1: 4}), {"inlier": 1}, "class 1: expected at least 5 images .*got 4"),
+        (image_set({0: 50, 1: 4}), {"inlier": 0}, "class 1: expected at least 5 images .*got 4"),
+        (
+            image_set({0: 50, 1: 4}, name="cifar-10", test_counts={0: 9, 1: 9}),
+            {"inlier": 1},
+            "class 1: expected at least 5 images to split and one to test, got 4 and 9",
+        ),
+        (
+            image_set({0: 50, 1: 50}, name="cifar-10", test_counts={0: 9}),
+            {"inlier": 1},
+            "class 1: expected at least 5 images to split and one to test, got 50 and 0",
+        ),
+        (image_set({0: 50, 1: 50}, name="cifar-10"), {"inlier": 1}, "train: expected .*got None"),
+    ],
+)
+def test_split_refuses_what_it_cannot_split(images, arguments, message):
+    with pytest.raises(DatasetError, match=message):
+        one_class_split(images, **arguments)
+
+
+@pytest.mark.parametrize("argument", ["inlier", "fold", "seed"])
+def test_split_takes_whole_numbers_only(argument):
+    with pytest.raises(TypeError):
+        one_class_split(FOLDED, **{"inlier": 0, argument: 1.0})
+
+
+def test_split_of_the_digits():
+    digits = load("digits")
+    for inlier in range(10):
+        split = one_class_split(digits, inlier)
+        assert len(split.outliers) == len(split.test)
+        assert len(split.train) + len(split.validation) + len(split.test) == (digits.labels == inlier).sum()
+
+
 # The real sets. Counts are those of the classes 0 to 9.
 
 MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -626,3 +798,17 @@ def test_real_cifar10_is_the_original(real_cifar10):
         part = slice(start, start + 10_000)
         labels = real_cifar10.labels[part, None].astype(np.uint8)
         assert md5(np.hstack([labels, real_cifar10.images[part].reshape(10_000, -1)]).tobytes()) == expected
+
+
+def test_split_of_the_real_cifar10(real_cifar10):
+    split = one_class_split(real_cifar10, 3)
+    assert [len(part) for part in arrays(split)] == [4500, 500, 1000, 1000]
+    counts = np.bincount(real_cifar10.labels[split.outliers], minlength=10)
+    assert counts[3] == 0
+    assert set(np.delete(counts, 3)) == {111, 112}
+
+
+def test_split_of_the_real_mnist(data_dir):
+    images = load("mnist", data_dir)
+    split = one_class_split(images, 1)
+    assert [len(part) for part in arrays(split)] == [4725, 1576, 1576, 1576]
