@@ -1,0 +1,5 @@
+"""``python -m gradext``."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""The paper's classifier: two linear layers with a sigmoid between, inliers against noise-distorted inliers.
+
+On gradients its first layer runs on the factors: no [N, O, I] tensor is formed, in training or in scoring.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..factors import GradFactors
+from .representations import Characterization
+
+REPRESENTATIONS = ("reconstruction", "latent", "gradient")
+# Weights of direction and magnitude among the gradient features: length of the direction, spread of the magnitude.
+DIRECTION_LENGTH, MAGNITUDE_SPREAD = 30.0, 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class GradientFeatures:
+    """Magnitude and direction of gradients as separate inputs, ``[30 g/‖g‖, 10 z(log ‖g‖)]`` -> [N, O·I + 1].
+
+    Raw gradients differ in length by orders of magnitude, which hides their direction from a classifier and saturates
+    its sigmoids. z standardises with the mean and standard deviation of the training inliers' log-norms. The direction
+    is held as factors with scaled deltas.
+    """
+
+    direction: GradFactors
+    magnitude: Tensor  # [N]
+
+    @staticmethod
+    def of(gradient: GradFactors, mean: float, std: float) -> GradientFeatures:
+        norm = gradient.norm()
+        scale = torch.where(norm > 0, DIRECTION_LENGTH / norm, torch.zeros_like(norm))
+        delta = gradient.delta * scale.reshape(-1, *[1] * (gradient.delta.ndim - 1))
+        magnitude = MAGNITUDE_SPREAD * (log_norm(gradient) - mean) / std
+        return GradientFeatures(GradFactors(gradient.activation, delta), magnitude)
+
+    @property
+    def dim(self) -> int:
+        _, O, I = self.direction.shape
+        return O * I + 1
+
+    def __len__(self) -> int:
+        return len(self.magnitude)
+
+    def __getitem__(self, index) -> GradientFeatures:
+        return GradientFeatures(self.direction[index], self.magnitude[index])
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``F.linear(self.materialize(), weight, bias)`` with weight [H, O·I + 1] -> [N, H], from the factors."""
+        direction = self.direction.linear(weight[:, :-1].reshape(-1, *self.direction.shape[1:]), bias)
+        return direction + torch.outer(self.magnitude, weight[:, -1])
+
+    def materialize(self) -> Tensor:
+        """The features written out, [N, O·I + 1]: the reference that `linear` is tested against."""
+        return torch.cat([self.direction.materialize().flatten(1), self.magnitude[:, None]], dim=1)
+
+
+def log_norm(gradient: GradFactors) -> Tensor:
+    """log ‖g‖, with the smallest normal number in place of zero."""
+    norm = gradient.norm()
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny).log()
+
+
+def features(representation: str, inliers: Characterization):
+    """A function from a `Characterization` to the classifier's features, scaled by the training inliers."""
+    if representation not in REPRESENTATIONS:
+        raise ValueError(f"representation: expected one of {REPRESENTATIONS}, but got {representation!r}")
+    if representation != "gradient":
+        return lambda sample: getattr(sample, representation)
+    logs = log_norm(inliers.gradient)
+    mean, std = logs.mean().item(), logs.std(correction=0).item()
+    return lambda sample: GradientFeatures.of(sample.gradient, mean, std or 1.0)
+
+
+class NoiseClassifier(nn.Module):
+    """``logit = w · sigmoid(W f + b) + c``: positive is an outlier; f [N, dim] or `GradientFeatures` -> [N]."""
+
+    def __init__(self, dim: int, hidden_dim: int = 64) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, 1)
+
+    def forward(self, f: Tensor | GradientFeatures) -> Tensor:
+        on_factors = isinstance(f, GradientFeatures)
+        hidden = f.linear(self.hidden.weight, self.hidden.bias) if on_factors else self.hidden(f)
+        return self.output(torch.sigmoid(hidden)).squeeze(-1)
+
+
+def train_classifier(
+    inliers: Tensor | GradientFeatures,
+    outliers: Tensor | GradientFeatures,
+    *,
+    hidden_dim: int = 64,
+    epochs: int | None = None,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> NoiseClassifier:
+    """Fit a `NoiseClassifier` by binary cross entropy and Adam; half of every batch are inliers, half outliers.
+
+    ``epochs`` None: 4, or on small sets as many as make 250 steps. Seeded; the global random state is left as it was.
+    """
+    count = min(len(inliers), len(outliers))
+    if count == 0:
+        raise ValueError("inliers, outliers: expected at least one sample of each, but got none")
+    half = max(1, batch_size // 2)
+    epochs = max(4, math.ceil(250 / math.ceil(count / half))) if epochs is None else epochs
+    reference = inliers.magnitude if isinstance(inliers, GradientFeatures) else inliers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dim = inliers.dim if isinstance(inliers, GradientFeatures) else inliers.shape[1]
+        classifier = NoiseClassifier(dim, hidden_dim)
+    classifier.to(reference.device, reference.dtype)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=learning_rate)
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        pairs = zip(
+            torch.randperm(len(inliers), generator=order)[:count].split(half),
+            torch.randperm(len(outliers), generator=order)[:count].split(half),
+            strict=True,
+        )
+        for inside, outside in pairs:
+            logits = torch.cat([classifier(inliers[inside]), classifier(outliers[outside])])
+            labels = torch.cat([logits.new_zeros(len(inside)), logits.new_ones(len(outside))])
+            optimizer.zero_grad(set_to_none=True)
+            F.binary_cross_entropy_with_logits(logits, labels).backward()
+            optimizer.step()
+    return classifier.eval()

@@ -1,0 +1,227 @@
+"""The demo: one class of a data set as inliers, trained, scored, tabled, timed and drawn in under a minute."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from .. import datasets
+from ..layer_grads import batch_layer_factors, batch_layer_grads
+from .detector import CLASSIFIER_SCORES, fit_score
+from .models import VAE
+from .plots import novelty_figure
+from .representations import characterize, distort, reconstruction_loss
+from .scores import SCORES
+from .training import History, train
+
+
+@dataclass(frozen=True, eq=False)
+class ClassResult:
+    """One class as inliers: the trained model, every score of the test images (inliers first), which are outliers."""
+
+    model: VAE
+    history: History
+    split: datasets.OneClassSplit
+    images: np.ndarray
+    scores: dict[str, np.ndarray]
+    outlier: np.ndarray
+
+    def auroc(self) -> dict[str, float]:
+        """Area under the ROC curve of each score."""
+        return {name: float(roc_auc_score(self.outlier, score)) for name, score in self.scores.items()}
+
+
+def evaluate_class(
+    image_set: datasets.ImageSet,
+    inlier: int,
+    *,
+    fold: int = 0,
+    seed: int = 0,
+    epochs: int | None = None,
+    layer: str = "first",
+    noise_std: float = 0.1,
+    progress: bool = True,
+) -> ClassResult:
+    """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers."""
+    split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
+    part = lambda index: torch.from_numpy(image_set.pixels(index)).flatten(1)  # noqa: E731
+    x, test = part(split.train), np.concatenate([split.test, split.outliers])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VAE(x.shape[1]).eval()
+    history = train(
+        model, x, part(split.validation), epochs=epochs, seed=seed, progress=progress, description=f"class {inlier}"
+    )
+    inliers, sample = characterize(model, x, layer=layer), characterize(model, part(test), layer=layer)
+    distorted = characterize(model, distort(x, std=noise_std, seed=seed), layer=layer)
+    scores = {
+        name: fit_score(name, inliers, distorted, seed=seed)(sample).double().numpy()
+        for name in (*SCORES, *CLASSIFIER_SCORES)
+    }
+    outlier = np.arange(len(test)) >= len(split.test)
+    return ClassResult(model, history, split, image_set.pixels(test), scores, outlier)
+
+
+def run(
+    dataset: str = "digits",
+    *,
+    data_dir: str | Path | None = None,
+    inliers: Sequence[int] | None = (5,),
+    out: str | Path = "gradext-demo",
+    fold: int = 0,
+    seed: int = 0,
+    epochs: int | None = None,
+    echo: Callable[[str], None] = print,
+) -> dict[int, dict[str, float]]:
+    """Run the demo for each class of ``inliers`` (None: all), print its tables, write its pictures into ``out``.
+
+    Returns the AUROC of every score by class. Raises DatasetError for missing or damaged data, OSError for an ``out``
+    that cannot be written to, both before anything is trained.
+    """
+    folder = _writable_folder(Path(out))
+    image_set = datasets.load(dataset, data_dir)
+    classes = sorted(set(image_set.labels.tolist())) if inliers is None else list(inliers)
+    for inlier in classes:
+        datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)  # a wrong class is told before training
+    results = {}
+    for k, inlier in enumerate(classes):
+        start = time.perf_counter()
+        result = evaluate_class(image_set, inlier, fold=fold, seed=seed, epochs=epochs)
+        seconds = time.perf_counter() - start
+        results[inlier] = result.auroc()
+        split = result.split
+        echo(
+            f"{dataset}, inlier class {inlier}: {len(split.train)} training, {len(split.validation)} validation, "
+            f"{len(split.test)} test images, {len(split.outliers)} test outliers; {seconds:.1f} s"
+        )
+        picture = folder / f"{dataset}-{inlier}.png"
+        _draw(result, f"Novelty detection on {dataset}: class {inlier} is normal, all others are novel").savefig(
+            picture
+        )
+        if k == len(classes) - 1:
+            echo("\n" + auroc_table(results) + "\n")
+            echo(speed_table(result.model, torch.from_numpy(result.images).flatten(1)) + "\n")
+        echo(f"picture: {picture}")
+    return results
+
+
+def auroc_table(results: dict[int, dict[str, float]]) -> str:
+    """AUROC by score (rows) and inlier class (columns), their mean last; Markdown."""
+    classes = list(results)
+    head = ["AUROC", *(f"class {c}" for c in classes), *(["mean"] if len(classes) > 1 else [])]
+    groups = (("label-free scores", tuple(SCORES)), ("classifiers trained against noise", tuple(CLASSIFIER_SCORES)))
+    rows = []
+    for title, names in groups:
+        rows.append([f"*{title}*", *[""] * (len(head) - 1)])
+        for name in names:
+            values = [results[c][name] for c in classes]
+            values += [float(np.mean(values))] if len(classes) > 1 else []
+            rows.append([name.replace("_", " "), *(f"{value:.3f}" for value in values)])
+    return markdown_table(head, rows)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in (head, *rows)
+    ]
+    lines.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
+    return "\n".join(lines)
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def speed_table(model: nn.Module, x: Tensor, batch: int = 256, repeats: int = 5) -> str:
+    """The last decoder layer's gradients by four routes, each checked against the loop, then timed in turn.
+
+    Times are medians over ``repeats`` rounds, in each of which every route runs once.
+    """
+    x = x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch]
+    weight = model.decoder[-2].weight
+    name = next(n for n, p in model.named_parameters() if p is weight)
+    out = {name: torch.empty(batch, *weight.shape)}
+    routes: dict[str, Callable[[], Tensor]] = {
+        "single-sample loop": lambda: _loop(model, x, weight),
+        "torch.func vmap(grad)": lambda: _vmap(model, x, name),
+        "gradext.batch_layer_grads": lambda: batch_layer_grads(model, x, layers="last")[name],
+        "gradext.batch_layer_grads(out=)": lambda: batch_layer_grads(model, x, layers="last", out=out)[name],
+        "gradext factors, norms only": lambda: batch_layer_factors(model, x, layers="last").norm(),
+    }
+    expected = _loop(model, x, weight)
+    for route, call in routes.items():
+        value = call()
+        wanted = expected if value.ndim == 3 else torch.linalg.vector_norm(expected.flatten(1), dim=1)
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, route=route: f"{route}: {m}")
+    del expected, value, wanted
+    times: dict[str, list[float]] = {route: [] for route in routes}
+    for _ in range(repeats):
+        for route, call in routes.items():
+            call()  # warm: each route finds the cache and the allocator as its own last call left them
+            start = time.perf_counter()
+            call()
+            times[route].append(time.perf_counter() - start)
+    medians = {route: statistics.median(values) for route, values in times.items()}
+    loop = medians["single-sample loop"]
+    head = [f"layer {weight.shape[0]}x{weight.shape[1]}, B = {batch}", "ms", "speed-up"]
+    return markdown_table(head, [[route, f"{1e3 * t:.2f}", f"{loop / t:.1f}x"] for route, t in medians.items()])
+
+
+def _loop(model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Batch size 1, a full backward pass for each sample: the literature's way."""
+    model.eval()
+    grads = []
+    for sample in x.split(1):
+        model.zero_grad(set_to_none=True)
+        reconstruction_loss(model(sample)[0], sample).sum().backward()
+        grads.append(weight.grad.clone())
+    model.zero_grad(set_to_none=True)
+    return torch.stack(grads)
+
+
+def _vmap(model: nn.Module, x: Tensor, name: str) -> Tensor:
+    weights = dict(model.named_parameters())
+    weight = weights.pop(name).detach()
+    others = {key: value.detach() for key, value in weights.items()}
+
+    def loss(weight, sample):
+        output = torch.func.functional_call(model, {name: weight, **others}, (sample[None],))[0]
+        return torch.nn.functional.binary_cross_entropy(output, sample[None], reduction="sum")
+
+    return torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def _writable_folder(folder: Path) -> Path:
+    """Make the folder and try a file in it, so that a bad path is found before the training, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--out {folder}: expected a folder that can be written to, but {os.strerror(error.errno)}"
+        ) from error
+    return folder
+
+
+def _draw(result: ClassResult, title: str):
+    histograms = {
+        "Reconstruction error": (result.scores["reconstruction_error"], "summed binary cross entropy, nats"),
+        "Latent loss": (result.scores["latent_loss"], "summed KL divergence, nats"),
+        "Gradient": (result.scores["gradient_norm"], "norm of the first decoder layer's gradient"),
+    }
+    roc = {name.replace("_", " "): score for name, score in result.scores.items()}
+    return novelty_figure(title, histograms, roc, result.outlier, result.images, result.scores["gradient_norm"])

@@ -1,0 +1,125 @@
+"""The pictures: drawn on `matplotlib.figure.Figure` objects, so that no global state and no display is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score, roc_curve
+
+INLIER, OUTLIER, INK, GREY = "#2a6fbb", "#e8743b", "#22272e", "#8a939e"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+
+
+def overlap(inliers: np.ndarray, outliers: np.ndarray, bins: int = 40) -> tuple[float, np.ndarray]:
+    """Overlap of two histograms, ``Σ_k min(p_k, q_k)`` in [0, 1], over shared equal bins; returns it and the edges.
+
+    p, q: shares of each set's samples in a bin. The edges span both sets, with the top 1% of each left to the last bin.
+    """
+    both = np.concatenate([inliers, outliers])
+    low, high = both.min(), max(np.quantile(inliers, 0.99), np.quantile(outliers, 0.99))
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    p, q = (_shares(values, edges) for values in (inliers, outliers))
+    return float(np.minimum(p, q).sum()), edges
+
+
+def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
+
+
+def draw_histogram(ax: Axes, inliers: np.ndarray, outliers: np.ndarray, title: str, unit: str) -> None:
+    """Histograms of one score for inliers and outliers, their overlap shaded and given in percent."""
+    share, edges = overlap(inliers, outliers)
+    heights = [_shares(values, edges) for values in (inliers, outliers)]
+    for height, colour, label in zip(heights, (INLIER, OUTLIER), ("inliers", "outliers"), strict=True):
+        ax.stairs(height, edges, fill=True, color=colour, alpha=0.28)
+        ax.stairs(height, edges, color=colour, linewidth=1.6, label=label)
+    ax.stairs(np.minimum(*heights), edges, fill=True, color=INK, alpha=0.35, label=f"overlap {share:.0%}")
+    ax.set(title=title, xlabel=unit, yticks=[], xlim=(edges[0], edges[-1]), ylim=(0, 1.22 * max(map(np.max, heights))))
+    ax.spines["left"].set_visible(False)
+    ax.legend(loc="upper right", fontsize=9, handlelength=1.2)
+
+
+def draw_roc(ax: Axes, scores: Mapping[str, np.ndarray], outlier: np.ndarray) -> None:
+    """Receiver operating characteristics, one curve a score, AUROC in the legend, best first."""
+    order = sorted(scores, key=lambda name: -roc_auc_score(outlier, scores[name]))
+    colours = colormaps["viridis"](np.linspace(0.0, 0.88, len(order)))
+    for name, colour in zip(order, colours, strict=True):
+        false_alarms, hits, _ = roc_curve(outlier, scores[name])
+        label = f"{roc_auc_score(outlier, scores[name]):.3f}  {name}"
+        gradient = name.startswith("gradient")
+        ax.plot(false_alarms, hits, color=colour, linewidth=2.4 if gradient else 1.3, label=label)
+    ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(title="ROC, by AUROC", xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
+    ax.set(xlim=(-0.01, 1), ylim=(0, 1.01), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    ax.legend(loc="upper left", bbox_to_anchor=(1.03, 1.02), fontsize=9, handlelength=1.4, borderaxespad=0)
+
+
+def draw_images(ax: Axes, images: np.ndarray, outlier: np.ndarray, title: str, columns: int) -> None:
+    """A grid of images [N, H, W] or [N, C, H, W], each framed in the colour of what it really is."""
+    images = np.stack([images] * 3, axis=1) if images.ndim == 3 else images
+    height, width = images.shape[2:]
+    frame = max(1, round(height / 14))
+    rows = -(-len(images) // columns)
+    cell_height, cell_width = height + 3 * frame, width + 3 * frame
+    canvas = np.ones((rows * cell_height, columns * cell_width, 3))
+    for k, (image, novel) in enumerate(zip(images, outlier, strict=True)):
+        top, left = k // columns * cell_height, k % columns * cell_width
+        colour = tuple(int((OUTLIER if novel else INLIER)[c : c + 2], 16) / 255 for c in (1, 3, 5))
+        canvas[top : top + height + 2 * frame, left : left + width + 2 * frame] = colour
+        canvas[top + frame : top + frame + height, left + frame : left + frame + width] = image.transpose(1, 2, 0)
+    ax.imshow(canvas[: -frame or None, : -frame or None], interpolation="nearest")
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def novelty_figure(
+    title: str,
+    histograms: Mapping[str, tuple[np.ndarray, str]],
+    roc_scores: Mapping[str, np.ndarray],
+    outlier: np.ndarray,
+    images: np.ndarray,
+    ranking: np.ndarray,
+) -> Figure:
+    """The demo's picture: a histogram for each representation, ROC curves, the most normal and most novel images.
+
+    histograms: name -> (score [N], unit); roc_scores: name -> score [N]; outlier [N], true for outliers; images
+    [N, H, W] or [N, C, H, W] in [0, 1]; ranking [N], the novelty by which the images are chosen.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(13.33, 7.5), dpi=150, facecolor="white")
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.06))
+        figure.suptitle(title, x=0.035, y=0.975, ha="left", fontsize=16, fontweight="bold")
+        axes = top.subplots(1, len(histograms), gridspec_kw={"left": 0.035, "right": 0.975, "top": 0.8, "bottom": 0.15})
+        for ax, (name, (score, unit)) in zip(axes, histograms.items(), strict=True):
+            draw_histogram(ax, score[~outlier], score[outlier], name, unit)
+        roc = bottom.add_axes((0.055, 0.15, 0.20, 0.72))
+        draw_roc(roc, roc_scores, outlier)
+        order = np.argsort(ranking, kind="stable")
+        rows, columns = 4, 5
+        for k, (name, chosen) in enumerate((("Most normal", order), ("Most novel", order[::-1]))):
+            ax = bottom.add_axes((0.475 + 0.262 * k, 0.06, 0.245, 0.81))
+            chosen = chosen[: rows * columns]
+            right = int((outlier[chosen] == bool(k)).sum())
+            what = "outliers" if k else "inliers"
+            draw_images(ax, images[chosen], outlier[chosen], f"{name}: {right} of {len(chosen)} are {what}", columns)
+    return figure

@@ -1,0 +1,101 @@
+"""What a trained autoencoder says of samples: the paper's three representations, in one pass over the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from ..factors import GradFactors
+from ..layer_grads import batch_layer_factors
+from ..layers import LayerChoice
+from .models import latent_loss
+
+
+@dataclass(frozen=True, eq=False)
+class Characterization:
+    """N samples as the model sees them; indexing gives that of some of them.
+
+    reconstruction: [N, D], the binary cross entropy of every pixel, nats; latent: [N, L], the Kullback-Leibler
+    divergence to N(0, 1) of every latent dimension, nats; gradient: the factors of the per-sample gradient of the
+    summed reconstruction error with respect to one decoder layer's weight.
+    """
+
+    reconstruction: Tensor
+    latent: Tensor
+    gradient: GradFactors
+
+    def __len__(self) -> int:
+        return len(self.reconstruction)
+
+    def __getitem__(self, index) -> Characterization:
+        return Characterization(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @staticmethod
+    def cat(parts: list[Characterization]) -> Characterization:
+        return Characterization(
+            torch.cat([part.reconstruction for part in parts]),
+            torch.cat([part.latent for part in parts]),
+            GradFactors.cat([part.gradient for part in parts]),
+        )
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Binary cross entropy of every element, ``-[t log p + (1 - t) log(1 - p)]`` -> [B, D]; nats.
+
+    Linear in t, hence defined for the paper's noise-distorted images too, whose values leave [0, 1], where
+    `F.binary_cross_entropy` refuses them. Logarithms end at -100 as there.
+    """
+    target = target.reshape(output.shape)
+    log_p, log_q = output.log().clamp_min(-100), torch.log1p(-output).clamp_min(-100)
+    return -torch.lerp(log_q, log_p, target)
+
+
+def characterize(
+    model: nn.Module, x: Tensor, *, layer: LayerChoice = "first", batch_size: int = 1024
+) -> Characterization:
+    """The three representations of ``x`` [N, ...] under a model that returns ``(reconstruction, mu, logvar)``.
+
+    ``layer`` chooses one layer as in `gradext.batch_layer_grads`: the paper takes the first of the decoder for novel
+    classes, the last for novel conditions. The model runs in evaluation mode and is left as it was; results are on
+    its device. Memory O(N (D + L + O + I)): no gradient is written. Raises ValueError for an empty ``x`` or where
+    ``layer`` stands for several layers.
+    """
+    if len(x) == 0:
+        raise ValueError("x: expected at least one sample, but got none")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts = []
+    try:
+        for batch in x.split(batch_size):
+            batch = batch.to(device)
+            seen = {}
+
+            def loss(output, target, seen=seen):
+                seen["pixels"] = reconstruction_loss(output, target)
+                return seen["pixels"].sum(1)
+
+            factors = batch_layer_factors(model, batch, loss=loss, layers=layer)
+            if len(factors) != 1:
+                raise ValueError(
+                    f"layer: expected one layer, but {layer!r} stands for {len(factors)}: {sorted(factors)}"
+                )
+            with torch.no_grad():
+                _, mu, logvar = model(batch)
+                parts.append(
+                    Characterization(seen["pixels"].detach(), latent_loss(mu, logvar), next(iter(factors.values())))
+                )
+    finally:
+        model.train(was_training)
+    return Characterization.cat(parts)
+
+
+def distort(x: Tensor, *, std: float = 0.1, clip: bool = False, seed: int = 0) -> Tensor:
+    """The paper's training outliers: ``x + N(0, std²)`` from a seeded generator, clipped to [0, 1] if asked."""
+    if not std > 0:
+        raise ValueError(f"std: expected a positive number, but got {std!r}")
+    generator = torch.Generator().manual_seed(seed)
+    noisy = x + std * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    return noisy.clamp(0, 1) if clip else noisy
