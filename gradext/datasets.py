@@ -199,9 +199,7 @@ def load_idx(path: StrPath) -> np.ndarray:
         shape = np.frombuffer(sizes, ">u4").tolist()
         expected = math.prod(shape)
         if not 0 < expected <= _IDX_MAX_BYTES:
-            raise DatasetError(
-                f"{name}: expected 1 to {_IDX_MAX_BYTES} elements, got a header that says {shape}"
-            )
+            raise DatasetError(f"{name}: expected 1 to {_IDX_MAX_BYTES} elements, got a header that says {shape}")
         content = _read(stream, expected + 1)  # the byte too many also makes gzip and xz check their sums
     if len(content) != expected:
         came = "more" if len(content) > expected else f"{len(content)}"
@@ -267,9 +265,7 @@ def _cifar10_records_of_tar(path: StrPath) -> dict[str, np.ndarray]:
                 records[file] = _cifar10_records(tar.extractfile(member), f"{name}: {member.name}")
     missing = [file for file in _CIFAR10_FILES if file not in records]
     if missing:
-        raise DatasetError(
-            f"{name}: expected a tar of CIFAR-10's binary version, got one without {', '.join(missing)}"
-        )
+        raise DatasetError(f"{name}: expected a tar of CIFAR-10's binary version, got one without {', '.join(missing)}")
     return records
 
 
@@ -280,8 +276,7 @@ def _cifar10_records(stream: BinaryIO, name: str) -> np.ndarray:
     if not 0 < len(content) <= limit or len(content) % _CIFAR10_RECORD:
         came = f"more than {limit}" if len(content) > limit else f"{len(content)}"
         raise DatasetError(
-            f"{name}: expected 1 to {_CIFAR10_MAX_RECORDS} whole records of {_CIFAR10_RECORD} bytes, "
-            f"got {came} bytes"
+            f"{name}: expected 1 to {_CIFAR10_MAX_RECORDS} whole records of {_CIFAR10_RECORD} bytes, got {came} bytes"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _CIFAR10_RECORD)
     _check_labels(records[:, 0], name)
@@ -402,9 +397,7 @@ def _load_cifar10_parts(folder: Path) -> tuple[np.ndarray, ...]:
     raise _missing(f"cifar-10 (or one of {', '.join(_CIFAR10_TARS)})", missing, folders)
 
 
-def _find(
-    spellings: Mapping[str, Iterable[str]], folders: Iterable[Path]
-) -> tuple[dict[str, Path], list[str]]:
+def _find(spellings: Mapping[str, Iterable[str]], folders: Iterable[Path]) -> tuple[dict[str, Path], list[str]]:
     """The files, by the keys of `spellings`, in the folder that lacks the fewest of them; the keys it lacks.
 
     All from one folder (the first of equals): parts of two sets must not be mixed.
@@ -423,8 +416,7 @@ def _find(
 
 def _missing(what: str, missing: Iterable[str], folders: Iterable[Path]) -> DatasetError:
     return DatasetError(
-        f"{what}: missing {', '.join(missing)}; no one of these folders holds all files: "
-        f"{', '.join(map(str, folders))}"
+        f"{what}: missing {', '.join(missing)}; no one of these folders holds all files: {', '.join(map(str, folders))}"
     )
 
 
