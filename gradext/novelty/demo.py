@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from .. import datasets
 from ..layer_grads import batch_layer_factors, batch_layer_grads
+from ..losses import bce
+from ..oracles import loop_layer_grads, vmap_layer_grads
 from .detector import CLASSIFIER_SCORES, fit_score
 from .models import VAE
 from .plots import novelty_figure
-from .representations import characterize, distort, reconstruction_loss
+from .representations import characterize, distort
 from .scores import SCORES
 from .training import History, train
 
@@ -152,13 +154,13 @@ def speed_table(model: nn.Module, x: Tensor, batch: int = 256, repeats: int = 5)
     name = next(n for n, p in model.named_parameters() if p is weight)
     out = {name: torch.empty(batch, *weight.shape)}
     routes: dict[str, Callable[[], Tensor]] = {
-        "single-sample loop": lambda: _loop(model, x, weight),
-        "torch.func vmap(grad)": lambda: _vmap(model, x, name),
+        "single-sample loop": lambda: loop_layer_grads(model, x, bce, [name])[name],
+        "torch.func vmap(grad)": lambda: vmap_layer_grads(model, x, bce, [name])[name],
         "gradext.batch_layer_grads": lambda: batch_layer_grads(model, x, layers="last")[name],
         "gradext.batch_layer_grads(out=)": lambda: batch_layer_grads(model, x, layers="last", out=out)[name],
         "gradext factors, norms only": lambda: batch_layer_factors(model, x, layers="last").norm(),
     }
-    expected = _loop(model, x, weight)
+    expected = routes["single-sample loop"]()
     for route, call in routes.items():
         value = call()
         wanted = expected if value.ndim == 3 else torch.linalg.vector_norm(expected.flatten(1), dim=1)
@@ -175,30 +177,6 @@ def speed_table(model: nn.Module, x: Tensor, batch: int = 256, repeats: int = 5)
     loop = medians["single-sample loop"]
     head = [f"layer {weight.shape[0]}x{weight.shape[1]}, B = {batch}", "ms", "speed-up"]
     return markdown_table(head, [[route, f"{1e3 * t:.2f}", f"{loop / t:.1f}x"] for route, t in medians.items()])
-
-
-def _loop(model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """Batch size 1, a full backward pass for each sample: the literature's way."""
-    model.eval()
-    grads = []
-    for sample in x.split(1):
-        model.zero_grad(set_to_none=True)
-        reconstruction_loss(model(sample)[0], sample).sum().backward()
-        grads.append(weight.grad.clone())
-    model.zero_grad(set_to_none=True)
-    return torch.stack(grads)
-
-
-def _vmap(model: nn.Module, x: Tensor, name: str) -> Tensor:
-    weights = dict(model.named_parameters())
-    weight = weights.pop(name).detach()
-    others = {key: value.detach() for key, value in weights.items()}
-
-    def loss(weight, sample):
-        output = torch.func.functional_call(model, {name: weight, **others}, (sample[None],))[0]
-        return torch.nn.functional.binary_cross_entropy(output, sample[None], reduction="sum")
-
-    return torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
