@@ -345,9 +345,7 @@ def test_load_cifar10_refuses_a_tar_that_unpacks_to_too_much(tmp_path, cifar10, 
         load_cifar10(path)
 
 
-@pytest.mark.parametrize(
-    "size", [b"\x80" + (2**80).to_bytes(11, "big"), b"\xff" * 12, b"77777777777\0", b"9" * 12]
-)
+@pytest.mark.parametrize("size", [b"\x80" + (2**80).to_bytes(11, "big"), b"\xff" * 12, b"77777777777\0", b"9" * 12])
 @pytest.mark.parametrize("kind", [b"0", b"x", b"g", b"L", b"S"])
 def test_load_cifar10_refuses_a_forged_size(tmp_path, cifar10, kind, size):
     path = write_tar(tmp_path / "forged", plain_members(cifar10))

@@ -169,7 +169,7 @@ def as_samples(X, name: str, n_features: int | None = None) -> Tensor:
 
     Raises TypeError for integer data, ValueError for wrong shapes, empty data, NaN, infinity, or values outside [0, 1].
     """
-    samples = X if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X))
+    samples = X if isinstance(X, Tensor) else torch.as_tensor(np.ascontiguousarray(X))
     if samples.ndim < 2:
         raise ValueError(f"{name}: expected shape [N, D] or [N, ...], but got {list(samples.shape)}")
     if samples.shape[0] == 0 or samples[0].numel() == 0:

@@ -1,0 +1,394 @@
+"""Novelty detection: the models, the representations, the classifier on factors, the scores and the estimator."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import roc_auc_score
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradext.losses import bce
+from gradext.novelty import (
+    SCORES,
+    VAE,
+    GradientFeatures,
+    NoiseClassifier,
+    NoveltyDetector,
+    Statistics,
+    characterize,
+    distort,
+    features,
+    train,
+    train_classifier,
+)
+from gradext.novelty.detector import CLASSIFIER_SCORES, fit_score
+from gradext.novelty.plots import overlap
+from gradext.oracles import loop_layer_grads
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """(class 0, all other classes) of scikit-learn's digits, [N, 64] in [0, 1]."""
+    bunch = load_digits()
+    x = torch.from_numpy(bunch.data / 16).float()
+    return x[bunch.target == 0], x[bunch.target != 0]
+
+
+@pytest.fixture(scope="module")
+def model(digits):
+    torch.manual_seed(0)
+    model = VAE(64, 32, 4).eval()
+    train(model, digits[0][:120], digits[0][120:], epochs=150, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def inliers(model, digits):
+    return characterize(model, digits[0][:120])
+
+
+class LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator returns while the mode is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+# --- model and training ----------------------------------------------------------------------------------------------
+
+
+def test_vae_loss_is_bce_plus_kl(model, digits):
+    x = digits[0][:7]
+    reconstruction, mu, logvar = model(x)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(model.loss(x), bce(reconstruction, x) + kl.sum(1))
+
+
+def test_vae_draws_in_training_mode_only(digits):
+    model = VAE(64, 16, 3)
+    x = digits[0][:2]
+    assert not torch.equal(model(x)[0], model(x)[0])
+    assert torch.equal(model.eval()(x)[0], model(x)[0])
+
+
+def test_train_keeps_the_best_epoch_and_the_global_random_state(digits):
+    torch.manual_seed(0)
+    model = VAE(64, 32, 4)
+    state = torch.get_rng_state()
+    history = train(model, digits[0][:60], digits[0][60:80], epochs=60, learning_rate=0.02, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert history.best_epoch == int(np.argmin(history.validation))
+    assert history.best_epoch < 59, "the learning rate of this test is chosen so that the last epoch is not the best"
+    with torch.no_grad():
+        loss = model.eval().loss(digits[0][60:80]).mean().item()
+    assert loss == pytest.approx(history.validation[history.best_epoch], rel=1e-6)
+    assert history.validation[-1] < history.validation[0]
+
+
+def test_train_is_seeded(digits):
+    def weights(seed):
+        torch.manual_seed(7)
+        model = VAE(64, 8, 2)
+        train(model, digits[0][:40], digits[0][40:60], epochs=3, seed=seed, progress=False)
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_train_refuses_what_cannot_work(digits):
+    with pytest.raises(ValueError, match="x_validation: expected at least one sample"):
+        train(VAE(64, 8, 2), digits[0], digits[0][:0])
+    with pytest.raises(ValueError, match="epochs"):
+        train(VAE(64, 8, 2), digits[0], digits[0], epochs=0)
+    with pytest.raises(RuntimeError, match="lower learning_rate"):
+        train(VAE(64, 8, 2), digits[0], digits[0], epochs=50, learning_rate=1e6, progress=False)
+    with pytest.raises(ValueError, match="expected 64 elements a sample, but got 63"):
+        VAE(64)(torch.rand(2, 63))
+    with pytest.raises(ValueError, match="latent_dim"):
+        VAE(64, latent_dim=0)
+
+
+# --- representations -------------------------------------------------------------------------------------------------
+
+
+def test_characterize_is_the_papers_three_representations(model, digits):
+    x = digits[0][:9]
+    seen = characterize(model, x)
+    reconstruction, mu, logvar = model(x)
+    pixels = torch.nn.functional.binary_cross_entropy(reconstruction, x, reduction="none")
+    torch.testing.assert_close(seen.reconstruction, pixels.detach())
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(seen.latent, kl.detach(), atol=1e-5, rtol=1e-5)
+    expected = loop_layer_grads(model, x, bce, ["decoder.0.weight"])["decoder.0.weight"]
+    torch.testing.assert_close(seen.gradient.materialize(), expected)
+
+
+def test_characterize_takes_either_end_of_the_decoder_and_any_batching(model, digits):
+    x = digits[0][:11]
+    assert characterize(model, x, layer="last").gradient.shape == (11, 64, 32)
+    assert characterize(model, x, layer="decoder.0").gradient.shape == (11, 32, 4)
+    whole, parts = characterize(model, x), characterize(model, x, batch_size=3)
+    torch.testing.assert_close(parts.gradient.materialize(), whole.gradient.materialize())
+    torch.testing.assert_close(parts[2:5].latent, whole.latent[2:5])
+    with pytest.raises(ValueError, match="layer: expected one layer"):
+        characterize(model, x, layer="all")
+    with pytest.raises(ValueError, match="at least one sample"):
+        characterize(model, x[:0])
+
+
+def test_characterize_leaves_the_model_in_its_mode(digits):
+    model = VAE(64, 8, 2).train()
+    characterize(model, digits[0][:3])
+    assert model.training
+
+
+def test_reconstruction_of_distorted_images_is_the_linear_continuation(model, digits):
+    """Noise leaves [0, 1], where torch's binary cross entropy refuses its target: the formula still holds."""
+    x = distort(digits[0][:5], std=0.5, seed=3)
+    assert x.min() < 0
+    assert x.max() > 1
+    p = model(x)[0].detach()
+    expected = -(x * p.log() + (1 - x) * (1 - p).log())
+    torch.testing.assert_close(characterize(model, x).reconstruction, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_distort_is_seeded_noise_of_the_given_size(digits):
+    x = digits[0]
+    noisy = distort(x, std=0.25, seed=1)
+    assert torch.equal(noisy, distort(x, std=0.25, seed=1))
+    assert not torch.equal(noisy, distort(x, std=0.25, seed=2))
+    assert (noisy - x).std().item() == pytest.approx(0.25, rel=0.05)
+    clipped = distort(x, std=0.25, clip=True, seed=1)
+    assert torch.equal(clipped, noisy.clamp(0, 1))
+    with pytest.raises(ValueError, match="std"):
+        distort(x, std=0)
+
+
+# --- classifier on factors -------------------------------------------------------------------------------------------
+
+
+def test_gradient_features_are_direction_and_magnitude(inliers):
+    made = features("gradient", inliers)(inliers)
+    flat = made.materialize()
+    assert flat.shape == (120, 32 * 4 + 1)
+    direction, magnitude = flat[:, :-1], flat[:, -1]
+    torch.testing.assert_close(torch.linalg.vector_norm(direction, dim=1), torch.full((120,), 30.0))
+    assert magnitude.mean().item() == pytest.approx(0, abs=1e-3)
+    assert magnitude.std(correction=0).item() == pytest.approx(10, rel=1e-3)
+    gradient = inliers.gradient.materialize().flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(direction, gradient)
+    torch.testing.assert_close(cosine, torch.ones(120))
+
+
+def test_features_of_a_zero_gradient_are_finite(inliers):
+    dead = GradientFeatures.of(
+        type(inliers.gradient)(inliers.gradient.activation, inliers.gradient.delta * 0), 0.0, 1.0
+    )
+    assert dead.materialize().isfinite().all()
+    assert dead.materialize()[:, :-1].eq(0).all()
+
+
+def test_classifier_on_factors_equals_the_materialised_one_in_value_and_training(model, digits, inliers):
+    """Same seed, same data: scores, and weights after training, agree with the classifier on written-out gradients."""
+    featurize = features("gradient", inliers)
+    inside, outside = featurize(inliers), featurize(characterize(model, distort(digits[0][:120], seed=1)))
+    classifier = NoiseClassifier(inside.dim, 16)
+    torch.testing.assert_close(classifier(inside), classifier(inside.materialize()), rtol=1e-4, atol=1e-5)
+
+    def to64(f):
+        return GradientFeatures(f.direction.to(torch.float64), f.magnitude.double())
+
+    inside, outside = to64(inside), to64(outside)
+    factored = train_classifier(inside, outside, hidden_dim=16, epochs=20, seed=3)
+    materialised = train_classifier(inside.materialize(), outside.materialize(), hidden_dim=16, epochs=20, seed=3)
+    for a, b in zip(factored.parameters(), materialised.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_classifier_never_forms_a_gradient_per_sample():
+    """No tensor of N·O·I elements, or even of one batch's B·O·I, in training or scoring."""
+    N, O, I, H = 512, 96, 64, 8
+    generator = torch.Generator().manual_seed(0)
+    from gradext import GradFactors
+
+    def made():
+        return GradientFeatures(
+            GradFactors(torch.randn(N, I, generator=generator), torch.randn(N, O, generator=generator)),
+            torch.randn(N, generator=generator),
+        )
+
+    inside, outside = made(), made()
+    with LargestResult() as largest:
+        classifier = train_classifier(inside, outside, hidden_dim=H, epochs=2, batch_size=128)
+        classifier(inside)
+    assert largest.elements < 64 * O * I, f"{largest.elements} elements, a half batch of gradients has {64 * O * I}"
+
+
+def test_classifier_separates_and_is_seeded(model, digits, inliers):
+    noisy = characterize(model, distort(digits[0][:120], std=0.4, seed=1))
+    featurize = features("reconstruction", inliers)
+    first, second = (train_classifier(featurize(inliers), featurize(noisy), seed=5) for _ in range(2))
+    with torch.no_grad():
+        logits = torch.cat([first(featurize(inliers)), first(featurize(noisy))])
+    assert roc_auc_score(np.repeat([0, 1], 120), logits) > 0.9
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="at least one sample of each"):
+        train_classifier(featurize(inliers)[:0], featurize(noisy))
+    with pytest.raises(ValueError, match="representation: expected one of"):
+        features("pixels", inliers)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_their_formulas(model, digits, inliers):
+    sample = characterize(model, digits[1][:20])
+    statistics = Statistics.of(inliers)
+    gradient = sample.gradient.materialize().flatten(1).double()
+    mean = inliers.gradient.materialize().mean(0).flatten().double()
+    expected = {
+        "gradient_norm": gradient.norm(dim=1),
+        "delta_norm": sample.gradient.delta.double().norm(dim=1),
+        "gradient_cosine": 1 - gradient @ mean / (gradient.norm(dim=1) * mean.norm()),
+        "reconstruction_error": sample.reconstruction.double().sum(1),
+        "latent_loss": sample.latent.double().sum(1),
+    }
+    assert set(expected) == set(SCORES)
+    for name, value in expected.items():
+        torch.testing.assert_close(SCORES[name](sample, statistics).double(), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_fit_score_refuses_unknown_names_and_missing_outliers(inliers):
+    with pytest.raises(ValueError, match="score: expected one of"):
+        fit_score("norm", inliers, None)
+    with pytest.raises(ValueError, match="training outliers"):
+        fit_score("gradient_classifier", inliers, None)
+
+
+# --- the estimator ---------------------------------------------------------------------------------------------------
+
+FAST = {"hidden_dim": 64, "latent_dim": 8, "epochs": 400, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def detector(digits):
+    return NoveltyDetector(**FAST).fit(digits[0][:140].numpy())
+
+
+def test_detector_tells_classes_apart(detector, digits):
+    inside, outside = digits[0][140:].numpy(), digits[1][:200].numpy()
+    scores = detector.score_samples(np.concatenate([inside, outside]))
+    normal = np.repeat([1, 0], [len(inside), len(outside)])
+    assert roc_auc_score(normal, scores) > 0.95, "higher is more normal"
+
+
+def test_decision_and_prediction_follow_the_threshold(detector, digits):
+    X = np.concatenate([digits[0][140:].numpy(), digits[1][:50].numpy()])
+    decision = detector.decision_function(X)
+    np.testing.assert_allclose(decision, detector.score_samples(X) - detector.offset_)
+    np.testing.assert_array_equal(detector.predict(X), np.where(decision < 0, -1, 1))
+    assert set(detector.predict(X)) == {-1, 1}
+
+
+@pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
+def test_every_score_works_in_the_detector(digits, score):
+    detector = NoveltyDetector(score, **{**FAST, "epochs": 20}).fit(digits[0])
+    scores = detector.score_samples(digits[1][:10])
+    assert scores.shape == (10,)
+    assert np.isfinite(scores).all()
+
+
+def test_detector_is_deterministic_and_indifferent_to_order_and_batching(detector, digits):
+    X = digits[1][:40].numpy()
+    again = clone(detector).fit(digits[0][:140].numpy())
+    np.testing.assert_array_equal(again.score_samples(X), detector.score_samples(X))
+    np.testing.assert_allclose(detector.score_samples(X[::-1])[::-1], detector.score_samples(X), rtol=1e-5)
+    one_by_one = np.concatenate([detector.score_samples(X[k : k + 1]) for k in range(5)])
+    np.testing.assert_allclose(one_by_one, detector.score_samples(X)[:5], rtol=1e-4)
+
+
+def test_detector_takes_images_flat_arrays_tensors_and_other_float_types(detector, digits):
+    X = digits[1][:6]
+    expected = detector.score_samples(X)
+    for same in (X.numpy(), X.reshape(6, 1, 8, 8), X.reshape(6, 8, 8).numpy().astype(np.float64)):
+        np.testing.assert_allclose(detector.score_samples(same), expected, rtol=1e-5)
+
+
+def test_threshold_holds_the_wanted_false_positive_rate_on_the_held_out_part(digits):
+    for rate in (0.1, 0.3):
+        detector = NoveltyDetector(target_fpr=rate, **FAST).fit(digits[0][:100], X_validation=digits[0][100:])
+        held_out = digits[0][100:]
+        alarms = (detector.predict(held_out) == -1).mean()
+        assert abs(alarms - rate) <= 1 / len(held_out) + 1e-9
+
+
+def test_parameters_are_kept_as_given():
+    detector = NoveltyDetector("delta_norm", epochs=3, target_fpr=0.2)
+    assert detector.get_params()["score"] == "delta_norm"
+    assert clone(detector).set_params(epochs=4).epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("X", "error", "message"),
+    [
+        (np.zeros((0, 64)), ValueError, "X: expected at least one sample"),
+        (np.zeros((4, 0)), ValueError, "at least one value"),
+        (np.zeros(64), ValueError, "expected shape"),
+        (np.zeros((4, 64), np.uint8), TypeError, "for 8-bit images pass X / 255"),
+        (np.full((4, 64), np.nan), ValueError, "4 samples hold NaN or infinity"),
+        (np.full((4, 64), np.inf), ValueError, "4 samples hold NaN or infinity"),
+        (np.full((4, 64), 1.5), ValueError, r"expected values in \[0, 1\], but they span \[1.5, 1.5\]"),
+        (np.full((4, 64), -0.1), ValueError, r"expected values in \[0, 1\]"),
+        (np.zeros((1, 64)), ValueError, "at least 2 samples"),
+    ],
+)
+def test_fit_names_what_is_wrong_with_its_input(X, error, message):
+    with pytest.raises(error, match=message):
+        NoveltyDetector(epochs=1).fit(X)
+
+
+def test_detector_refuses_wrong_use(detector):
+    with pytest.raises(NotFittedError):
+        NoveltyDetector().score_samples(np.zeros((2, 64)))
+    with pytest.raises(ValueError, match="expected 64 values a sample, as in fit, but got 63"):
+        detector.score_samples(np.zeros((2, 63)))
+    with pytest.raises(ValueError, match="score: expected one of"):
+        NoveltyDetector("norm").fit(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="target_fpr"):
+        NoveltyDetector(target_fpr=1.0).fit(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="validation_fraction"):
+        NoveltyDetector(validation_fraction=0).fit(np.zeros((4, 4)))
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_of_known_distributions():
+    rng = np.random.default_rng(0)
+    same, _ = overlap(rng.random(200_000), rng.random(200_000))
+    apart, _ = overlap(rng.random(1000), rng.random(1000) + 5)
+    half, _ = overlap(rng.random(200_000), rng.random(200_000) + 0.5)
+    assert same == pytest.approx(1, abs=0.02)
+    assert apart == 0
+    assert half == pytest.approx(0.5, abs=0.03)
+    constant, edges = overlap(np.zeros(3), np.zeros(4))
+    assert constant == 1
+    assert math.isfinite(edges[-1])
