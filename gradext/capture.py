@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +35,14 @@ from .errors import CaptureError, UnsupportedLayerError
 _TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
 _SWAPS = {Tensor.transpose, torch.transpose}
 _CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous}
-# Functions whose result never depends on a parameter differentiably: passed on at once, as they are the most frequent.
+# Functions whose result never depends on a parameter differentiably, passed on at once as they are the most frequent,
+# and assignments, which are meant for the parameter itself.
 _CONSTANTS = {
     *(getattr(Tensor, name).__get__ for name in ("data", "device", "dtype", "grad", "is_cuda", "is_leaf", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("is_nested", "ndim", "requires_grad", "shape")),
     *(Tensor.__len__, Tensor.detach, Tensor.dim, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
     *(Tensor.size, Tensor.stride, torch.is_floating_point, torch.is_tensor, torch.numel),
+    *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
 }
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
 _MIXING = (
@@ -48,8 +51,7 @@ _MIXING = (
 )
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """One call with a chosen weight. ``delta`` is the gradient of Σ_b loss_b with respect to the call's output."""
 
     weight: str | None  # the parameter's name, None where only the bias was chosen
@@ -60,8 +62,7 @@ class Use:
     swapped: bool  # the weight was used transposed: y = x W, so that the roles of input and delta are exchanged
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(NamedTuple):
     weight: str | None
     bias: str | None
     rule: type
@@ -93,8 +94,7 @@ class _Capture(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # Where the model turned gradients off no use counts; an assignment is meant for the parameter itself.
-        if func in _CONSTANTS or not torch.is_grad_enabled() or getattr(func, "__name__", None) == "__set__":
+        if func in _CONSTANTS or not torch.is_grad_enabled():  # where the model turned gradients off no use counts
             return func(*args, **kwargs)
         rule = rules.FUNCTIONS.get(func)
         if rule is not None:
@@ -226,13 +226,15 @@ def capture(
     *,
     pick: str | None = None,
     include_bias: bool = False,
+    watch_objective: bool = True,
     check_samples: bool = False,
     create_graph: bool = False,
 ) -> list[Use]:
     """Run ``model(*args, **kwargs)`` and return every use of the candidates' weights, in order of execution.
 
     ``objective`` maps the model's output to the per-sample losses [B]; ``parameters`` are the model's, by name;
-    ``pick`` keeps only the first or last weight executed. Raises CaptureError where the result could be wrong: samples
+    ``pick`` keeps only the first or last weight executed; ``watch_objective=False`` promises that the objective uses no
+    parameter. Raises CaptureError where the result could be wrong: samples
     that mix, a layer that never ran, an input overwritten after use; UnsupportedLayerError for a use without a rule.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -251,16 +253,16 @@ def capture(
         stack.enter_context(_autocast_uncached())
         args, kwargs = as_constant(args), as_constant(kwargs)
         with mode:
-            losses = objective(model(*args, **kwargs))
+            output = model(*args, **kwargs)
+        with mode if watch_objective else contextlib.nullcontext():
+            losses = objective(output)
         _refuse_unseen(mode, losses, owners)
         records = _select(mode.records, pick)
         _verify(mode, records, owners, pick, batch=losses.shape[0])
         if not records:
             return []
-        # The backward of a checkpointed module runs its forward again, which has to meet the same aliases.
         mode.records, mode.unruled = [], {}
-        with mode:
-            deltas = _deltas(losses, records, check_samples, create_graph)
+        deltas = _deltas(mode, losses, records, check_samples, create_graph)
     return [
         Use(
             record.weight,
@@ -274,7 +276,9 @@ def capture(
     ]
 
 
-def _deltas(losses: Tensor, records: list[_Record], check_samples: bool, create_graph: bool) -> list[Tensor]:
+def _deltas(
+    mode: _Capture, losses: Tensor, records: list[_Record], check_samples: bool, create_graph: bool
+) -> list[Tensor]:
     """The gradient of the summed losses with respect to every recorded output."""
     batch = losses.shape[0]
     # With as many positions as samples their order could be exchanged, and the shapes would not tell.
@@ -282,11 +286,13 @@ def _deltas(losses: Tensor, records: list[_Record], check_samples: bool, create_
     if not losses.requires_grad:  # they do not depend on the chosen layers at all
         return [record.input.new_zeros(record.shape, dtype=record.dtype) for record in records]
 
+    start, edges = (get_gradient_edge(losses),), [record.edge for record in records]
+
     def backward(weights: Tensor, **options) -> list[Tensor]:
-        # Given edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
-        found = torch.autograd.grad(
-            (get_gradient_edge(losses),), [r.edge for r in records], (weights,), allow_unused=True, **options
-        )
+        # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
+        # edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
+        with mode:
+            found = torch.autograd.grad(start, edges, (weights,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
             r.input.new_zeros(r.shape, dtype=r.dtype) if delta is None else delta.reshape(r.shape)
@@ -319,8 +325,7 @@ def _select(records: list[_Record], pick: str | None) -> list[_Record]:
     biases = {record.bias for record in records if record.weight == name}
     # Another layer may share the bias alone.
     kept = (
-        replace(
-            record,
+        record._replace(
             weight=record.weight if record.weight == name else None,
             bias=record.bias if record.bias in biases else None,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +120,7 @@ def batch_layer_factors(
     args, kwargs = _as_call(x)
     given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
     uses = [
-        replace(use, input=use.input.clone()) if use.input.untyped_storage().data_ptr() in given else use
+        use._replace(input=use.input.clone()) if use.input.untyped_storage().data_ptr() in given else use
         for use in uses
     ]
     weights, biases = _by_parameter(uses)
@@ -164,6 +163,7 @@ def _uses(
         parameters,
         pick=pick,
         include_bias=include_bias,
+        watch_objective=callable(loss),
         check_samples=check_samples,
         create_graph=create_graph,
     )
