@@ -8,17 +8,23 @@ The graph is no larger than it must be. Parameters are replaced, at each call th
 so that no weight gradient is part of the graph and the model itself (its ``requires_grad`` flags too) is never
 written to. The first use of a chosen weight whose input needs no gradient is where the graph begins: the alias handed
 to that one call requires grad, which makes its output a non-leaf without a copy, and nothing before it is
-differentiated. One `torch.autograd.grad` from the summed per-sample losses to the recorded outputs gives every delta.
+differentiated. One `torch.autograd.grad` from the per-sample losses to the recorded outputs gives every delta.
+
+What the mode cannot see (compiled code, a weight's view made beforehand) still shows in the graph: no path may lead
+from the losses to a chosen parameter other than through its alias. Only for a frozen parameter is there no such trace.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -29,10 +35,23 @@ from .errors import CaptureError, UnsupportedLayerError
 _TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
 _SWAPS = {Tensor.transpose, torch.transpose}
 _CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous}
+# Functions whose result never depends on a parameter differentiably, passed on at once as they are the most frequent,
+# and assignments, which are meant for the parameter itself.
+_CONSTANTS = {
+    *(getattr(Tensor, name).__get__ for name in ("data", "device", "dtype", "grad", "is_cuda", "is_leaf", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("is_nested", "ndim", "requires_grad", "shape")),
+    *(Tensor.__len__, Tensor.detach, Tensor.dim, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
+    *(Tensor.size, Tensor.stride, torch.is_floating_point, torch.is_tensor, torch.numel),
+    *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
+}
+_DERIVATIVES = {torch.autograd.grad, Tensor.backward}
+_MIXING = (
+    "{} normalises with the statistics of the batch, so that the samples mix and per-sample gradients do not exist; "
+    "call model.eval(), or use GroupNorm"
+)
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """One call with a chosen weight. ``delta`` is the gradient of Σ_b loss_b with respect to the call's output."""
 
     weight: str | None  # the parameter's name, None where only the bias was chosen
@@ -43,8 +62,7 @@ class Use:
     swapped: bool  # the weight was used transposed: y = x W, so that the roles of input and delta are exchanged
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(NamedTuple):
     weight: str | None
     bias: str | None
     rule: type
@@ -56,130 +74,133 @@ class _Record:
     swapped: bool
 
 
+@dataclass(eq=False)
+class _Known:
+    """A parameter of the model, or another form of a chosen one."""
+
+    tensor: Tensor  # held, so that no other tensor gets its id
+    name: str | None  # of the chosen parameter; None for the others
+    turned: bool = False  # the form is the parameter's transpose
+    alias: Tensor | None = None  # what functions get in its place
+
+
 class _Capture(TorchFunctionMode):
-    def __init__(self, targets: dict[int, str], keep_graph: bool):
+    def __init__(self, parameters: dict[str, Tensor], chosen: Iterable[str], keep_graph: bool):
         super().__init__()
-        self.targets = targets  # id of a chosen parameter -> its name
         self.keep_graph = keep_graph  # leave the parameters in the graph, for derivatives of the deltas
+        self.known = {id(p): _Known(p, name if name in chosen else None) for name, p in parameters.items()}
         self.records: list[_Record] = []
         self.unruled: dict[str, str] = {}  # parameter name -> the function that used it without a rule
-        self._aliases: dict[int, tuple[Tensor, Tensor]] = {}  # id(parameter) -> (parameter, detached)
-        self._forms: dict[int, tuple[Tensor, Tensor, bool]] = {}  # id(form) -> (form, parameter, transposed)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():  # the model turned gradients off: no use counts
+        if func in _CONSTANTS or not torch.is_grad_enabled():  # where the model turned gradients off no use counts
             return func(*args, **kwargs)
         rule = rules.FUNCTIONS.get(func)
         if rule is not None:
             bound = rule.bind(func, args, kwargs)
             if bound is not None:
-                weight, turned = self._parameter(bound.weight)
-                weight_name = self.targets.get(id(weight))
-                bias_name = self.targets.get(id(bound.bias))
-                if (weight_name or bias_name) and not self._is_chosen(bound.input):
-                    swapped = turned == bound.transposed  # y = x Wᵀ with W itself is the plain form
-                    return self._record(func, rule, bound, weight_name, bias_name, swapped)
-        used: list[str] = []
-        new_args = self._replace(args, used)
-        new_kwargs = {key: self._replace((value,), used)[0] for key, value in kwargs.items()} if kwargs else kwargs
+                weight, bias = self.known.get(id(bound.weight)), self.known.get(id(bound.bias))
+                chosen = (weight is not None and weight.name) or (bias is not None and bias.name)
+                if chosen and id(bound.input) not in self.known:
+                    return self._record(func, rule, bound, weight, bias)
+        elif func is F.batch_norm:
+            _refuse_batch_statistics(*args, **kwargs)
+        elif func in _DERIVATIVES and kwargs.get("create_graph") and self.records:
+            raise UnsupportedLayerError(
+                "the model's forward differentiates with create_graph=True after a chosen layer, so that the loss "
+                "depends on its weight through a backward pass, for which there is no exact rule; choose only layers "
+                "that run later"
+            )
+        used: list[_Known] = []
+        new_args, new_kwargs = self._replace(args, used), self._replace_values(kwargs, used)
         if not used:
             return func(*new_args, **new_kwargs)
-        turns = _turns(func, args, kwargs)
-        if turns is not None and self._is_chosen(args[0]):
-            parameter, turned = self._parameter(args[0])
+        turns = _turns(func, args)
+        if turns is not None and args[0] is used[0].tensor:
             result = func(*new_args, **new_kwargs)
-            self._forms[id(result)] = (result, parameter, turned != turns)
+            self.known[id(result)] = _Known(result, used[0].name, used[0].turned != turns, result)
             return result
-        # A chosen parameter in a function without a rule. Autograd itself says whether it counts: detach(),
-        # zeros_like() and the like give results that do not depend on it differentiably.
-        probed = [name for name in used if name not in self.unruled]
-        if probed:
-            result = func(
-                *self._replace(args, used, probe=True),
-                **{key: self._replace((value,), used, probe=True)[0] for key, value in kwargs.items()},
-            )
-            if _requires_grad(result):
-                for name in probed:
-                    self.unruled[name] = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
-            return result
-        return func(*new_args, **new_kwargs)
+        if all(entry.name in self.unruled for entry in used):
+            return func(*new_args, **new_kwargs)
+        # A chosen parameter in a function without a rule. Autograd itself says whether it counts: zeros_like() and
+        # the like give results that do not depend on it differentiably.
+        names = [entry.name for entry in used]
+        result = func(*self._replace(args, used, probe=True), **self._replace_values(kwargs, used, probe=True))
+        if _requires_grad(result):
+            self.unruled |= dict.fromkeys(names, getattr(func, "__qualname__", None) or str(func))
+        return result
 
-    def _is_chosen(self, tensor) -> bool:
-        return id(self._parameter(tensor)[0]) in self.targets
+    def _replace(self, values, used: list[_Known], probe: bool = False):
+        """Aliases in place of parameters, in lists and tuples too; appends the chosen ones to ``used``.
 
-    def _parameter(self, tensor) -> tuple[Tensor, bool]:
-        """The parameter behind a tensor, and whether the tensor is its transpose."""
-        entry = self._forms.get(id(tensor))
-        return (tensor, False) if entry is None else entry[1:]
-
-    def _alias(self, parameter: Tensor) -> Tensor:
-        if self.keep_graph:
-            return parameter
-        entry = self._aliases.get(id(parameter))
-        if entry is None:
-            entry = self._aliases[id(parameter)] = (parameter, parameter.detach())
-        return entry[1]
-
-    def _replace(self, values, used: list[str], probe: bool = False):
-        """Detached aliases in place of parameters, one level into lists and tuples; notes the chosen ones in used."""
+        With ``probe`` the chosen ones require grad.
+        """
         changed = None
         for k, value in enumerate(values):
-            new = value
-            if isinstance(value, nn.Parameter):
-                name = self.targets.get(id(value))
-                if name is not None and not probe:
-                    used.append(name)
-                new = value.detach().requires_grad_() if probe and name is not None else self._alias(value)
-            elif type(value) in (list, tuple) and any(isinstance(v, nn.Parameter) for v in value):
-                new = type(value)(self._replace(value, used, probe))
-            elif id(value) in self._forms:
-                name = self.targets.get(id(self._forms[id(value)][1]))
-                if name is not None and not probe:
-                    used.append(name)
-                new = value.detach().requires_grad_() if probe and name is not None else value
+            if type(value) in (list, tuple):
+                new = self._replace(value, used, probe)
+            else:
+                entry = self.known.get(id(value))
+                if entry is None:
+                    continue
+                new = self._alias(entry)
+                if entry.name is not None:
+                    used.append(entry)
+                    new = new.detach().requires_grad_() if probe and not new.requires_grad else new
             if new is not value:
                 changed = list(values) if changed is None else changed
                 changed[k] = new
-        return values if changed is None else changed
+        return values if changed is None else type(values)(changed)
 
-    def _record(self, func, rule, bound: rules.Bound, weight_name, bias_name, swapped: bool):
-        weight = self._alias(bound.weight) if isinstance(bound.weight, nn.Parameter) else bound.weight
-        bias = self._alias(bound.bias) if isinstance(bound.bias, nn.Parameter) else bound.bias
-        output = _call(func, bound.input, weight, bias) if _requires_grad((bound.input, weight, bias)) else None
-        if output is None:  # here the graph begins
-            output = _call(func, bound.input, weight.detach().requires_grad_(), bias)
+    def _replace_values(self, kwargs: dict, used: list[_Known], probe: bool = False) -> dict:
+        return dict(zip(kwargs, self._replace(list(kwargs.values()), used, probe), strict=True)) if kwargs else kwargs
+
+    def _alias(self, entry: _Known) -> Tensor:
+        if entry.alias is None:
+            parameter = entry.tensor
+            keep = self.keep_graph and parameter.requires_grad
+            entry.alias = parameter.view_as(parameter) if keep else parameter.detach()
+        return entry.alias
+
+    def _record(self, func, rule, bound: rules.Bound, known_weight: _Known | None, known_bias: _Known | None):
+        if _inside_transform():
+            raise UnsupportedLayerError(
+                "a chosen layer runs inside a torch.func transform or forward-mode differentiation, which hides its "
+                "input and delta; call the model without the transform, or leave this layer out with layers="
+            )
+        weight = bound.weight if known_weight is None else self._alias(known_weight)
+        bias = bound.bias if known_bias is None else self._alias(known_bias)
+        arguments = (weight,) if bias is None else (weight, bias)
+        if not _requires_grad((bound.input, *arguments)):  # here the graph begins
+            arguments = (weight.detach().requires_grad_(), *arguments[1:])
+        output = func(bound.input, *arguments)
         # An in-place activation on a view rewrites the history of the view, but not that of its base.
         source = output if output._base is None else output._base
         if source.numel() != output.numel():
             source = output
         self.records.append(
             _Record(
-                weight_name,
-                bias_name,
-                rule,
-                bound.input if self.keep_graph else bound.input.detach(),
-                bound.input._version,
-                get_gradient_edge(source),
-                output.shape,
-                output.dtype,
-                swapped,
+                weight=None if known_weight is None else known_weight.name,
+                bias=None if known_bias is None else known_bias.name,
+                rule=rule,
+                input=bound.input if self.keep_graph else bound.input.detach(),
+                input_version=bound.input._version,
+                edge=get_gradient_edge(source),
+                shape=output.shape,
+                dtype=output.dtype,
+                # y = x Wᵀ with W itself is the plain form.
+                swapped=(known_weight is not None and known_weight.turned) == bound.transposed,
             )
         )
         return output
 
 
-def _call(func, input, weight, bias):
-    return func(input, weight) if bias is None else func(input, weight, bias)
-
-
-def _turns(func, args, kwargs) -> bool | None:
+def _turns(func, args) -> bool | None:
     """Whether func transposes the matrix args[0]; None if its result is no plain form of it."""
     if func in _CASTS:
         return False
-    if func in _TRANSPOSES or (
-        func in _SWAPS and not kwargs and len(args) == 3 and {d % 2 for d in args[1:]} == {0, 1}
-    ):
+    if func in _TRANSPOSES or (func in _SWAPS and len(args) == 3 and {d % 2 for d in args[1:]} == {0, 1}):
         return args[0].ndim == 2 or None
     return None
 
@@ -190,76 +211,147 @@ def _requires_grad(value) -> bool:
     return isinstance(value, (list, tuple)) and any(_requires_grad(v) for v in value)
 
 
+def _inside_transform() -> bool:
+    # Torch has no public way to ask; both names are the same in every version that the package supports.
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def capture(
     model: nn.Module,
     args: tuple,
     kwargs: dict,
     objective: Callable[[object], Tensor],
     candidates: dict[str, nn.Module],
+    parameters: dict[str, nn.Parameter],
     *,
     pick: str | None = None,
     include_bias: bool = False,
+    watch_objective: bool = True,
+    check_samples: bool = False,
     create_graph: bool = False,
 ) -> list[Use]:
     """Run ``model(*args, **kwargs)`` and return every use of the candidates' weights, in order of execution.
 
-    ``objective`` maps the model's output to the per-sample losses [B]. ``pick`` keeps only the first or last weight
-    executed. Raises CaptureError where the result could be wrong: samples that mix, a layer that never ran, an input
-    overwritten after use; UnsupportedLayerError for a use without a rule.
+    ``objective`` maps the model's output to the per-sample losses [B]; ``parameters`` are the model's, by name;
+    ``pick`` keeps only the first or last weight executed; ``watch_objective=False`` promises that the objective uses no
+    parameter. Raises CaptureError where the result could be wrong: samples
+    that mix, a layer that never ran, an input overwritten after use; UnsupportedLayerError for a use without a rule.
     """
-    _refuse_mixing(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    targets, owners = {}, {}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    owners: dict[str, str] = {}  # chosen parameter -> layer
     for layer, module in candidates.items():
-        parameters = [module.weight, module.bias if include_bias else None]
-        for parameter in parameters:
+        for parameter in (module.weight, module.bias if include_bias else None):
             if parameter is not None:
-                targets[id(parameter)] = names[id(parameter)]
                 owners.setdefault(names[id(parameter)], layer)
 
-    mode = _Capture(targets, create_graph)
+    mode = _Capture(parameters, owners, create_graph)
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_restored_buffers(model))
         stack.enter_context(_autocast_uncached())
-        args = tuple(_as_constant(a) for a in args)
-        kwargs = {key: _as_constant(value) for key, value in kwargs.items()}
+        args, kwargs = as_constant(args), as_constant(kwargs)
         with mode:
-            losses = objective(model(*args, **kwargs))
-        batch = losses.shape[0]
+            output = model(*args, **kwargs)
+        with mode if watch_objective else contextlib.nullcontext():
+            losses = objective(output)
+        _refuse_unseen(mode, losses, owners)
         records = _select(mode.records, pick)
-        _verify(mode, records, owners, pick, batch)
+        _verify(mode, records, owners, pick, batch=losses.shape[0])
         if not records:
             return []
-        deltas = torch.autograd.grad(
-            losses.sum(), [record.edge for record in records], allow_unused=True, create_graph=create_graph
+        mode.records, mode.unruled = [], {}
+        deltas = _deltas(mode, losses, records, check_samples, create_graph)
+    return [
+        Use(
+            record.weight,
+            record.bias,
+            record.rule,
+            record.input.to(record.dtype),  # as the layer itself saw it under autocast
+            delta,
+            record.swapped,
         )
-    uses = []
-    for record, delta in zip(records, deltas, strict=True):
+        for record, delta in zip(records, deltas, strict=True)
+    ]
+
+
+def _deltas(
+    mode: _Capture, losses: Tensor, records: list[_Record], check_samples: bool, create_graph: bool
+) -> list[Tensor]:
+    """The gradient of the summed losses with respect to every recorded output."""
+    batch = losses.shape[0]
+    # With as many positions as samples their order could be exchanged, and the shapes would not tell.
+    check_samples = batch > 1 and (check_samples or any(batch in record.shape[1:-1] for record in records))
+    if not losses.requires_grad:  # they do not depend on the chosen layers at all
+        return [record.input.new_zeros(record.shape, dtype=record.dtype) for record in records]
+
+    start, edges = (get_gradient_edge(losses),), [record.edge for record in records]
+
+    def backward(weights: Tensor, **options) -> list[Tensor]:
+        # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
+        # edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
+        with mode:
+            found = torch.autograd.grad(start, edges, (weights,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
-        delta = record.input.new_zeros(record.shape, dtype=record.dtype) if delta is None else delta
-        # Under autocast the layer saw its input in the type of its output.
-        uses.append(
-            Use(
-                record.weight,
-                record.bias,
-                record.rule,
-                record.input.to(record.dtype),
-                delta.reshape(record.shape),
-                record.swapped,
-            )
-        )
-    return uses
+        return [
+            r.input.new_zeros(r.shape, dtype=r.dtype) if delta is None else delta.reshape(r.shape)
+            for r, delta in zip(records, found, strict=True)
+        ]
+
+    deltas = backward(torch.ones_like(losses), retain_graph=check_samples or create_graph, create_graph=create_graph)
+    if check_samples:
+        half = torch.randperm(batch, generator=torch.Generator().manual_seed(batch)).to(losses.device) < batch // 2
+        for record, whole, part in zip(records, deltas, backward(half.to(losses.dtype)), strict=True):
+            # The losses of one half must have all of the deltas of that half, and none of the other's.
+            difference = part - whole.detach() * half.view(-1, *[1] * (part.ndim - 1))
+            bound = torch.finfo(part.dtype).eps ** 0.5 * whole.detach().abs().amax() if part.numel() else 0
+            if (difference.abs() > bound).any() or (part[~half] != 0).any():
+                raise CaptureError(
+                    f"{record.weight or record.bias}: the loss of a sample depends on other rows of the layer's input "
+                    f"{tuple(record.shape[:-1])} than its own, so that samples mix or the batch is not the first "
+                    "dimension; see that the layer's input is [B, ..., I] in the order of the losses"
+                )
+    return deltas
 
 
 def _select(records: list[_Record], pick: str | None) -> list[_Record]:
-    if pick is None or not records:
+    if pick is None:
         return records
-    order = list(dict.fromkeys(record.weight for record in records if record.weight is not None))
-    name = order[0] if pick == "first" else order[-1]
-    return [record for record in records if record.weight == name]
+    weights = [record.weight for record in records if record.weight is not None]
+    if not weights:
+        return []
+    name = weights[0] if pick == "first" else weights[-1]
+    biases = {record.bias for record in records if record.weight == name}
+    # Another layer may share the bias alone.
+    kept = (
+        record._replace(
+            weight=record.weight if record.weight == name else None,
+            bias=record.bias if record.bias in biases else None,
+        )
+        for record in records
+    )
+    return [record for record in kept if record.weight or record.bias]
+
+
+def _refuse_unseen(mode: _Capture, losses: Tensor, owners: dict[str, str]) -> None:
+    """Walk the graph for chosen parameters that it reaches by another way than their aliases."""
+    seen = {known.alias.grad_fn for known in mode.known.values() if mode.keep_graph and known.alias is not None}
+    seen.add(None)
+    stack = [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        stack += [child for child, _ in node.next_functions]
+        leaf = mode.known.get(id(getattr(node, "variable", None)))
+        if leaf is not None and leaf.name is not None:
+            raise UnsupportedLayerError(
+                f"{leaf.name} is used where gradext cannot see it (a custom autograd function, compiled or scripted "
+                "code, a view made before the call), so that its per-sample gradient would be wrong; leave the layer "
+                f"{owners[leaf.name]!r} out with layers="
+            )
 
 
 def _verify(mode: _Capture, records: list[_Record], owners: dict[str, str], pick: str | None, batch: int) -> None:
@@ -290,28 +382,28 @@ def _verify(mode: _Capture, records: list[_Record], owners: dict[str, str], pick
             )
 
 
-def _refuse_mixing(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise CaptureError(
-                f"{name or 'the model'} ({type(module).__name__}) normalises with the statistics of the batch, so that "
-                "the samples mix and per-sample gradients do not exist; call model.eval(), or use GroupNorm"
-            )
+def _refuse_batch_statistics(input, mean, var, weight=None, bias=None, training=False, *args, **kwargs) -> None:
+    if training:
+        raise CaptureError(_MIXING.format("F.batch_norm with training=True"))
 
 
-def _as_constant(value):
-    """An input that needs no gradient and may be used in a graph."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if value.is_inference() else value.detach() if value.requires_grad else value
+def as_constant(value):
+    """Model inputs that need no gradient and may be used in a graph, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value.detach() if value.requires_grad else value
+    if type(value) in (tuple, list):
+        return type(value)(as_constant(v) for v in value)
+    return {key: as_constant(v) for key, v in value.items()} if type(value) is dict else value
 
 
 @contextlib.contextmanager
 def _restored_buffers(model: nn.Module):
     """Buffers that a forward in training mode updates (power iterations, running statistics) are put back."""
     kept = []
-    for module in model.modules():
-        if module.training:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise CaptureError(_MIXING.format(f"{name or 'the model'} ({type(module).__name__})"))
+        if module.training and module._buffers:
             kept += [(b, b._version, b.clone()) for b in module._buffers.values() if b is not None]
     try:
         yield

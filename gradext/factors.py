@@ -107,10 +107,12 @@ class GradFactors:
 
     def _blocks(self) -> Iterable[Tensor]:
         """The gradients [b, O, I] in blocks of samples of a few MB, for what has no cheaper form."""
-        _, O, I = self.shape
-        step = max(1, BLOCK_ELEMENTS // max(1, O * I))
+        step = self._block_size()
         for b in range(0, len(self), step):
             yield self[b : b + step].materialize(dtype=accumulation_type(self.dtype))
+
+    def _block_size(self) -> int:
+        return max(1, BLOCK_ELEMENTS // max(1, self.shape[1] * self.shape[2]))
 
     # --- the gradients themselves ------------------------------------------------------------------------------------
 
@@ -156,14 +158,12 @@ class GradFactors:
 
     def cosine(self, reference: Tensor, eps: float = 1e-12) -> Tensor:
         """``⟨G[b], R⟩ / (‖G[b]‖‖R‖)`` -> [B] in [-1, 1]; 0 where the product of norms is below ``eps``."""
-        scale = self.norm() * torch.linalg.vector_norm(reference.to(accumulation_type(reference.dtype)))
-        value = self.dot(reference) / scale.clamp_min(eps)
-        return torch.where(scale < eps, torch.zeros_like(value), value)
+        return _cosine(self.dot(reference), self.norm(), [reference], eps)
 
     def gram(self, other: GradFactors | None = None) -> Tensor:
         """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)`` -> [B, C]; ``other`` defaults to self.
 
-        T = 1: BC(O + I). T > 1: BCTS(O + I) or, through blocks of gradients, BCOI + (B + C)TOI, the lesser.
+        T = 1: BC(O + I). T > 1: BCTS(O + I), or through n blocks of gradients BCOI + (BT + nCS)OI, the lesser.
         """
         other = self if other is None else other
         if other.shape[1:] != self.shape[1:]:
@@ -177,22 +177,26 @@ class GradFactors:
         if self.delta.ndim == 2 and other.delta.ndim == 2:
             return (delta @ other_delta.mT) * (activation @ other_activation.mT)
         T, S = self.positions, other.positions
-        if B * C * T * S * (O + I) > B * C * O * I + (B + C) * T * O * I:
-            rows = []
-            for block in self._blocks():
-                columns = [block.flatten(1) @ column.flatten(1).mT for column in other._blocks()]
-                rows.append(torch.cat(columns, dim=1))
-            return torch.cat(rows)
-        (a, d), (oa, od) = self._explicit(), other._explicit()
-        a, d, oa, od = widen(a, d, oa, od)
-        step = max(1, BLOCK_ELEMENTS // max(1, T * S * C))
-        rows = []
-        for b in range(0, B, step):
-            products = torch.einsum("bto,cso->bcts", d[b : b + step], od) * torch.einsum(
-                "bti,csi->bcts", a[b : b + step], oa
+        if 0 in (B, C, T, S):
+            return delta.new_zeros(B, C)
+        rows = math.ceil(B / self._block_size())  # for each of which the other's gradients are formed again
+        if (B * C + B * T + rows * C * S) * O * I < B * C * T * S * (O + I):
+            blocks = ([row.flatten(1) @ column.flatten(1).mT for column in other._blocks()] for row in self._blocks())
+        else:
+            step = max(1, math.isqrt(BLOCK_ELEMENTS // max(1, T * S)))  # blocks of step · T by step · S numbers
+            columns = [other[c : c + step]._rows() for c in range(0, C, step)]
+            blocks = (
+                [
+                    ((d @ od.mT) * (a @ oa.mT)).unflatten(1, (-1, S)).unflatten(0, (-1, T)).sum((1, 3))
+                    for oa, od in columns
+                ]
+                for a, d in (self[b : b + step]._rows() for b in range(0, B, step))
             )
-            rows.append(products.sum((2, 3)))
-        return torch.cat(rows) if rows else d.new_zeros(0, C)
+        return torch.cat([torch.cat(row, dim=1) for row in blocks])
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """[B·T, I] and [B·T, O], in the type that sums are taken in."""
+        return widen(*(factor.flatten(0, 1) for factor in self._explicit()))
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """H functionals of each gradient, ``y[b, h] = ⟨G[b], weight[h]⟩ + bias[h]``, weight [H, O, I] -> [B, H].
@@ -217,13 +221,17 @@ class GradFactors:
         """A random projection of each flattened gradient to ``dim`` numbers that keeps inner products -> [B, dim].
 
         TensorSketch: ``⟨sketch(G), sketch(H)⟩`` has mean ``⟨G, H⟩`` over seeds and a variance of at most
-        ``8‖G‖²‖H‖² / dim``. Hashes come from ``seed`` by integer arithmetic, so that every device and every cut into
-        batches gives the same projection, and none is stored; BT(O + I + dim log dim) operations.
+        ``(6 / dim + 4 / dim²)‖G‖²‖H‖²``. Hashes come from ``seed`` by integer arithmetic, so that every device and
+        every cut into batches gives the same projection, and none is stored; BT(O + I + dim log dim) operations.
         Source: Pham and Pagh, "Fast and scalable polynomial kernels via explicit feature maps", KDD 2013.
         """
+        # Pairs of entries that share no row and no column collide with probability 1/dim, and add 2/dim, and
+        # crosswise too with probability at most 2/dim², and add 4/dim²; those in one row or one column add 2/dim each.
         if dim < 1:
             raise ValueError(f"dim: expected a positive integer, but got {dim!r}")
         activation, delta = widen(*self._explicit())
+        if len(self) == 0 or self.positions == 0:  # which torch.fft refuses
+            return delta.new_zeros(len(self), dim)
         sketches = (_count_sketch(x, dim, seed, stream) for stream, x in enumerate((delta, activation)))
         left, right = (torch.fft.rfft(sketched, dim=-1) for sketched in sketches)
         return torch.fft.irfft((left * right).sum(1), n=dim, dim=-1)
@@ -253,7 +261,7 @@ class GradFactors:
         if self.delta.ndim == 2:
             delta, activation = widen(self.delta, self.activation)
             return delta.square().mT @ activation.square() / len(self)
-        return torch.stack([block.square().sum(0) for block in self._blocks()]).sum(0) / len(self)
+        return sum(block.square().sum(0) for block in self._blocks()) / len(self)
 
     def _refuse_empty(self, method: str) -> None:
         if len(self) == 0:
@@ -271,12 +279,12 @@ class GradFactors:
             return ops.dot(delta.square(), activation.square(), diag)
         if tuple(diag.shape) != tuple(self.shape[1:]):
             raise ValueError(f"diag: expected shape {list(self.shape[1:])}, but got {list(diag.shape)}")
-        return self._over_blocks(lambda gradient: (gradient.square() * diag).sum((1, 2)))
+        return self._over_blocks(lambda gradient: (gradient.square() * diag.to(gradient.dtype)).sum((1, 2)))
 
     def quadratic_kron(self, A_inv: Tensor, D_inv: Tensor) -> Tensor:
-        """``tr(G[b]ᵀ D⁻¹ G[b] A⁻¹) = Σ_ts (δ_tᵀ D⁻¹ δ_s)(a_tᵀ A⁻¹ a_s)`` -> [B], A_inv [I, I], D_inv [O, O].
+        """``tr(G[b]ᵀ D⁻¹ G[b] A⁻¹) = Σ_ts (δ_tᵀ D⁻¹ δ_s)(a_sᵀ A⁻¹ a_t)`` -> [B], A_inv [I, I], D_inv [O, O].
 
-        The Kronecker-factored Fisher norm, for D⁻¹ and A⁻¹ symmetric and positive; BT(O² + I²) + BT²(O + I).
+        The Kronecker-factored Fisher norm, where D⁻¹ and A⁻¹ are symmetric and positive; BT(O² + I²) + BT²(O + I).
         """
         _, O, I = self.shape
         for name, matrix, size in (("A_inv", A_inv, I), ("D_inv", D_inv, O)):
@@ -285,7 +293,7 @@ class GradFactors:
         activation, delta = widen(*self._explicit())
         left = (delta @ D_inv.to(delta.dtype)) @ delta.mT
         right = (activation @ A_inv.to(activation.dtype)) @ activation.mT
-        return (left * right).sum((1, 2))
+        return (left * right.mT).sum((1, 2))
 
 
 class LayerFactors(dict):
@@ -312,9 +320,7 @@ class LayerFactors(dict):
 
     def cosine(self, reference: dict[str, Tensor], eps: float = 1e-12) -> Tensor:
         """The cosine between all layers' gradients together and the reference -> [B]."""
-        dot = self.dot(reference)
-        scale = self.norm() * math.sqrt(sum(float(r.double().square().sum()) for r in reference.values()))
-        return torch.where(scale < eps, torch.zeros_like(dot), dot / scale.clamp_min(eps))
+        return _cosine(self.dot(reference), self.norm(), list(reference.values()), eps)
 
     def gram(self, other: LayerFactors | None = None) -> Tensor:
         """``Σ_layers K_layer`` -> [B, C]."""
@@ -322,6 +328,13 @@ class LayerFactors(dict):
         if set(other) != set(self):
             raise ValueError(f"other: expected the layers {sorted(self)}, but got {sorted(other)}")
         return sum(factors.gram(other[name]) for name, factors in self.items())
+
+
+def _cosine(dot: Tensor, norm: Tensor, references: list[Tensor], eps: float) -> Tensor:
+    norms = [torch.linalg.vector_norm(reference.to(norm.dtype)) for reference in references]
+    scale = norm * torch.linalg.vector_norm(torch.stack(norms))
+    value = (dot / scale.clamp_min(eps)).clamp(-1, 1)
+    return torch.where(scale < eps, torch.zeros_like(value), value)
 
 
 def _safe_sqrt(square: Tensor) -> Tensor:
@@ -333,7 +346,8 @@ def _safe_sqrt(square: Tensor) -> Tensor:
 def _count_sketch(x: Tensor, dim: int, seed: int, stream: int) -> Tensor:
     """Σ over the last dimension into ``dim`` buckets with random signs, both by hashing the index."""
     index = torch.arange(x.shape[-1], device=x.device, dtype=torch.int64)
-    hashed = _mix(index + _mix(torch.tensor(2 * seed + stream, device=x.device, dtype=torch.int64)))
+    wrapped = (2 * seed + stream + 2**63) % 2**64 - 2**63  # any integer, to a signed 64-bit one
+    hashed = _mix(index + _mix(torch.tensor(wrapped, device=x.device, dtype=torch.int64)))
     sign = ((hashed >> 32) & 1).to(x.dtype) * 2 - 1
     bucket = (hashed & 0x7FFFFFFF) % dim
     return x.new_zeros(*x.shape[:-1], dim).index_add(-1, bucket, x * sign)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .capture import Use, capture
+from .capture import Use, as_constant, capture
 from .errors import NonFiniteError
 from .factors import GradFactors, LayerFactors
 from .layers import LayerChoice, choose_layers
@@ -28,6 +29,7 @@ def batch_layer_grads(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
+    check_samples: bool = False,
     create_graph: bool = False,
 ) -> dict[str, Tensor]:
     """The gradient of every sample's own loss with respect to the weights of the chosen layers.
@@ -52,6 +54,9 @@ def batch_layer_grads(
         dtype: type of the results; default: the parameters' (or that of ``out``).
         backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"reference"``.
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
+        check_samples: raise CaptureError where a sample's loss depends on another sample's row of a chosen layer's
+            input, at the price of a second backward. Worth one call for a model that is new; it is always done where
+            there are as many positions as samples, since then shapes cannot tell them apart.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
 
     A tuple output means its first element.
@@ -70,7 +75,7 @@ def batch_layer_grads(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, ops.DTYPES))}, but got {dtype}")
     if out is not None and create_graph:
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
-    uses, parameters = _uses(model, x, loss, target, layers, include_bias, check_finite, create_graph)
+    uses, parameters = _uses(model, x, loss, target, layers, include_bias, check_finite, check_samples, create_graph)
     weights, biases = _by_parameter(uses)
     shapes = {name: tuple(factors.shape) for name, factors in weights.items()}
     shapes |= {name: tuple(value.shape) for name, value in biases.items()}
@@ -94,6 +99,7 @@ def batch_layer_factors(
     layers: LayerChoice = None,
     include_bias: bool = False,
     check_finite: bool = False,
+    check_samples: bool = False,
     create_graph: bool = False,
 ) -> LayerFactors:
     """The factors of the same gradients: ``{"decoder.0": GradFactors, ...}``; nothing of size B·O·I exists.
@@ -109,7 +115,14 @@ def batch_layer_factors(
     >>> factors["2"].norm().shape
     torch.Size([5])
     """
-    uses, _ = _uses(model, x, loss, target, layers, include_bias, check_finite, create_graph)
+    uses, _ = _uses(model, x, loss, target, layers, include_bias, check_finite, check_samples, create_graph)
+    # Factors outlive the call, and the first layer's input can be the caller's tensor, which may be overwritten.
+    args, kwargs = _as_call(x)
+    given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+    uses = [
+        use._replace(input=use.input.clone()) if use.input.untyped_storage().data_ptr() in given else use
+        for use in uses
+    ]
     weights, biases = _by_parameter(uses)
     result = LayerFactors((name.removesuffix(".weight"), factors) for name, factors in weights.items())
     for name, value in biases.items():
@@ -118,16 +131,17 @@ def batch_layer_factors(
 
 
 def _uses(
-    model, x, loss, target, layers, include_bias, check_finite, create_graph
+    model, x, loss, target, layers, include_bias, check_finite, check_samples, create_graph
 ) -> tuple[list[Use], dict[str, nn.Parameter]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
     candidates, pick = choose_layers(model, layers)
+    parameters = dict(model.named_parameters())
     args, kwargs = _as_call(x)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or tensors[0].ndim == 0:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
-    _check_device(model, tensors[0])
+    _check_device(parameters, tensors[0])
     if target is None:
         target = tensors[0]
 
@@ -138,7 +152,7 @@ def _uses(
                 f"model: expected an output tensor [B, ...] or a tuple that begins with one, but got "
                 f"{type(output).__name__}; wrap the model so that it returns the tensor that the loss takes"
             )
-        return per_sample_loss(loss, output, target)
+        return per_sample_loss(loss, output, as_constant(target))
 
     uses = capture(
         model,
@@ -146,13 +160,16 @@ def _uses(
         kwargs,
         objective,
         candidates,
+        parameters,
         pick=pick,
         include_bias=include_bias,
+        watch_objective=callable(loss),
+        check_samples=check_samples,
         create_graph=create_graph,
     )
     if check_finite:
         _refuse_non_finite(uses)
-    return uses, dict(model.named_parameters())
+    return uses, parameters
 
 
 def _as_call(x) -> tuple[tuple, dict]:
@@ -161,8 +178,8 @@ def _as_call(x) -> tuple[tuple, dict]:
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
 
 
-def _check_device(model: nn.Module, x: Tensor) -> None:
-    devices = {p.device for p in model.parameters()}
+def _check_device(parameters: dict[str, nn.Parameter], x: Tensor) -> None:
+    devices = {parameter.device for parameter in parameters.values()}
     if len(devices) == 1 and x.device not in devices:
         (device,) = devices
         raise ValueError(
@@ -175,8 +192,7 @@ def _by_parameter(uses: list[Use]) -> tuple[dict[str, GradFactors], dict[str, Te
     weights: dict[str, list[tuple[Tensor, Tensor]]] = {}
     biases: dict[str, list[Tensor]] = {}
     for use in uses:
-        batch = use.delta.shape[0]
-        activation, delta = use.rule.factors(use.input, use.delta, batch)
+        activation, delta = use.rule.factors(use.input, use.delta)
         if use.bias is not None:
             biases.setdefault(use.bias, []).append(delta if delta.ndim == 2 else delta.sum(1))
         if use.weight is not None:
@@ -187,7 +203,7 @@ def _by_parameter(uses: list[Use]) -> tuple[dict[str, GradFactors], dict[str, Te
             joined[name] = GradFactors(*parts[0])
         else:
             stacked = [[f.unsqueeze(1) if f.ndim == 2 else f for f in part] for part in parts]
-            kind = torch.promote_types(parts[0][0].dtype, parts[-1][0].dtype)
+            kind = functools.reduce(torch.promote_types, (activation.dtype for activation, _ in parts))
             activations, deltas = zip(*stacked, strict=True)
             joined[name] = GradFactors(
                 torch.cat([a.to(kind) for a in activations], dim=1), torch.cat([d.to(kind) for d in deltas], dim=1)

@@ -44,11 +44,11 @@ class LinearRule:
         return Bound(args[0], args[1], None, transposed=False)
 
     @staticmethod
-    def factors(input: Tensor, delta: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def factors(input: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """(x [B, ..., I], δ [B, ..., O]) -> (activation [B, (T,) I], delta [B, (T,) O])."""
         if input.ndim == 2:
             return input, delta
-        return input.reshape(batch, -1, input.shape[-1]), delta.reshape(batch, -1, delta.shape[-1])
+        return input.flatten(1, -2), delta.flatten(1, -2)
 
 
 def _linear_arguments(input, weight, bias=None):

@@ -14,7 +14,7 @@ from torch import Tensor
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 # Nodes that move values without changing them: looked through when asking what an output ends in.
-_LAYOUT_NODES = frozenset(
+_LAYOUT_NODES = {"BackwardHookFunctionBackward"} | frozenset(
     f"{name}Backward{k}"
     for name in (
         "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias", "Clone", "ToCopy", "Transpose",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.reference import accumulation_type
+from .backends.reference import accumulation_type, widen
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -155,6 +155,9 @@ def _contraction_kernel(name: str, operand: str | None, shape: str, result_shape
 
     def kernel(delta, activation, *operands, backend=None):
         check(delta, activation, operands)
+        # Backends get operands of the factors' type, or of the wider one that they accumulate in.
+        wide = accumulation_type(delta.dtype)
+        operands = [t if t.dtype in (delta.dtype, wide) else t.to(wide) for t in operands]
         return backends.implementation(name, backend, delta.device.type)(delta, activation, *operands)
 
     def fake(delta, activation, *operands, backend=None):
@@ -174,59 +177,72 @@ def _save_factors(ctx, inputs, output, keyword_only_inputs=None):
     ctx.save_for_backward(*inputs)
 
 
-def _positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, T, O] and [B, T, I], with T = 1 made explicit."""
-    return (delta.unsqueeze(1), activation.unsqueeze(1)) if delta.ndim == 2 else (delta, activation)
+def _saved(ctx) -> tuple[Tensor, ...]:
+    """Factors [B, T, O] and [B, T, I], with T = 1 made explicit, and operands, in the type that sums are taken in."""
+    delta, activation, *operands = ctx.saved_tensors
+    if delta.ndim == 2:
+        delta, activation = delta.unsqueeze(1), activation.unsqueeze(1)
+    delta, activation = widen(delta, activation)
+    return delta, activation, *(operand.to(delta.dtype) for operand in operands)
+
+
+def _as_saved(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(
+        None if grad is None else grad.reshape(saved.shape).to(saved.dtype)
+        for grad, saved in zip(grads, ctx.saved_tensors, strict=True)
+    )
 
 
 def _outer_backward(ctx, grad):
     """Ḡ [B, O, I]: δ̄_t = Ḡ a_t, ā_t = Ḡᵀ δ_t."""
-    delta, activation = ctx.saved_tensors
-    d, a = _positions(delta, activation)
-    grad = grad.to(delta.dtype)
-    return (a @ grad.mT).reshape(delta.shape), (d @ grad).reshape(activation.shape)
+    d, a = _saved(ctx)
+    grad = grad.to(d.dtype)
+    return _as_saved(ctx, a @ grad.mT, d @ grad)
 
 
 def _sq_norm_backward(ctx, grad):
     """s̄ [B]: δ̄_t = 2 s̄ Σ_s (a_t·a_s) δ_s, ā_t = 2 s̄ Σ_s (δ_t·δ_s) a_s."""
-    delta, activation = ctx.saved_tensors
-    d, a = _positions(delta, activation)
-    scale = (2 * grad).to(delta.dtype)[:, None, None]
-    return (scale * ((a @ a.mT) @ d)).reshape(delta.shape), (scale * ((d @ d.mT) @ a)).reshape(activation.shape)
+    d, a = _saved(ctx)
+    scale = 2 * grad[:, None, None]
+    return _as_saved(ctx, scale * ((a @ a.mT) @ d), scale * ((d @ d.mT) @ a))
 
 
 def _dot_backward(ctx, grad):
     """s̄ [B]: δ̄_t = s̄ R a_t, ā_t = s̄ Rᵀ δ_t, R̄ = Σ_bt s̄_b δ_bt a_btᵀ."""
-    delta, activation, reference = ctx.saved_tensors
-    d, a = _positions(delta, activation)
-    scaled = grad.to(delta.dtype)[:, None, None] * d
-    R = reference.to(delta.dtype)
-    grad_delta = (grad.to(delta.dtype)[:, None, None] * (a @ R.mT)).reshape(delta.shape)
-    grad_reference = scaled.flatten(0, 1).mT @ a.flatten(0, 1)
-    return grad_delta, (scaled @ R).reshape(activation.shape), grad_reference.to(reference.dtype)
+    d, a, R = _saved(ctx)
+    grad = grad[:, None, None]
+    scaled = grad * d
+    grad_reference = scaled.flatten(0, 1).mT @ a.flatten(0, 1) if ctx.needs_input_grad[2] else None
+    return _as_saved(ctx, grad * (a @ R.mT), scaled @ R, grad_reference)
 
 
 def _linear_backward(ctx, grad):
     """ȳ [B, H]: W̄[h] = Σ_bt ȳ_bh δ_bt a_btᵀ, δ̄_t = Σ_h ȳ_h W[h] a_t, ā_t = Σ_h ȳ_h W[h]ᵀ δ_t."""
-    delta, activation, weight = ctx.saved_tensors
-    d, a = _positions(delta, activation)
-    (_, T, O), I = d.shape, a.shape[2]
-    d, a, W = d.flatten(0, 1), a.flatten(0, 1), weight.to(delta.dtype)
-    g = grad.to(delta.dtype).repeat_interleave(T, dim=0).mT.unsqueeze(-1)  # [H, BT, 1]
-    if I <= O:  # the scaled copy of the shorter factor is the intermediate, [H, BT, min(O, I)]
-        scaled = g * a
-        grad_weight = d.mT @ scaled
-        grad_delta = (scaled @ W.mT).sum(0) if ctx.needs_input_grad[0] else None
-        grad_activation = (g * (d @ W)).sum(0) if ctx.needs_input_grad[1] else None
-    else:
-        scaled = g * d
-        grad_weight = scaled.mT @ a
-        grad_delta = (g * (a @ W.mT)).sum(0) if ctx.needs_input_grad[0] else None
-        grad_activation = (scaled @ W).sum(0) if ctx.needs_input_grad[1] else None
+    d, a, W = _saved(ctx)
+    T = d.shape[1]
+    d, a = d.flatten(0, 1), a.flatten(0, 1)
+    g = grad.repeat_interleave(T, dim=0)  # [BT, H]
+    if d.shape[1] >= a.shape[1]:
+        grads = _contract_linear(g, d, a, W, ctx.needs_input_grad)
+    else:  # the same with the roles of the factors exchanged
+        needed = [ctx.needs_input_grad[k] for k in (1, 0, 2)]
+        grad_a, grad_d, grad_W = _contract_linear(g, a, d, W.mT, needed)
+        grads = grad_d, grad_a, None if grad_W is None else grad_W.mT
+    return _as_saved(ctx, *grads)
+
+
+def _contract_linear(g: Tensor, long: Tensor, short: Tensor, W: Tensor, needed) -> tuple[Tensor | None, ...]:
+    """g [N, H], long [N, O], short [N, I], W [H, O, I]: gradients of both factors and of W by one product each.
+
+    The intermediates are of the shorter factor's size, [N, H, I].
+    """
+    (N, H), O, I = g.shape, long.shape[1], short.shape[1]
+    scaled = (g.unsqueeze(2) * short.unsqueeze(1)).reshape(N, H * I)
+    by_long = W.transpose(0, 1).reshape(O, H * I)
     return (
-        None if grad_delta is None else grad_delta.reshape(delta.shape),
-        None if grad_activation is None else grad_activation.reshape(activation.shape),
-        grad_weight.to(weight.dtype),
+        scaled @ by_long.mT if needed[0] else None,
+        (g.unsqueeze(2) * (long @ by_long).reshape(N, H, I)).sum(1) if needed[1] else None,
+        (long.mT @ scaled).reshape(O, H, I).transpose(0, 1) if needed[2] else None,
     )
 
 

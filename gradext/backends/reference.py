@@ -68,13 +68,12 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
 def dot(delta: Tensor, activation: Tensor, reference: Tensor) -> Tensor:
     """``⟨G[b], reference⟩ = Σ_t δ_tᵀ R a_t`` with R [O, I] -> [B]; BTOI operations, intermediate BT·min(O, I)."""
     delta, activation, reference = widen(delta, activation, reference)
-    B, (O, I) = delta.shape[0], reference.shape
-    rows_delta, rows_activation = delta.reshape(-1, O), activation.reshape(-1, I)
-    if I <= O:
+    rows_delta, rows_activation = delta.flatten(0, -2), activation.flatten(0, -2)
+    if reference.shape[1] <= reference.shape[0]:
         value = torch.linalg.vecdot(rows_delta @ reference, rows_activation)
     else:
         value = torch.linalg.vecdot(rows_activation @ reference.mT, rows_delta)
-    return value if delta.ndim == 2 else value.reshape(B, delta.shape[1]).sum(1)
+    return value if delta.ndim == 2 else value.reshape(delta.shape[:2]).sum(1)
 
 
 def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
     if delta.ndim == 3:
         T = delta.shape[1]
         if T * H <= T + H:
-            rows = linear(delta.reshape(-1, O), activation.reshape(-1, I), weight)
+            rows = linear(delta.flatten(0, 1), activation.flatten(0, 1), weight)
             return rows.reshape(B, T, H).sum(1)
         step, flat = max(1, BLOCK_ELEMENTS // max(1, O * I)), weight.reshape(H, O * I).mT
         blocks = [
@@ -103,6 +102,6 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         if I <= O:
             result[b : b + step] = torch.linalg.vecdot(torch.matmul(d, weight), a).mT
         else:
-            rows = (a @ weight.reshape(H * O, I).mT).reshape(-1, H, O)
+            rows = (a @ weight.reshape(H * O, I).mT).unflatten(1, (H, O))
             result[b : b + step] = torch.linalg.vecdot(rows, d.unsqueeze(1))
     return result
