@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import layers as rules
 from .errors import CaptureError, UnsupportedLayerError
+from .losses import Root
 
 # Functions whose result is the same weight in another form: transposed, or of another type or layout.
 _TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
@@ -220,7 +221,7 @@ def capture(
     model: nn.Module,
     args: tuple,
     kwargs: dict,
-    objective: Callable[[object], Tensor],
+    objective: Callable[[object], Root],
     candidates: dict[str, nn.Module],
     parameters: dict[str, nn.Parameter],
     *,
@@ -232,10 +233,10 @@ def capture(
 ) -> list[Use]:
     """Run ``model(*args, **kwargs)`` and return every use of the candidates' weights, in order of execution.
 
-    ``objective`` maps the model's output to the per-sample losses [B]; ``parameters`` are the model's, by name;
-    ``pick`` keeps only the first or last weight executed; ``watch_objective=False`` promises that the objective uses no
-    parameter. Raises CaptureError where the result could be wrong: samples
-    that mix, a layer that never ran, an input overwritten after use; UnsupportedLayerError for a use without a rule.
+    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``parameters`` are the
+    model's, by name; ``pick`` keeps only the first or last weight executed; ``watch_objective=False`` promises that the
+    objective uses no parameter. Raises CaptureError where the result could be wrong: samples that mix, a layer that
+    never ran, an input overwritten after use; UnsupportedLayerError for a use without a rule.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     owners: dict[str, str] = {}  # chosen parameter -> layer
@@ -255,14 +256,14 @@ def capture(
         with mode:
             output = model(*args, **kwargs)
         with mode if watch_objective else contextlib.nullcontext():
-            losses = objective(output)
-        _refuse_unseen(mode, losses, owners)
+            root = objective(output)
+        _refuse_unseen(mode, root, owners)
         records = _select(mode.records, pick)
-        _verify(mode, records, owners, pick, batch=losses.shape[0])
+        _verify(mode, records, owners, pick, batch=root.gradient.shape[0])
         if not records:
             return []
         mode.records, mode.unruled = [], {}
-        deltas = _deltas(mode, losses, records, check_samples, create_graph)
+        deltas = _deltas(mode, root, records, check_samples, create_graph)
     return [
         Use(
             record.weight,
@@ -277,32 +278,35 @@ def capture(
 
 
 def _deltas(
-    mode: _Capture, losses: Tensor, records: list[_Record], check_samples: bool, create_graph: bool
+    mode: _Capture, root: Root, records: list[_Record], check_samples: bool, create_graph: bool
 ) -> list[Tensor]:
     """The gradient of the summed losses with respect to every recorded output."""
-    batch = losses.shape[0]
+    batch = root.gradient.shape[0]
     # With as many positions as samples their order could be exchanged, and the shapes would not tell.
     check_samples = batch > 1 and (check_samples or any(batch in record.shape[1:-1] for record in records))
-    if not losses.requires_grad:  # they do not depend on the chosen layers at all
+    if root.edge is None:  # the losses do not depend on the chosen layers at all
         return [record.input.new_zeros(record.shape, dtype=record.dtype) for record in records]
 
-    start, edges = (get_gradient_edge(losses),), [record.edge for record in records]
+    edges = [record.edge for record in records]
 
-    def backward(weights: Tensor, **options) -> list[Tensor]:
+    def backward(gradient: Tensor, **options) -> list[Tensor]:
         # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
         # edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
         with mode:
-            found = torch.autograd.grad(start, edges, (weights,), allow_unused=True, **options)
+            found = torch.autograd.grad((root.edge,), edges, (gradient,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
             r.input.new_zeros(r.shape, dtype=r.dtype) if delta is None else delta.reshape(r.shape)
             for r, delta in zip(records, found, strict=True)
         ]
 
-    deltas = backward(torch.ones_like(losses), retain_graph=check_samples or create_graph, create_graph=create_graph)
+    deltas = backward(root.gradient, retain_graph=check_samples or create_graph, create_graph=create_graph)
     if check_samples:
-        half = torch.randperm(batch, generator=torch.Generator().manual_seed(batch)).to(losses.device) < batch // 2
-        for record, whole, part in zip(records, deltas, backward(half.to(losses.dtype)), strict=True):
+        half = (
+            torch.randperm(batch, generator=torch.Generator().manual_seed(batch)).to(root.gradient.device) < batch // 2
+        )
+        rows = half.to(root.gradient.dtype).view(-1, *[1] * (root.gradient.ndim - 1))
+        for record, whole, part in zip(records, deltas, backward(root.gradient * rows), strict=True):
             # The losses of one half must have all of the deltas of that half, and none of the other's.
             difference = part - whole.detach() * half.view(-1, *[1] * (part.ndim - 1))
             bound = torch.finfo(part.dtype).eps ** 0.5 * whole.detach().abs().amax() if part.numel() else 0
@@ -334,11 +338,11 @@ def _select(records: list[_Record], pick: str | None) -> list[_Record]:
     return [record for record in kept if record.weight or record.bias]
 
 
-def _refuse_unseen(mode: _Capture, losses: Tensor, owners: dict[str, str]) -> None:
+def _refuse_unseen(mode: _Capture, root: Root, owners: dict[str, str]) -> None:
     """Walk the graph for chosen parameters that it reaches by another way than their aliases."""
     seen = {known.alias.grad_fn for known in mode.known.values() if mode.keep_graph and known.alias is not None}
     seen.add(None)
-    stack = [losses.grad_fn]
+    stack = [] if root.edge is None else [root.edge.node]
     while stack:
         node = stack.pop()
         if node in seen:

@@ -14,7 +14,7 @@ from .capture import Use, as_constant, capture
 from .errors import NonFiniteError
 from .factors import GradFactors, LayerFactors
 from .layers import LayerChoice, choose_layers
-from .losses import PerSampleLoss, per_sample_loss
+from .losses import PerSampleLoss, Root, backward_root
 
 
 def batch_layer_grads(
@@ -145,14 +145,14 @@ def _uses(
     if target is None:
         target = tensors[0]
 
-    def objective(output) -> Tensor:
+    def objective(output) -> Root:
         output = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(output, Tensor) or output.ndim == 0:
             raise TypeError(
                 f"model: expected an output tensor [B, ...] or a tuple that begins with one, but got "
                 f"{type(output).__name__}; wrap the model so that it returns the tensor that the loss takes"
             )
-        return per_sample_loss(loss, output, as_constant(target))
+        return backward_root(loss, output, as_constant(target), create_graph=create_graph)
 
     uses = capture(
         model,

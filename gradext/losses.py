@@ -1,15 +1,18 @@
 """Per-sample losses: ``(output [B, ...], target) -> loss [B]``, summed over the sample's own elements.
 
-They are never divided by the batch size, so that the gradient of a sample does not depend on its company.
+They are never divided by the batch size, so that the gradient of a sample does not depend on its company. What capture
+needs of a loss is not its value but where the backward begins, and with which gradient: `backward_root`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,26 +56,76 @@ LOSSES: dict[str, PerSampleLoss] = {
 
 
 def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
-    """Apply ``loss``, a name of `LOSSES`, ``"auto"`` or a callable, and check that it gives one value a sample.
+    """The value of ``loss``, as `backward_root` understands it -> [B]."""
+    if callable(loss):
+        return _checked_values(loss(output, target), output.shape[0])
+    loss, target = _checked_target(loss, output, target)
+    return _in_full_precision(LOSSES[loss], output, target)
+
+
+class Root(NamedTuple):
+    """Where the backward of Σ_b loss_b begins: an edge of the graph (None: no graph), and the gradient [B, ...] there.
+
+    Row b of the gradient is that of loss_b alone.
+    """
+
+    edge: GradientEdge | None
+    gradient: Tensor
+
+
+def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, create_graph: bool = False) -> Root:
+    """The root for ``loss``, a name of `LOSSES`, ``"auto"`` or a callable.
 
     ``"auto"`` is reconstruction: `bce` where the output ends in a sigmoid and the target lies in [0, 1], else `mse`.
+    Where the gradient of the loss has a closed form, it begins there and the loss is never evaluated: at the sigmoid's
+    input for binary cross entropy, ``p - t``, which stays exact where the sigmoid saturates, and at the output for
+    the squared error, ``2 (output - t)``. With ``create_graph`` the gradient itself keeps its graph.
+    Raises ValueError or TypeError for a loss, output or target that do not fit.
     """
-    batch = output.shape[0]
     if callable(loss):
-        value = loss(output, target)
-        if not isinstance(value, Tensor) or value.shape != (batch,):
-            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"loss: expected a tensor of shape ({batch},), one value for each sample, but the callable returned "
-                f"{came}; use reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
-            )
-        return value
+        return _root(per_sample_loss(loss, output, target))
+    loss, target = _checked_target(loss, output, target)
+    with torch.set_grad_enabled(create_graph):
+        if loss == "bce" and _is_sigmoid(output.grad_fn) and not output._backward_hooks:
+            return Root(GradientEdge(*output.grad_fn.next_functions[0]), _residual(output, target))
+        if loss == "bce_logits":
+            return Root(_edge(output), _residual(output, target, torch.sigmoid))
+        if loss == "mse":
+            return Root(_edge(output), 2 * _residual(output, target))
+    return _root(_in_full_precision(LOSSES[loss], output, target))
+
+
+def _root(values: Tensor) -> Root:
+    return Root(_edge(values), torch.ones_like(values, requires_grad=False))
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+def _residual(output: Tensor, target: Tensor, link: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    wide = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    return ((wide if link is None else link(wide)) - target).to(output.dtype)
+
+
+def _checked_values(values: Tensor, batch: int) -> Tensor:
+    if not isinstance(values, Tensor) or values.shape != (batch,):
+        came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"loss: expected a tensor of shape ({batch},), one value for each sample, but the callable returned "
+            f"{came}; use reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
+        )
+    return values
+
+
+def _checked_target(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
+    """The name of the loss with "auto" resolved, and the target in the output's shape."""
     if loss != "auto" and loss not in LOSSES:
         raise ValueError(f"loss: expected 'auto', one of {sorted(LOSSES)} or a callable, but got {loss!r}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor for loss={loss!r}, but got {type(target).__name__}")
     if loss == "cross_entropy":
-        return _in_full_precision(cross_entropy, output, target)
+        return loss, target
     if not output.is_floating_point():
         raise TypeError(f"output: expected a floating-point tensor for loss={loss!r}, but got {output.dtype}")
     if not target.is_floating_point():
@@ -97,7 +150,7 @@ def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -
             f"target: expected values in [0, 1] for loss={loss!r}, but they span [{low:g}, {high:g}] (NaN included); "
             "scale the data, or use loss='mse'"
         )
-    return _in_full_precision(LOSSES[loss], output, target)
+    return loss, target
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -125,4 +178,8 @@ def _ends_in_sigmoid(output: Tensor) -> bool:
     node = output.grad_fn
     while node is not None and node.name() in _LAYOUT_NODES:
         node = node.next_functions[0][0]
+    return _is_sigmoid(node)
+
+
+def _is_sigmoid(node) -> bool:
     return node is not None and node.name() == "SigmoidBackward0"

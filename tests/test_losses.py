@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gradext
 from gradext.losses import LOSSES, per_sample_loss
 
 
@@ -98,3 +99,53 @@ def test_wrong_types_and_shapes_are_refused():
         ValueError, match=r"loss: expected 'auto', one of \['bce', 'bce_logits', 'cross_entropy', 'mse'\]"
     ):
         per_sample_loss("MSE", output, output)
+
+
+@pytest.mark.parametrize(("name", "tail"), [("bce", True), ("auto", True), ("bce_logits", False), ("mse", False)])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_closed_form_deltas_equal_the_general_route(name, tail, create_graph):
+    """A named loss begins at its closed form, the same loss as a callable at its value."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5), *([nn.Sigmoid()] if tail else [])).double()
+    x = torch.rand(6, 5, dtype=torch.float64)
+    general = LOSSES["bce" if name == "auto" else name]
+    found, expected = (
+        gradext.batch_layer_grads(model, x, loss=loss, create_graph=create_graph) for loss in (name, general)
+    )
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-12, atol=1e-14)
+    if create_graph:
+        for key in expected:
+            a, b = (torch.autograd.grad(g[key].square().sum(), list(model.parameters()), retain_graph=True)
+                    for g in (found, expected))  # fmt: skip
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_closed_form_stays_exact_where_the_sigmoid_saturates():
+    """fp32 sigmoids are exactly 1 from 17 on, where torch's own gradient of the loss vanishes: p - t does not."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Sigmoid())
+    nn.init.constant_(model[0].weight, 40.0)
+    x = torch.tensor([[1.0], [0.5]])
+    grads = gradext.batch_layer_grads(model, x, target=torch.tensor([[0.0], [0.25]]), loss="bce")["0.weight"]
+    torch.testing.assert_close(grads.flatten(), torch.tensor([1.0, 0.375]))
+
+
+def test_hooks_on_the_output_are_not_skipped():
+    """A hook that changes the gradient at the sigmoid's output counts, as it does for torch."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            output = torch.sigmoid(self.linear(x))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: 3 * gradient)
+            return output
+
+    torch.manual_seed(0)
+    model, x = Scaled().double(), torch.rand(4, 3, dtype=torch.float64)
+    found = gradext.batch_layer_grads(model, x, loss="bce")["linear.weight"]
+    expected = gradext.batch_layer_grads(model, x, loss=LOSSES["bce"])["linear.weight"]
+    torch.testing.assert_close(found, expected)
