@@ -1,0 +1,180 @@
+// gradext._C: what Python calls. Tensors cross as addresses, sizes and strides, so one build serves every
+// torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cpu/workspace.h"
+#include "outer.h"
+
+#define GRADEXT_STRING_(x) #x
+#define GRADEXT_STRING(x) GRADEXT_STRING_(x)
+
+namespace py = pybind11;
+
+namespace {
+
+using gradext::DType;
+using gradext::OuterParams;
+
+OuterParams outer_params(std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B,
+                         std::int64_t T, std::int64_t O, std::int64_t I, std::int64_t delta_b,
+                         std::int64_t delta_t, std::int64_t delta_o, std::int64_t activation_b,
+                         std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
+                         std::int64_t out_o, int in_dtype, int out_dtype) {
+  return {reinterpret_cast<const void*>(delta),
+          reinterpret_cast<const void*>(activation),
+          reinterpret_cast<void*>(out),
+          B,
+          T,
+          O,
+          I,
+          delta_b,
+          delta_t,
+          delta_o,
+          activation_b,
+          activation_t,
+          activation_i,
+          out_b,
+          out_o,
+          static_cast<DType>(in_dtype),
+          static_cast<DType>(out_dtype)};
+}
+
+class HostBuffer {
+ public:
+  explicit HostBuffer(std::size_t bytes) : bytes_(bytes), block_(take(bytes)) {}
+  ~HostBuffer() { gradext::workspace_give_back(block_); }
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+
+  void* data() const { return block_.data; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  static gradext::WorkspaceBlock take(std::size_t bytes) {
+    try {
+      return gradext::workspace_take(bytes);
+    } catch (const std::bad_alloc&) {
+      PyErr_Format(PyExc_MemoryError, "gradext could not map %zu bytes of host memory for a result", bytes);
+      throw py::error_already_set();
+    }
+  }
+
+  std::size_t bytes_;
+  gradext::WorkspaceBlock block_;
+};
+
+py::dict build_config() {
+  py::dict config;
+  config["version"] = GRADEXT_STRING(GRADEXT_VERSION);
+  config["source_hash"] = GRADEXT_STRING(GRADEXT_SOURCE_HASH);
+#if defined(__clang__)
+  config["compiler"] = "clang " __clang_version__;
+#else
+  config["compiler"] = "gcc " __VERSION__;
+#endif
+  py::list archs;
+#if defined(GRADEXT_WITH_CUDA)
+  config["cuda"] = true;
+  const int version = gradext::cuda_status().runtime_version;
+  config["cuda_version"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  const std::string names = GRADEXT_STRING(GRADEXT_CUDA_ARCHS);
+  for (std::size_t begin = 0, end; begin < names.size(); begin = end + 1) {
+    end = std::min(names.find('_', begin), names.size());
+    archs.append(names.substr(begin, end - begin));
+  }
+#else
+  config["cuda"] = false;
+  config["cuda_version"] = py::none();
+#endif
+  config["cuda_archs"] = archs;
+  config["cpu_isa"] = gradext::cpu_isa();
+  return config;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+
+  m.attr("F32") = static_cast<int>(DType::f32);
+  m.attr("F64") = static_cast<int>(DType::f64);
+  m.attr("F16") = static_cast<int>(DType::f16);
+  m.attr("BF16") = static_cast<int>(DType::bf16);
+
+  m.def("build_config", &build_config);
+
+  m.def(
+      "outer_cpu",
+      [](std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B, std::int64_t T,
+         std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
+         std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
+         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from) {
+        gradext::outer_cpu(
+            outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
+                         activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
+            threads, stream_from);
+      },
+      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"),
+      py::arg("I"), py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"),
+      py::arg("activation_t"), py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"),
+      py::arg("in_dtype"), py::arg("out_dtype"), py::arg("threads"), py::arg("stream_from") = -1,
+      without_gil);
+  m.def(
+      "nt_fill_cpu",
+      [](std::uintptr_t out, std::int64_t bytes, int threads) {
+        gradext::nt_fill_cpu(reinterpret_cast<void*>(out), bytes, threads);
+      },
+      py::arg("out"), py::arg("bytes"), py::arg("threads"), without_gil);
+  m.def("default_stream_from", &gradext::default_stream_from);
+
+  py::class_<HostBuffer>(m, "HostBuffer", py::buffer_protocol())
+      .def(py::init<std::size_t>(), py::arg("nbytes"))
+      .def_buffer([](HostBuffer& self) {
+        return py::buffer_info(static_cast<unsigned char*>(self.data()),
+                               static_cast<py::ssize_t>(self.bytes()));
+      });
+  m.def("workspace_empty_cache", &gradext::workspace_empty_cache);
+  m.def("workspace_stats", [] {
+    const auto stats = gradext::workspace_stats();
+    py::dict result;
+    result["bytes_cached"] = stats.bytes_cached;
+    result["bytes_in_use"] = stats.bytes_in_use;
+    result["hits"] = stats.hits;
+    result["misses"] = stats.misses;
+    return result;
+  });
+
+#if defined(GRADEXT_WITH_CUDA)
+  m.def(
+      "outer_cuda",
+      [](std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B, std::int64_t T,
+         std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
+         std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
+         std::int64_t out_o, int in_dtype, int out_dtype, int device, std::uintptr_t stream) {
+        gradext::outer_cuda(
+            outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
+                         activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
+            device, stream);
+      },
+      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"),
+      py::arg("I"), py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"),
+      py::arg("activation_t"), py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"),
+      py::arg("in_dtype"), py::arg("out_dtype"), py::arg("device"), py::arg("stream"), without_gil);
+#endif
+  m.def("cuda_status", [] {
+#if defined(GRADEXT_WITH_CUDA)
+    const gradext::CudaStatus status = gradext::cuda_status();
+#else
+    const gradext::CudaStatus status{0, 0, 0, "gradext was built without CUDA: install it again where nvcc is found"};
+#endif
+    py::dict result;
+    result["device_count"] = status.device_count;
+    result["driver_version"] = status.driver_version;
+    result["runtime_version"] = status.runtime_version;
+    result["reason"] = status.reason.empty() ? py::object(py::none()) : py::str(status.reason);
+    return result;
+  });
+}

@@ -1,0 +1,114 @@
+// Chooses instruction set, kind of store and threads for the CPU outer product.
+#include "../outer.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "outer_kernel.h"
+#include "threads.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace gradext {
+namespace {
+
+// Below this a second thread costs more than it takes over.
+constexpr std::int64_t kBytesPerThread = 256 << 10;
+
+// The size that one core can reach. The kernel's cache description comes first: glibc's sysconf adds up the
+// caches of a whole socket on AMD machines, and is 0 on other architectures.
+std::int64_t last_level_cache() {
+  long kilobytes = 0;
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    std::fclose(file);
+  }
+  if (kilobytes > 0) return std::int64_t{kilobytes} << 10;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  if (const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE); bytes > 0) return bytes;
+#endif
+  return std::int64_t{32} << 20;
+}
+
+struct Isa {
+  const char* name;
+  OuterRange outer_range;
+};
+
+const Isa& isa() {
+  static const Isa chosen = [] {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      return Isa{"avx2", avx2::outer_range};
+#endif
+    return Isa{"baseline", baseline::outer_range};
+  }();
+  return chosen;
+}
+
+std::int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+int parts_for(std::int64_t bytes, int threads) {
+  return static_cast<int>(std::clamp<std::int64_t>(bytes / kBytesPerThread, 1, std::max(threads, 1)));
+}
+
+// The first byte of the given part of [0, bytes), moved to where a cache line of `out` begins: no two threads
+// write one line.
+std::int64_t part_begin(const void* out, std::int64_t bytes, int part, int parts) {
+  const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) % 64);
+  const auto begin = bytes / parts * part;
+  return part == 0       ? 0
+         : part == parts ? bytes
+                         : std::max<std::int64_t>((begin + offset) / 64 * 64 - offset, 0);
+}
+
+}  // namespace
+
+const char* cpu_isa() { return isa().name; }
+
+std::int64_t default_stream_from() {
+  static const std::int64_t bytes = last_level_cache() / 2;
+  return bytes;
+}
+
+void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from) {
+  const OuterParams p = with_long_rows(params);
+  const std::int64_t size = element_size(p.out_dtype), bytes = p.B * p.O * p.I * size;
+  if (bytes == 0) return;
+  if (p.T == 0) {
+    for (std::int64_t b = 0; b < p.B; ++b)
+      for (std::int64_t o = 0; o < p.O; ++o)
+        std::memset(static_cast<char*>(p.out) + (b * p.out_b + o * p.out_o) * size, 0,
+                    static_cast<std::size_t>(p.I * size));
+    return;
+  }
+  const bool stream = bytes >= (stream_from < 0 ? default_stream_from() : stream_from);
+  const int parts = parts_for(bytes, threads);
+  const auto work = [&](int part) {
+    isa().outer_range(p, part_begin(p.out, bytes, part, parts) / size,
+                      part_begin(p.out, bytes, part + 1, parts) / size, stream);
+  };
+  parts == 1 ? work(0) : parallel(parts, work);
+}
+
+void nt_fill_cpu(void* out, std::int64_t bytes, int threads) {
+  const int parts = parts_for(bytes, threads);
+  parallel(parts, [&](int part) {
+    auto* to = static_cast<char*>(out) + part_begin(out, bytes, part, parts);
+    auto* const end = static_cast<char*>(out) + part_begin(out, bytes, part + 1, parts);
+#if defined(__SSE2__)
+    const __m128i ones = _mm_set1_epi8(1);
+    for (; to < end && reinterpret_cast<std::uintptr_t>(to) % 16 != 0; ++to) *to = 1;
+    for (; to + 16 <= end; to += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to), ones);
+    _mm_sfence();
+#endif
+    std::memset(to, 1, static_cast<std::size_t>(end - to));
+  });
+}
+
+}  // namespace gradext

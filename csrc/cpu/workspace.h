@@ -1,0 +1,25 @@
+// A pool of host memory for results that the caller did not allocate.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gradext {
+
+// A fresh result of n bytes costs n / 4096 page faults, ten times the work of filling it. Blocks given back
+// are kept, up to GRADEXT_WORKSPACE_MB (2048 by default), and lie on huge pages where the system allows.
+struct WorkspaceBlock {
+  void* data;
+  std::size_t size;  // of the block, at least what was asked for
+};
+WorkspaceBlock workspace_take(std::size_t bytes);  // throws std::bad_alloc
+void workspace_give_back(WorkspaceBlock block) noexcept;
+void workspace_empty_cache();
+
+struct WorkspaceStats {
+  std::size_t bytes_cached, bytes_in_use;
+  std::uint64_t hits, misses;
+};
+WorkspaceStats workspace_stats();
+
+}  // namespace gradext

@@ -1,0 +1,70 @@
+// The per-sample outer product summed over T,
+//
+//   out[b, o, i] = sum_t delta[b, t, o] * activation[b, t, i],
+//
+// as one struct of raw pointers and strides and a launch function per device. Knows neither torch nor Python.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+namespace gradext {
+
+enum class DType : int { f32, f64, f16, bf16 };
+
+// All strides are in elements, may be zero or negative, and need not be those of a dense tensor.
+struct OuterParams {
+  const void* delta;       // [B, T, O]
+  const void* activation;  // [B, T, I]
+  void* out;               // [B, O, I], last stride 1; its elements must not overlap
+  std::int64_t B, T, O, I;
+  std::int64_t delta_b, delta_t, delta_o;
+  std::int64_t activation_b, activation_t, activation_i;
+  std::int64_t out_b, out_o;
+  DType in_dtype;  // of delta and activation
+  DType out_dtype;
+};
+
+// One input feature leaves rows of one element, the worst shape for both devices; the same memory seen as one
+// row of O elements is the best. The roles of delta and activation are symmetric, so this is only a change of
+// names.
+inline OuterParams with_long_rows(OuterParams p) {
+  if (p.I == 1 && p.out_o == 1) {
+    std::swap(p.delta, p.activation);
+    std::swap(p.delta_b, p.activation_b);
+    std::swap(p.delta_t, p.activation_t);
+    std::swap(p.delta_o, p.activation_i);
+    std::swap(p.O, p.I);
+    p.out_o = p.I;
+  }
+  return p;
+}
+
+// f32 -> f32, f16, bf16 and f64 -> f64. Uses at most `threads` threads, fewer where the work is small. From
+// `stream_from` output bytes on the stores go past the cache; negative means half the last-level cache.
+void outer_cpu(const OuterParams& p, int threads, std::int64_t stream_from = -1);
+
+// Fills [out, out + bytes) with streaming stores by the same threads: the ceiling that outer_cpu is measured
+// against.
+void nt_fill_cpu(void* out, std::int64_t bytes, int threads);
+
+// Output bytes from which outer_cpu streams past the cache on this machine.
+std::int64_t default_stream_from();
+
+// The instruction set that outer_cpu chose for this machine.
+const char* cpu_isa();
+
+// f32 -> f32, f16, bf16; f16 -> f16, f32; bf16 -> bf16, f32; f64 -> f64. Asynchronous on `stream` (a
+// cudaStream_t).
+void outer_cuda(const OuterParams& p, int device, std::uintptr_t stream);
+
+struct CudaStatus {
+  int device_count;
+  int driver_version;   // 13000 is 13.0; 0 without a driver
+  int runtime_version;  // of the CUDA runtime that is linked in
+  std::string reason;   // why no device can be used; empty where one can
+};
+CudaStatus cuda_status() noexcept;
+
+}  // namespace gradext

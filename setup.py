@@ -1,0 +1,178 @@
+"""Builds gradext._C, without torch: the C++ kernels always, the CUDA kernels where nvcc is found.
+
+    GRADEXT_CUDA        0 builds without CUDA; 1 makes a missing nvcc an error; unset takes what is there
+    GRADEXT_CUDA_ARCHS  GPU targets such as "80;90", or "native" for the GPU of this machine
+
+Everything else about the package is in pyproject.toml.
+"""
+
+import hashlib
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "gradext" / "_version.py"))["__version__"]
+DEFAULT_ARCHS = ["80", "86", "89", "90", "100", "120"]
+
+
+def source_hash() -> str:
+    """What native.py compares, to tell a binary built from other sources."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
+        digest.update(path.relative_to(ROOT / "csrc").as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("GRADEXT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"GRADEXT_CUDA must be 0, 1 or unset, not {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
+    if wanted == "1" and not nvcc:
+        raise SystemExit(
+            "GRADEXT_CUDA=1, but nvcc is neither in CUDA_HOME nor on PATH: install the CUDA toolkit or set "
+            "CUDA_HOME to it, or build without CUDA by GRADEXT_CUDA=0"
+        )
+    return nvcc
+
+
+def output_of(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    asked = os.environ.get("GRADEXT_CUDA_ARCHS", "").replace(",", ";").strip("; ")
+    if asked == "native":
+        return ["native"]
+    known = {line.removeprefix("compute_") for line in output_of(nvcc, "--list-gpu-arch").split()}
+    archs = [arch.strip() for arch in asked.split(";")] if asked else DEFAULT_ARCHS
+    missing = [arch for arch in archs if arch.rstrip("af") not in known]
+    if asked and missing:
+        raise SystemExit(
+            f"GRADEXT_CUDA_ARCHS={asked}: {nvcc} does not know {', '.join(missing)}; "
+            f"it knows {', '.join(sorted(known, key=int))}"
+        )
+    if missing:
+        print(f"gradext: {nvcc} does not know the GPU targets {', '.join(missing)}; they are left out")
+    archs = [arch for arch in archs if arch not in missing]
+    if not archs:
+        raise SystemExit(
+            f"gradext: {nvcc} knows none of the GPU targets; set GRADEXT_CUDA_ARCHS or GRADEXT_CUDA=0"
+        )
+    return archs
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    if archs == ["native"]:
+        return ["-arch=native"]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX for GPUs to come
+
+
+class BuildNative(build_ext):
+    """Compiles the objects in parallel, the CPU kernel once for each instruction set, and links them."""
+
+    def build_extension(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        archs = cuda_archs(nvcc) if nvcc else []
+        print(f"gradext: CUDA {'by ' + nvcc + ' for ' + ', '.join(archs) if nvcc else 'left out'}")
+        macros = [("GRADEXT_VERSION", VERSION), ("GRADEXT_SOURCE_HASH", source_hash())]
+        if nvcc:
+            macros += [("GRADEXT_WITH_CUDA", "1"), ("GRADEXT_CUDA_ARCHS", "_".join(archs))]
+
+        jobs = []
+        if nvcc:
+            jobs.append(lambda: self.compile_cuda(nvcc, archs))
+        jobs.append(lambda: self.compile_cpp("csrc/bindings.cpp", macros))
+        jobs.append(lambda: self.compile_cpp("csrc/cpu/outer_kernel.cpp", [("GRADEXT_ISA", "baseline")]))
+        if platform.machine() in ("x86_64", "AMD64"):
+            jobs.append(
+                lambda: self.compile_cpp(
+                    "csrc/cpu/outer_kernel.cpp", [("GRADEXT_ISA", "avx2")], ["-mavx2", "-mfma", "-mf16c"]
+                )
+            )
+        for name in ("outer", "threads", "workspace"):
+            jobs.append(lambda name=name: self.compile_cpp(f"csrc/cpu/{name}.cpp", []))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [obj for made in pool.map(lambda job: job(), jobs) for obj in made]
+
+        libraries = [*self.cuda_library_flags(nvcc), "-lcudart_static", "-lrt", "-ldl"] if nvcc else []
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=[*libraries, "-pthread", "-s"],
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+    def compile_cpp(
+        self, source: str, macros: list[tuple[str, str]], flags: list[str] | None = None
+    ) -> list[str]:
+        variant = dict(macros).get("GRADEXT_ISA", "")
+        return self.compiler.compile(
+            [source],
+            output_dir=str(Path(self.build_temp) / variant),
+            macros=macros,
+            include_dirs=[pybind11.get_include(), *self.include_dirs],
+            extra_postargs=[
+                *(
+                    "-std=c++17",
+                    "-O3",
+                    "-g0",
+                    "-fvisibility=hidden",
+                    "-pthread",
+                    "-Wall",
+                    "-Wextra",
+                    "-Wno-psabi",
+                ),
+                *(flags or []),
+            ],
+            depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
+        )
+
+    def compile_cuda(self, nvcc: str, archs: list[str]) -> list[str]:
+        target = Path(self.build_temp) / "outer_cuda.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-O3", "-std=c++17", "--threads", "0", "-lineinfo", *arch_flags(archs)]
+        command += [
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden,-O3",
+            "-c",
+            "csrc/cuda/outer.cu",
+            "-o",
+            str(target),
+        ]
+        print(" ".join(command))
+        if subprocess.run(command).returncode:
+            raise SystemExit(
+                f"gradext: {nvcc} could not compile the CUDA kernels (its message is above). "
+                "GRADEXT_CUDA=0 builds without them; CUDA_HOME chooses another toolkit."
+            )
+        return [str(target)]
+
+    def cuda_library_flags(self, nvcc: str) -> list[str]:
+        """nvcc knows where its own libraries are, whatever the toolkit's layout."""
+        plan = output_of(nvcc, "-dryrun", "-o", "a.out", "a.o")
+        line = next(line for line in plan.splitlines() if "LIBRARIES=" in line)
+        return line.split("LIBRARIES=")[1].replace('"', "").split()
+
+
+setup(
+    ext_modules=[Extension("gradext._C", sources=[], language="c++")],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,429 @@
+"""The compiled module: the CPU kernel against fp64 torch, the workspace, the build, the stale-binary rule."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradext import native
+from gradext.backends import cpu, cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+
+pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled module: {native.reason}")
+C = native.C
+
+NEVER, ALWAYS = 1 << 60, 0  # stream_from: plain stores for every size, streaming stores for every size
+TYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+CODES = {} if C is None else dict(zip([o for _, o in TYPES], [C.F32, C.F64, C.F16, C.BF16], strict=True))
+CANARY = 7.0
+
+
+def kernel(delta, activation, out, threads=1, stream_from=-1):
+    """The C function itself on [B, T, ·] tensors."""
+    (B, T, O), I = delta.shape, activation.shape[2]
+    C.outer_cpu(
+        *(t.data_ptr() for t in (delta, activation, out)),
+        *(B, T, O, I),
+        *delta.stride(),
+        *activation.stride(),
+        *out.stride()[:2],
+        CODES[delta.dtype],
+        CODES[out.dtype],
+        threads,
+        stream_from,
+    )
+    return out
+
+
+def factors(B, T, O, I, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(B + 10 * T + 100 * O + 1000 * I)
+    return (torch.randn(B, T, n, generator=generator, dtype=dtype) for n in (O, I))
+
+
+def expected(delta, activation):
+    return torch.bmm(delta.double().transpose(1, 2), activation.double())
+
+
+def assert_correct(out, delta, activation):
+    """One rounding for T = 1; else at most twice the error of torch.bmm in the type of the sum."""
+    exact = expected(delta, activation)
+    if delta.shape[1] == 1:
+        torch.testing.assert_close(out, (delta.transpose(1, 2) * activation).to(out.dtype), rtol=0, atol=0)
+        return
+    by_torch = torch.bmm(delta.transpose(1, 2), activation).to(out.dtype)
+    rounding = torch.finfo(out.dtype).eps * exact.abs().max().clamp(1)
+    if delta.dtype is torch.float64:  # the oracle is no more exact than what it judges
+        rounding = rounding * delta.shape[1]
+    rounding = torch.finfo(out.dtype).eps * exact.abs().max().clamp(1)
+    if delta.dtype is torch.float64:  # the oracle is no more exact than what it judges
+        rounding = rounding * delta.shape[1]
+    bound = 2 * (by_torch.double() - exact).abs().max() + rounding
+    assert (out.double() - exact).abs().max() <= bound
+
+
+def guarded(B, O, I, dtype, gap_o=0, gap_b=0, offset=0):
+    """An output with gaps between rows and samples, and the memory around it full of canaries."""
+    out_o, out_b = I + gap_o, O * (I + gap_o) + gap_b
+    memory = torch.full((offset + B * out_b + 64,), CANARY, dtype=dtype)
+    return memory, memory.as_strided((B, O, I), (out_b, out_o, 1), offset)
+
+
+def assert_nothing_else_written(memory, out):
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
+    assert (memory[outside] == CANARY).all()
+
+
+@pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
+@pytest.mark.parametrize(("in_dtype", "out_dtype"), TYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("T", [1, 2, 5, 33])
+def test_every_shape_type_and_kind_of_store(T, in_dtype, out_dtype, stream_from):
+    for B, O, I in itertools.product([1, 3], [1, 7], [1, 2, 5, 8, 9, 20, 31, 300, 1030]):
+        delta, activation = factors(B, T, O, I, in_dtype)
+        for gap_o, gap_b, offset in [(0, 0, 0), (0, 0, 3), (0, 5, 1), (3, 2, 1)]:
+            memory, out = guarded(B, O, I, out_dtype, gap_o, gap_b, offset)
+            kernel(delta, activation, out, 1, stream_from)
+            assert_correct(out, delta, activation)
+            assert_nothing_else_written(memory, out)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
+@pytest.mark.parametrize(
+    ("B", "T", "O", "I"), [(5, 1, 301, 783), (3000, 1, 7, 33), (40001, 2, 3, 5), (9, 1, 1, 200_001)]
+)
+def test_threads_share_the_output_without_gaps(B, T, O, I, stream_from, threads):
+    delta, activation = factors(B, T, O, I)
+    for gap in (0, 1):
+        memory, out = guarded(B, O, I, torch.float32, gap, 0, 1)
+        kernel(delta, activation, out, threads, stream_from)
+        assert_correct(out, delta, activation)
+        assert_nothing_else_written(memory, out)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "O", "I"), [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 0, 3, 4), (0, 0, 0, 0)]
+)
+def test_empty_sizes(B, T, O, I):
+    delta, activation = factors(B, T, O, I)
+    out = kernel(delta, activation, torch.full((B, O, I), CANARY))
+    assert (out == 0).all()
+    assert torch.equal(cpu.outer(delta, activation), torch.zeros(B, O, I))
+
+
+@pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
+@pytest.mark.parametrize("I", [1, 5, 40])
+def test_strided_inputs(I, stream_from):
+    B, T, O = 3, 2, 6
+    wide_delta, wide_activation = factors(2 * B, T, 2 * O, 3 * I)
+    pairs = {
+        "sliced": (wide_delta[::2, :, ::2], wide_activation[::2, :, ::3]),
+        "transposed": (
+            wide_delta[:B, :, :O].permute(2, 1, 0).contiguous().permute(2, 1, 0),
+            wide_activation[:B, :, :I].transpose(1, 2).contiguous().transpose(1, 2),
+        ),
+        "expanded over samples": (
+            wide_delta[:1, :, :O].expand(B, T, O),
+            wide_activation[:1, :, :I].expand(B, T, I),
+        ),
+        "expanded over features": (
+            wide_delta[:B, :, :1].expand(B, T, O),
+            wide_activation[:B, :, :1].expand(B, T, I),
+        ),
+    }
+    for name, (delta, activation) in pairs.items():
+        out = kernel(delta, activation, torch.empty(B, O, I), 1, stream_from)
+        torch.testing.assert_close(out.double(), expected(delta, activation), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_negative_strides():
+    delta, activation = factors(4, 1, 3, 11)
+    out = torch.empty(4, 3, 11)
+    last = lambda t: t.data_ptr() + (t.numel() - 1) * 4  # noqa: E731
+    C.outer_cpu(
+        last(delta), last(activation), out.data_ptr(), 4, 1, 3, 11, -3, 0, -1, -11, 0, -1, 33, 11, 0, 0, 1, 0
+    )
+    assert_correct(out, delta.flip(0, 2), activation.flip(0, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
+def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from):
+    bits = torch.arange(0, 1 << 32, 10_007, dtype=torch.int64)
+    values = torch.cat(
+        [
+            (bits - (1 << 31)).to(torch.int32).view(torch.float32),
+            torch.tensor(
+                [
+                    0.0,
+                    -0.0,
+                    float("inf"),
+                    -float("inf"),
+                    float("nan"),
+                    65519.99,
+                    65520.0,
+                    5.9e-8,
+                    2.9e-8,
+                    3.4e38,
+                ]
+            ),
+            torch.arange(-2048, 2048).add(0.5) * 2.0**-26,
+        ]
+    )
+    ones = torch.ones(1, 1, 1)
+    out = kernel(
+        ones, values.view(1, 1, -1), torch.empty(1, 1, values.numel(), dtype=dtype), 1, stream_from
+    ).flatten()
+    wanted = values.to(dtype)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    keep = ~wanted.isnan()
+    assert torch.equal(out[keep].view(torch.int16), wanted[keep].view(torch.int16))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_backend_takes_every_type(in_dtype, dtype, dims):
+    delta, activation = factors(3, 2 if dims == 3 else 1, 4, 9, in_dtype)
+    if dims == 2:
+        delta, activation = delta[:, 0], activation[:, 0]
+    out = cpu.outer(delta, activation, dtype=dtype)
+    assert out.dtype == (dtype or in_dtype)
+    wanted = torch.einsum("b...o,b...i->boi", delta.double(), activation.double())
+    eps = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out.double(), wanted, rtol=2 * eps, atol=4 * eps)
+
+
+def test_backend_writes_into_every_kind_of_out():
+    for T in (1, 3, 40):
+        delta, activation = factors(3, T, 4, 9)
+        wanted = expected(delta, activation).float()
+        for out in (
+            torch.empty(3, 4, 9),
+            torch.empty(3, 9, 4).transpose(1, 2),
+            torch.empty(6, 8, 18)[::2, ::2, ::2],
+        ):
+            assert cpu.outer(delta, activation, out) is out
+            torch.testing.assert_close(out, wanted)
+        half = torch.empty(3, 4, 9, dtype=torch.bfloat16)
+        torch.testing.assert_close(cpu.outer(delta, activation, half), wanted.bfloat16())
+
+
+def test_zeros_keep_their_sign():
+    delta, activation = torch.tensor([[[-0.0, 0.0, 1.0]]]), torch.full((1, 1, 21), -0.0)
+    for stream_from in (NEVER, ALWAYS):
+        out = kernel(delta, activation, torch.empty(1, 3, 21), 1, stream_from)
+        assert torch.equal(out.signbit(), (delta.transpose(1, 2) * activation).signbit())
+
+
+def test_fill_stays_inside():
+    memory = torch.zeros(3_000_001, dtype=torch.uint8)
+    C.nt_fill_cpu(memory.data_ptr() + 3, 2_999_000, 2)
+    assert memory[:3].sum() == 0
+    assert memory[2_999_003:].sum() == 0
+    assert (memory[3:2_999_003] == 1).all()
+
+
+def test_workspace_gives_the_same_memory_again():
+    delta, activation = factors(64, 1, 100, 100)
+    C.workspace_empty_cache()
+    before = C.workspace_stats()
+    first = cpu.outer(delta, activation)
+    kept = first[0, 0].clone()
+    address = first.data_ptr()
+    assert address % (2 << 20) == 0
+    del first
+    assert C.workspace_stats()["bytes_cached"] == 4 << 20
+    second = cpu.outer(delta, activation)
+    assert second.data_ptr() == address
+    assert torch.equal(second[0, 0], kept)
+    view = second[1:]
+    del second
+    third = cpu.outer(delta, activation)  # the view still holds the block
+    assert third.data_ptr() != address
+    after = C.workspace_stats()
+    assert (after["hits"] - before["hits"], after["misses"] - before["misses"]) == (1, 2)
+    assert after["bytes_in_use"] - before["bytes_in_use"] == 8 << 20
+    del view, third
+    C.workspace_empty_cache()
+    assert C.workspace_stats()["bytes_cached"] == 0
+    assert C.workspace_stats()["bytes_in_use"] == before["bytes_in_use"]
+
+
+def test_workspace_reuses_blocks_of_nearly_the_size_only():
+    C.workspace_empty_cache()
+    megabyte = 1 << 20
+    C.HostBuffer(20 * megabyte)
+    hits = C.workspace_stats()["hits"]
+    C.HostBuffer(14 * megabyte)  # 20 > 1.25 * 14
+    assert C.workspace_stats()["hits"] == hits
+    C.HostBuffer(17 * megabyte)  # a block of 18 needs at most 22
+    assert C.workspace_stats()["hits"] == hits + 1
+    C.workspace_empty_cache()
+
+
+def test_workspace_error_says_how_much():
+    with pytest.raises(MemoryError, match=str(1 << 60)):
+        C.HostBuffer(1 << 60)
+
+
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_workspace_limit_from_the_environment():
+    code = (
+        "from gradext.native import C\n"
+        "a, b, c = (C.HostBuffer(4 << 20) for _ in range(3))\n"
+        "del a, b, c\n"
+        "print(C.workspace_stats()['bytes_cached'])"
+    )
+    assert run_python(code, GRADEXT_WORKSPACE_MB="9") == str(8 << 20)
+    assert run_python(code, GRADEXT_WORKSPACE_MB="0") == "0"
+
+
+def test_calls_from_many_threads():
+    delta, activation = factors(40, 1, 100, 101)
+    wanted = delta.transpose(1, 2) * activation
+    wrong = []
+
+    def work():
+        for _ in range(30):
+            if not torch.equal(cpu.outer(delta, activation), wanted):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_kernel_and_workspace_work_after_fork():
+    code = (
+        "import os, torch\n"
+        "from gradext.backends import cpu\n"
+        "d, a = torch.randn(50, 100), torch.randn(50, 300)\n"
+        "wanted = d[:, :, None] * a[:, None]\n"
+        "assert torch.equal(cpu.outer(d, a), wanted)\n"
+        "pid = os.fork()\n"
+        "same = lambda t: (t.numpy() == wanted.numpy()).all()  # torch's own OpenMP dies in a fork\n"
+        "ok = same(cpu.outer(d, a, torch.empty_like(wanted))) and same(cpu.outer(d, a))\n"
+        "if pid == 0:\n"
+        "    os._exit(0 if ok else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), ok)"
+    )
+    assert run_python(code) == "0 True"
+
+
+def test_build_config():
+    config = C.build_config()
+    from gradext._version import __version__
+
+    assert config["version"] == __version__
+    assert config["cpu_isa"] in ("avx2", "baseline")
+    assert isinstance(config["cuda"], bool)
+    assert bool(config["cuda_archs"]) == config["cuda"]
+    status = C.cuda_status()
+    assert (status["reason"] is None) == (status["device_count"] > 0)
+    assert cuda.available() == status["reason"]
+    assert cpu.available() is None
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="no sources beside the tests")
+def test_stale_binaries_are_refused(tmp_path):
+    config = C.build_config()
+    assert config["source_hash"] == native.source_hash(CSRC)  # setup.py and native.py agree
+    assert native._stale(config, config["version"], CSRC) is None
+    assert "0.0.0" in native._stale(config, "0.0.0", CSRC)
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    (tmp_path / "csrc" / "outer.h").open("a").write("\n")
+    assert "other sources" in native._stale(config, config["version"], tmp_path / "csrc")
+    assert native._stale(config, config["version"], tmp_path / "none") is None
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
+def test_sdist_holds_every_native_source(tmp_path):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "LICENSE",
+        "README.md",
+        "csrc",
+        "tests",
+    ):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif source.is_file():
+            shutil.copy(source, tmp_path / name)
+    for package in ("gradext", "gradext/backends", "gradext/novelty"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    shutil.copy(ROOT / "gradext" / "_version.py", tmp_path / "gradext")
+    pytest.importorskip("setuptools", minversion="77")
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "GRADEXT_CUDA": "0"}
+    )
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    wanted = {path.relative_to(ROOT).as_posix() for path in CSRC.rglob("*") if path.is_file()}
+    assert wanted | {"setup.py", "MANIFEST.in", "pyproject.toml"} <= held
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"GRADEXT_CUDA": "yes"}, "GRADEXT_CUDA must be"),
+        ({"GRADEXT_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}, "nvcc is neither"),
+    ],
+)
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
+def test_build_errors_say_what_to_do(environment, message, tmp_path):
+    pytest.importorskip("pybind11")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build_ext",
+            "--build-lib",
+            str(tmp_path),
+            "--build-temp",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert message in result.stderr
