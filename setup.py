@@ -71,9 +71,7 @@ def cuda_archs(nvcc: str) -> list[str]:
         print(f"gradext: {nvcc} does not know the GPU targets {', '.join(missing)}; they are left out")
     archs = [arch for arch in archs if arch not in missing]
     if not archs:
-        raise SystemExit(
-            f"gradext: {nvcc} knows none of the GPU targets; set GRADEXT_CUDA_ARCHS or GRADEXT_CUDA=0"
-        )
+        raise SystemExit(f"gradext: {nvcc} knows none of the GPU targets; set GRADEXT_CUDA_ARCHS or GRADEXT_CUDA=0")
     return archs
 
 
@@ -120,9 +118,7 @@ class BuildNative(build_ext):
             target_lang="c++",
         )
 
-    def compile_cpp(
-        self, source: str, macros: list[tuple[str, str]], flags: list[str] | None = None
-    ) -> list[str]:
+    def compile_cpp(self, source: str, macros: list[tuple[str, str]], flags: list[str] | None = None) -> list[str]:
         variant = dict(macros).get("GRADEXT_ISA", "")
         return self.compiler.compile(
             [source],

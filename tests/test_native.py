@@ -115,9 +115,7 @@ def test_threads_share_the_output_without_gaps(B, T, O, I, stream_from, threads)
         assert_nothing_else_written(memory, out)
 
 
-@pytest.mark.parametrize(
-    ("B", "T", "O", "I"), [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 0, 3, 4), (0, 0, 0, 0)]
-)
+@pytest.mark.parametrize(("B", "T", "O", "I"), [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 0, 3, 4), (0, 0, 0, 0)])
 def test_empty_sizes(B, T, O, I):
     delta, activation = factors(B, T, O, I)
     out = kernel(delta, activation, torch.full((B, O, I), CANARY))
@@ -154,9 +152,7 @@ def test_negative_strides():
     delta, activation = factors(4, 1, 3, 11)
     out = torch.empty(4, 3, 11)
     last = lambda t: t.data_ptr() + (t.numel() - 1) * 4  # noqa: E731
-    C.outer_cpu(
-        last(delta), last(activation), out.data_ptr(), 4, 1, 3, 11, -3, 0, -1, -11, 0, -1, 33, 11, 0, 0, 1, 0
-    )
+    C.outer_cpu(last(delta), last(activation), out.data_ptr(), 4, 1, 3, 11, -3, 0, -1, -11, 0, -1, 33, 11, 0, 0, 1, 0)
     assert_correct(out, delta.flip(0, 2), activation.flip(0, 2))
 
 
@@ -185,9 +181,7 @@ def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from):
         ]
     )
     ones = torch.ones(1, 1, 1)
-    out = kernel(
-        ones, values.view(1, 1, -1), torch.empty(1, 1, values.numel(), dtype=dtype), 1, stream_from
-    ).flatten()
+    out = kernel(ones, values.view(1, 1, -1), torch.empty(1, 1, values.numel(), dtype=dtype), 1, stream_from).flatten()
     wanted = values.to(dtype)
     assert torch.equal(out.isnan(), wanted.isnan())
     keep = ~wanted.isnan()
@@ -389,9 +383,7 @@ def test_sdist_holds_every_native_source(tmp_path):
     shutil.copy(ROOT / "gradext" / "_version.py", tmp_path / "gradext")
     pytest.importorskip("setuptools", minversion="77")
     command = [sys.executable, "setup.py", "-q", "sdist"]
-    subprocess.run(
-        command, cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "GRADEXT_CUDA": "0"}
-    )
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "GRADEXT_CUDA": "0"})
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}

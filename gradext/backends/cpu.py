@@ -15,9 +15,7 @@ _WORKSPACE_FROM = 1 << 20
 _BMM_FROM = 17
 
 _CODE = (
-    {}
-    if _C is None
-    else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
+    {} if _C is None else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 )
 
 
@@ -26,9 +24,7 @@ def available() -> str | None:
     return native.reason
 
 
-def outer(
-    delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Per-sample outer products, summed over T: ``out[b, o, i] = Σ_t delta[b, t, o] · activation[b, t, i]``.
 
     Args:
@@ -49,11 +45,7 @@ def outer(
     if out is not None:
         dtype = out.dtype
     elif dtype is None:
-        dtype = (
-            delta.dtype
-            if delta.dtype is activation.dtype
-            else torch.promote_types(delta.dtype, activation.dtype)
-        )
+        dtype = delta.dtype if delta.dtype is activation.dtype else torch.promote_types(delta.dtype, activation.dtype)
 
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     if dtype in _CODE:

@@ -7,9 +7,7 @@ from .. import native
 
 _C = native.C
 _CODE = (
-    {}
-    if _C is None
-    else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
+    {} if _C is None else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 )
 
 # What the kernels read, for each type that they write. Other inputs are converted before: they are small.
@@ -26,9 +24,7 @@ def available() -> str | None:
     return native.reason if _C is None else _C.cuda_status()["reason"]
 
 
-def outer(
-    delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Per-sample outer products, summed over T: ``out[b, o, i] = Σ_t delta[b, t, o] · activation[b, t, i]``.
 
     Args:
@@ -49,11 +45,7 @@ def outer(
     if out is not None:
         dtype = out.dtype
     elif dtype is None:
-        dtype = (
-            delta.dtype
-            if delta.dtype is activation.dtype
-            else torch.promote_types(delta.dtype, activation.dtype)
-        )
+        dtype = delta.dtype if delta.dtype is activation.dtype else torch.promote_types(delta.dtype, activation.dtype)
 
     if delta.dtype is not activation.dtype or delta.dtype not in _READS.get(dtype, ()):
         compute = torch.float64 if dtype is torch.float64 else torch.float32
