@@ -144,7 +144,7 @@ class BuildNative(build_ext):
     def compile_cuda(self, nvcc: str, archs: list[str]) -> list[str]:
         target = Path(self.build_temp) / "outer_cuda.o"
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-O3", "-std=c++17", "--threads", "0", "-lineinfo", *arch_flags(archs)]
+        command = [nvcc, "-O3", "-std=c++17", "--threads", "0", *arch_flags(archs)]
         command += [
             "-Xcompiler",
             "-fPIC,-fvisibility=hidden,-O3",

@@ -325,10 +325,14 @@ void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stre
   for (bool new_sample = true; begin < end;) {
     const Real* activation = static_cast<const Real*>(p.activation) + b * p.activation_b;
     if (gather) {
-      Real* copy = gathered.data() + V;
-      for (std::int64_t t = 0; new_sample && t < p.T; ++t)
-        for (std::int64_t k = 0; k < p.I; ++k)
-          copy[t * p.I + k] = activation[t * p.activation_t + k * p.activation_i];
+      Real* const copy = gathered.data() + V;
+      for (std::int64_t t = 0; new_sample && t < p.T; ++t) {
+        const Real* from = activation + t * p.activation_t;
+        if (p.activation_i == 1)
+          std::memcpy(copy + t * p.I, from, static_cast<std::size_t>(p.I) * sizeof(Real));
+        else
+          for (std::int64_t k = 0; k < p.I; ++k) copy[t * p.I + k] = from[k * p.activation_i];
+      }
       activation = copy;
     }
     // As many whole rows as can be done at once, or what the range holds of one row.
