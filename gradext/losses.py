@@ -6,6 +6,7 @@ needs of a loss is not its value but where the backward begins, and with which g
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -159,7 +160,8 @@ def _sum(values: Tensor) -> Tensor:
 
 def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     # Losses sum many terms: half precision would lose them, and autocast refuses some of these operators.
-    with torch.autocast(output.device.type, enabled=False):
+    device = output.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
         half = output.dtype in (torch.float16, torch.bfloat16)
         output = output.float() if half else output
         if target.is_floating_point():
@@ -170,8 +172,8 @@ def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> T
 def _in_unit_interval(values: Tensor) -> bool:
     if values.numel() == 0:
         return True
-    low, high = torch.aminmax(values.detach())  # NaN propagates and fails both comparisons
-    return bool((low >= 0) & (high <= 1))
+    low, high = torch.stack(torch.aminmax(values.detach())).tolist()  # at once, to wait for a GPU only once
+    return low >= 0 and high <= 1  # NaN propagates and fails both comparisons
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:

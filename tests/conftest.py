@@ -13,6 +13,12 @@ from torch.func import functional_call, grad, vmap
 from gradext.backends import BACKENDS
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """The tensors here are small: sharing one between threads only makes the tests wait for each other."""
+    torch.set_num_threads(1)
+
+
 def _call(x) -> tuple[tuple, dict]:
     if isinstance(x, Mapping):
         return (), dict(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -412,6 +413,26 @@ def test_reentrant_checkpoints_are_refused():
     layer.forward = lambda h, plain=layer.forward: checkpoint(plain, h, use_reentrant=True)
     with pytest.raises(CaptureError, match=r"'decoder.0'.*never ran with gradients enabled"):
         gradext.batch_layer_grads(model, x, loss=squared)
+
+
+def test_autocast_keeps_no_copy_of_a_weight():
+    class Casts(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.kept = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                self.kept.append(weakref.ref(result))
+            return result
+
+    model, x = build("autoencoder", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        grads = gradext.batch_layer_grads(model, x, loss="mse", layers="all")
+        assert len(grads) == 4
+        assert len(casts.kept) >= 4
+        assert [cast() for cast in casts.kept if cast() is not None and cast().ndim == 2] == []
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6)])
