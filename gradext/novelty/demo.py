@@ -27,6 +27,9 @@ from .scores import SCORES
 from .training import History, train
 
 
+TITLES = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
+
+
 @dataclass(frozen=True, eq=False)
 class ClassResult:
     """One class as inliers: the trained model, every score of the test images (inliers first), which are outliers."""
@@ -107,9 +110,9 @@ def run(
             f"{len(split.test)} test images, {len(split.outliers)} test outliers; {seconds:.1f} s"
         )
         picture = folder / f"{dataset}-{inlier}.png"
-        _draw(result, f"Novelty detection on {dataset}: class {inlier} is normal, all others are novel").savefig(
-            picture
-        )
+        _draw(
+            result, f"Novelty detection on {TITLES[dataset]}: class {inlier} is normal, all others are novel"
+        ).savefig(picture)
         if k == len(classes) - 1:
             echo("\n" + auroc_table(results) + "\n")
             echo(speed_table(result.model, torch.from_numpy(result.images).flatten(1)) + "\n")
