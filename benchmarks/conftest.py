@@ -40,11 +40,13 @@ def smoke(request) -> bool:
 def report(request):
     """Print lines that stand in the output whatever pytest captures."""
     terminal = request.config.pluginmanager.getplugin("terminalreporter")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def write(*lines: str) -> None:
-        terminal.ensure_newline()
-        for line in lines:
-            terminal.write_line(line)
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            for line in lines:
+                terminal.write_line(line)
 
     return write
 

@@ -309,8 +309,8 @@ class LayerFactors(dict):
         return sum(factors.sq_norm() for factors in self.values())
 
     def norm(self) -> Tensor:
-        """The Euclidean norm of all chosen layers' gradients together, [B]."""
-        return _safe_sqrt(self.sq_norm())
+        """The Euclidean norm of all chosen layers' gradients together, ``(Σ_layers ‖G_layer[b]‖²)^½`` -> [B]."""
+        return torch.linalg.vector_norm(torch.stack([factors.norm() for factors in self.values()]), dim=0)
 
     def dot(self, reference: dict[str, Tensor]) -> Tensor:
         """``Σ_layers ⟨G_layer[b], reference[layer]⟩`` -> [B]; ``reference`` has an [O, I] tensor for every layer."""
