@@ -26,7 +26,6 @@ from .representations import characterize, distort
 from .scores import SCORES
 from .training import History, train
 
-
 TITLES = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
 
 
