@@ -29,7 +29,7 @@ def batch_layer_grads(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
-    check_samples: bool = False,
+    check: str | None = None,
     create_graph: bool = False,
 ) -> dict[str, Tensor]:
     """The gradient of every sample's own loss with respect to the weights of the chosen layers.
@@ -54,7 +54,7 @@ def batch_layer_grads(
         dtype: type of the results; default: the parameters' (or that of ``out``).
         backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"reference"``.
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
-        check_samples: raise CaptureError where a sample's loss depends on another sample's row of a chosen layer's
+        check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a chosen layer's
             input, at the price of a second backward. Worth one call for a model that is new; it is always done where
             there are as many positions as samples, since then shapes cannot tell them apart.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
@@ -75,7 +75,7 @@ def batch_layer_grads(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, ops.DTYPES))}, but got {dtype}")
     if out is not None and create_graph:
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
-    uses, parameters = _uses(model, x, loss, target, layers, include_bias, check_finite, check_samples, create_graph)
+    uses, parameters = _uses(model, x, loss, target, layers, include_bias, check_finite, check, create_graph)
     weights, biases = _by_parameter(uses)
     shapes = {name: tuple(factors.shape) for name, factors in weights.items()}
     shapes |= {name: tuple(value.shape) for name, value in biases.items()}
@@ -99,7 +99,7 @@ def batch_layer_factors(
     layers: LayerChoice = None,
     include_bias: bool = False,
     check_finite: bool = False,
-    check_samples: bool = False,
+    check: str | None = None,
     create_graph: bool = False,
 ) -> LayerFactors:
     """The factors of the same gradients: ``{"decoder.0": GradFactors, ...}``; nothing of size B·O·I exists.
@@ -115,7 +115,7 @@ def batch_layer_factors(
     >>> factors["2"].norm().shape
     torch.Size([5])
     """
-    uses, _ = _uses(model, x, loss, target, layers, include_bias, check_finite, check_samples, create_graph)
+    uses, _ = _uses(model, x, loss, target, layers, include_bias, check_finite, check, create_graph)
     # Factors outlive the call, and the first layer's input can be the caller's tensor, which may be overwritten.
     args, kwargs = _as_call(x)
     given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
@@ -131,10 +131,12 @@ def batch_layer_factors(
 
 
 def _uses(
-    model, x, loss, target, layers, include_bias, check_finite, check_samples, create_graph
+    model, x, loss, target, layers, include_bias, check_finite, check, create_graph
 ) -> tuple[list[Use], dict[str, nn.Parameter]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
+    if check not in (None, "sample"):
+        raise ValueError(f"check: expected None or 'sample', but got {check!r}")
     candidates, pick = choose_layers(model, layers)
     parameters = dict(model.named_parameters())
     args, kwargs = _as_call(x)
@@ -164,7 +166,7 @@ def _uses(
         pick=pick,
         include_bias=include_bias,
         watch_objective=callable(loss),
-        check_samples=check_samples,
+        check_samples=check is not None,
         create_graph=create_graph,
     )
     if check_finite:

@@ -1096,17 +1096,22 @@ def test_a_first_dimension_that_is_not_the_batch_is_refused(rows, shape, error):
     ],
     ids=["exchanged", "centred", "shared", "causal", "attention over the batch"],
 )
-def test_check_samples_finds_samples_that_mix(rows):
+def test_sample_check_finds_samples_that_mix(rows):
     with pytest.raises(CaptureError, match="other rows"):
-        gradext.batch_layer_grads(Rows(rows), torch.rand(B, 6).double(), loss=squared, check_samples=True)
+        gradext.batch_layer_grads(Rows(rows), torch.rand(B, 6).double(), loss=squared, check="sample")
+
+
+def test_unknown_checks_are_refused():
+    with pytest.raises(ValueError, match="check: expected None or 'sample', but got 'samples'"):
+        gradext.batch_layer_grads(nn.Linear(3, 3), torch.rand(2, 3), check="samples")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_check_samples_accepts_every_model_whose_samples_do_not_mix(name):
+def test_sample_check_accepts_every_model_whose_samples_do_not_mix(name):
     for dtype in torch.float64, torch.float32:
         model, x = build(name, dtype)
         expected = gradext.batch_layer_grads(model, x, loss=squared, layers="all")
-        grads = gradext.batch_layer_grads(model, x, loss=squared, layers="all", check_samples=True)
+        grads = gradext.batch_layer_grads(model, x, loss=squared, layers="all", check="sample")
         for key, value in expected.items():
             assert torch.equal(grads[key], value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext import ops
 
@@ -206,3 +207,33 @@ def test_what_does_not_fit_is_refused_with_names():
         ops.outer(delta, activation, out=torch.empty(4, 3, 5))
     with pytest.raises(ValueError, match="expanded"):
         ops.outer(delta, activation, out=torch.empty(1, 5, 3).expand(4, 5, 3))
+
+
+def test_direct_calls_equal_dispatched_ones_and_hide_from_nobody():
+    """Plain tensors go past the dispatcher; a mode that looks on still sees every operator."""
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    delta, activation, reference = torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 5)
+    calls = {
+        "gradext.outer.default": lambda: ops.outer(delta, activation),
+        "gradext.outer.out": lambda: ops.outer(delta, activation, out=torch.empty(3, 4, 5)),
+        "gradext.outer_sum.default": lambda: ops.outer(delta[:, None], activation[:, None]),
+        "gradext.sq_norm.default": lambda: ops.sq_norm(delta, activation),
+        "gradext.dot.default": lambda: ops.dot(delta, activation, reference),
+        "gradext.linear.default": lambda: ops.linear(delta, activation, reference[None]),
+    }
+    for name, call in calls.items():
+        direct = call()
+        with Seen() as seen:
+            dispatched = call()
+        assert name in seen.names
+        assert torch.equal(direct, dispatched)
