@@ -54,7 +54,7 @@ def batch_layer_grads(
         dtype: type of the results; default: the parameters' (or that of ``out``).
         backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"reference"``.
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
-        check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a chosen layer's
+        check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
             input, at the price of a second backward. Worth one call for a model that is new; it is always done where
             there are as many positions as samples, since then shapes cannot tell them apart.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
