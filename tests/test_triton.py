@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,10 @@ from gradext.errors import BackendError
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
+def version(module) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
 def run_python(*arguments, **environment):
     environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
@@ -32,9 +37,11 @@ def run_python(*arguments, **environment):
 @pytest.mark.parametrize("device", ["interpreter", "gpu"])
 def test_operators(device):
     """`triton_operators.py`, in a process of its own."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     if device == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    if device == "interpreter" and version(triton) < (3, 7) and version(np) >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 and older does not know NumPy 2.4: it converts arrays to int")
     tests = str(Path(__file__).with_name("triton_operators.py"))
     interpret = "1" if device == "interpreter" else None
     run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET=interpret)
@@ -231,6 +238,20 @@ def test_calls_cover_the_tile_tables(jit, monkeypatch):
     assert {(r, h * n, k, w) for r, h, n, k, w in configurations("bilinear")} == {
         (*blocks, warps) for blocks, warps, _ in bilinear.TILES.values()
     }
+
+
+def test_newer_tf32_flag_is_followed():
+    """torch's older flag must not even be read once the newer one was set."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("needs torch 2.9")
+    before = matmul.fp32_precision
+    try:
+        for asked in ("tf32", "ieee"):
+            matmul.fp32_precision = asked
+            assert backend._precision(torch.float32) == asked
+    finally:
+        matmul.fp32_precision = before
 
 
 # --- choice ----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def available() -> str | None:
     return None
 
 
-def _launch(kernel, programs: int, arguments: tuple, warps: int, stages: int, **constants) -> None:
+def _launch(kernel, programs: int, arguments: tuple, *, warps: int, stages: int, **constants) -> None:
     # Triton launches on the current device, which need not be the tensors' own.
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
@@ -63,7 +63,12 @@ def _positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
 
 def _precision(dtype: torch.dtype) -> str:
     """TF32 only where torch's own matrix products would use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # The newer flag follows the older one, which must not be read once the newer one was set.
+    asked = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if asked else "ieee"
 
 
 def _on_tensor_cores(dtype: torch.dtype) -> bool:
@@ -74,9 +79,9 @@ def _on_tensor_cores(dtype: torch.dtype) -> bool:
 
 
 def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; the conversion is fused, no other copy is made.
+    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; the conversion to out's type is fused.
 
-    Many positions in fp32 and fp64 are left to `torch.bmm`: without tensor cores a Triton product at best matches it.
+    Many positions in fp32 or fp64 without a conversion are `torch.bmm`, which Triton's product at best matches there.
     """
     from ..kernels import outer as kernels
 
@@ -98,8 +103,8 @@ def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: t
             kernels.outer_dot,
             B * _cdiv(O, block_o) * _cdiv(I, block_i),
             (d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()),
-            warps,
-            stages,
+            warps=warps,
+            stages=stages,
             PRECISION=_precision(delta.dtype),
             BLOCK_T=block_t,
             BLOCK_O=block_o,
@@ -115,8 +120,8 @@ def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: t
             kernels.outer_flat,
             _cdiv(out.numel(), block),
             (d, a, out, T, out.numel(), O, I, (1 << 31) // O + 1, (1 << 31) // I + 1, *d.stride(), *a.stride()),
-            kernels.WARPS,
-            1,
+            warps=kernels.WARPS,
+            stages=1,
             VECTOR=16 // out.element_size(),
             BLOCK=block,
         )
@@ -125,8 +130,8 @@ def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: t
             kernels.outer_tiles,
             B * tiles,
             (d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()),
-            kernels.WARPS,
-            1,
+            warps=kernels.WARPS,
+            stages=1,
             BLOCK_O=block_o,
             BLOCK_I=block_i,
         )
@@ -173,8 +178,8 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
                 kernels.sq_norm_rows,
                 _cdiv(B, rows),
                 (d, a, norms, B, O, I, *d.stride(), *a.stride()),
-                kernels.WARPS,
-                3,
+                warps=kernels.WARPS,
+                stages=3,
                 ROWS=rows,
                 COLUMNS=columns,
             )
@@ -182,17 +187,17 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
 
     T, size = delta.shape[1], delta.element_size()
     table = kernels.GRAM_TILES[size]
-    (block_t, block_k), *gram_options = next((entry for entry in table if entry[0][0] >= T), table[-1])
-    (block_o, block_i, step_t), *gradient_options = kernels.GRADIENT_TILES[size]
+    (block_t, block_k), *gram_launch = next((entry for entry in table if entry[0][0] >= T), table[-1])
+    (block_o, block_i, step_t), *gradient_launch = kernels.GRADIENT_TILES[size]
     gram_tiles = _cdiv(T, block_t)
     gradient_tiles = _cdiv(O, block_o) * _cdiv(I, block_i)
     gram_cost = gram_tiles * (gram_tiles + 1) // 2 * block_t**2 * (O + I)
     gradient_cost = gradient_tiles * block_o * block_i * _cdiv(T, step_t) * step_t
     if gram_cost <= gradient_cost:
-        kernel, tiles, options = kernels.sq_norm_gram, gram_tiles, gram_options
+        kernel, tiles, (warps, stages) = kernels.sq_norm_gram, gram_tiles, gram_launch
         blocks = {"BLOCK_T": block_t, "BLOCK_K": block_k}
     else:
-        kernel, tiles, options = kernels.sq_norm_gradient, gradient_tiles, gradient_options
+        kernel, tiles, (warps, stages) = kernels.sq_norm_gradient, gradient_tiles, gradient_launch
         blocks = {"BLOCK_T": step_t, "BLOCK_O": block_o, "BLOCK_I": block_i}
     shares = delta.new_empty(B, tiles, dtype=result_type)
     if B * tiles > 0:
@@ -200,7 +205,8 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
             kernel,
             B * tiles,
             (delta, activation, shares, T, O, I, *delta.stride(), *activation.stride()),
-            *options,
+            warps=warps,
+            stages=stages,
             PRECISION=_precision(delta.dtype),
             **blocks,
         )
@@ -214,9 +220,9 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
 def dot(delta: Tensor, activation: Tensor, reference: Tensor) -> Tensor:
     """``⟨G[b], R⟩ = Σ_t δ_tᵀ R a_t`` with R [O, I] -> [B].
 
-    On tensor cores the product with R takes less time than writing its result [B, T, min(O, I)] and reading it back
-    (O = I = 400 in bf16 on an H100: 0.8 ps of arithmetic and 1.2 ps of traffic per element), so it is fused. In full
-    fp32 and fp64 it is bound by arithmetic, which the library's product does best: plain product and `vecdot`.
+    On tensor cores the product with R takes less time than writing its fp32 result [B, T, min(O, I)] and reading it
+    back (O = I = 400 in bf16, by an H100's peaks: 0.8 ps of arithmetic and 2.4 ps of traffic per element), so it is
+    fused. In full fp32 and fp64 arithmetic bounds it, which the library's product does best: that product and `vecdot`.
     """
     if not _on_tensor_cores(_operand_type(delta, reference)):
         return plain.dot(delta, activation, reference)
@@ -259,8 +265,8 @@ def _bilinear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
             kernels.bilinear,
             _cdiv(B * T, block_r) * _cdiv(H, block_h) * tiles_n,
             (longer, shorter, weight, shares, B * T, T, H, K, N, *longer.stride(), *shorter.stride(), *weight.stride()),
-            warps,
-            stages,
+            warps=warps,
+            stages=stages,
             PRECISION=_precision(operand_type),
             BLOCK_R=block_r,
             BLOCK_H=block_h,

@@ -19,8 +19,8 @@ def bilinear(
     """out[m, r, h] = Σ_{n in tile m} short[b, t, n] Σ_k long[b, t, k] weight[h, k, n], with r = b·T + t.
 
     long [B, T, K] and short [B, T, N] are delta and activation, the longer first; weight [H, K, N]; out
-    [tiles of N, R = B·T, H], to be summed over tiles and positions. The inner sum is a matrix product on tensor cores
-    (with wide or equal types), rounded nowhere; the intermediate [R, H, N] stays in registers. R·H·K·N multiply-adds.
+    [tiles of N, R = B·T, H], to be summed over tiles and positions. The inner sum is a matrix product in fp32
+    (fp64 for fp64), and its result [R, H, N] stays in registers. R·H·K·N multiply-adds.
     I/O: read the factors and weight, from the L2 again for each tile; write R · H · N / BLOCK_N.
     Grid: tiles of R · tiles of H · tiles of N.
     """

@@ -15,8 +15,8 @@ TILE_O = 32
 TILE_I = {2: 256, 4: 128, 8: 64}
 # Elements of out in a program of `outer_flat`, which keeps a pointer for each; half as many for several positions.
 FLAT = {2: 4096, 4: 2048, 8: 1024}
-# Up to this many positions are added one by one, which costs less than the writing (about 24 operations per fp32
-# element on an H100 or H200); beyond, matrix products take over.
+# Up to this many positions are added one by one, which costs less than the writing (by its peaks, an H200 does 24
+# multiply-adds while it writes one fp32 element); beyond, matrix products take over.
 ONE_BY_ONE = 8
 # (BLOCK_O, BLOCK_I, BLOCK_T), warps, stages of `outer_dot` by bytes per element of the factors.
 DOT_TILES = {2: ((128, 128, 32), 8, 3), 4: ((128, 64, 16), 4, 3), 8: ((32, 32, 16), 4, 3)}
