@@ -1,0 +1,282 @@
+"""The Triton backend without a GPU: operators under the interpreter, kernels compiled for three GPUs, its choice.
+
+Kernels are compiled by Triton for the arguments of real calls: only the launch is left out. The product of all sizes,
+types and GPUs takes minutes and is marked ``slow``: ``pytest tests/test_triton.py -m slow``.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradext
+from gradext import backends, ops
+from gradext.backends import triton as backend
+from gradext.errors import BackendError
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def run_python(*arguments, **environment):
+    environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("device", ["interpreter", "gpu"])
+def test_operators(device):
+    """`triton_operators.py`, in a process of its own."""
+    pytest.importorskip("triton")
+    if device == "gpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    tests = str(Path(__file__).with_name("triton_operators.py"))
+    interpret = "1" if device == "interpreter" else None
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET=interpret)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+# --- compilation -----------------------------------------------------------------------------------------------------
+
+GPUS = (80, 90, 100)
+TYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+# What each call is to launch: name -> (kernel, operator, shapes of its operands, type of out).
+CALLS = {
+    "outer aligned": ("outer_tiles", "outer", [(64, 400), (64, 784)], None),
+    "outer of few rows": ("outer_tiles", "outer", [(64, 16), (64, 784)], None),
+    "outer of fewer rows": ("outer_tiles", "outer", [(64, 8), (64, 784)], None),
+    "outer to bf16": ("outer_tiles", "outer", [(64, 400), (64, 784)], torch.bfloat16),
+    "outer to fp32": ("outer_tiles", "outer", [(64, 400), (64, 784)], torch.float32),
+    "outer of 4 positions": ("outer_tiles", "outer", [(64, 4, 400), (64, 4, 784)], None),
+    "outer odd": ("outer_flat", "outer", [(63, 401), (63, 785)], None),
+    "outer narrow": ("outer_flat", "outer", [(63, 10), (63, 32)], None),
+    "outer odd to bf16": ("outer_flat", "outer", [(63, 401), (63, 785)], torch.bfloat16),
+    "outer odd of 4 positions": ("outer_flat", "outer", [(63, 4, 401), (63, 4, 785)], None),
+    "outer of 64 positions": ("outer_dot", "outer", [(64, 64, 400), (64, 64, 784)], torch.float16),
+    "norm": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 784)], None),
+    "norm short": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 384)], None),
+    "norm odd": ("sq_norm_rows", "sq_norm", [(64, 401), (64, 785)], None),
+    "norm of 11 positions": ("sq_norm_gram", "sq_norm", [(64, 11, 400), (64, 11, 784)], None),
+    "norm odd of 11 positions": ("sq_norm_gram", "sq_norm", [(64, 11, 401), (64, 11, 785)], None),
+    "norm of 27 positions": ("sq_norm_gram", "sq_norm", [(64, 27, 400), (64, 27, 784)], None),
+    "norm odd of 27 positions": ("sq_norm_gram", "sq_norm", [(64, 27, 401), (64, 27, 785)], None),
+    "norm of 96 positions": ("sq_norm_gram", "sq_norm", [(64, 96, 400), (64, 96, 784)], None),
+    "norm odd of 97 positions": ("sq_norm_gram", "sq_norm", [(64, 97, 401), (64, 97, 785)], None),
+    "norm of 4096 positions": ("sq_norm_gradient", "sq_norm", [(4, 4096, 400), (4, 4096, 784)], None),
+    "norm odd of 4096 positions": ("sq_norm_gradient", "sq_norm", [(4, 4096, 401), (4, 4096, 785)], None),
+    "linear": ("bilinear", "linear", [(64, 400), (64, 784), (100, 400, 784)], None),
+    "linear short": ("bilinear", "linear", [(64, 784), (64, 20), (100, 784, 20)], None),
+    "linear odd": ("bilinear", "linear", [(64, 785), (64, 401), (100, 785, 401)], None),
+    "linear of many positions": ("bilinear", "linear", [(64, 9, 400), (64, 9, 784), (1, 400, 784)], None),
+}
+QUICK = {
+    (90, "fp32"): ("outer aligned", "outer odd", "norm", "norm odd of 27 positions", "linear"),
+    (90, "bf16"): ("outer aligned", "outer odd", "norm odd of 97 positions", "linear short"),
+    (90, "fp64"): ("outer aligned", "outer odd", "linear"),
+    (90, "tf32"): ("norm of 27 positions",),
+    (80, "fp32"): ("outer odd", "norm odd of 4096 positions"),
+    (80, "bf16"): ("outer of few rows", "outer of 64 positions", "linear odd"),
+    (100, "fp32"): ("outer odd", "norm of 4096 positions"),
+    (100, "bf16"): ("outer aligned", "norm odd of 4096 positions", "linear"),
+}
+
+
+def compilations():
+    for gpu in GPUS:
+        for dtype in TYPES:
+            for call in CALLS:
+                marks = () if call in QUICK.get((gpu, dtype), ()) else pytest.mark.slow
+                yield pytest.param(gpu, dtype, call, marks=marks, id=f"sm_{gpu}-{dtype}-{call.replace(' ', '-')}")
+
+
+def call_operator(call: str, dtype: str) -> None:
+    _, operator, shapes, out_dtype = CALLS[call]
+    operands = [torch.empty(shape, dtype=TYPES[dtype]) for shape in shapes]
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    getattr(backend, operator)(*operands, **({} if out_dtype is None else {"dtype": out_dtype}))
+
+
+@pytest.fixture
+def jit():
+    """triton.runtime.jit.JITFunction, where kernels are those of the compiler."""
+    pytest.importorskip("triton")
+    if backend.interpreting():
+        pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile")
+    from triton.runtime.jit import JITFunction
+
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    yield JITFunction
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+
+
+@pytest.fixture
+def compiled(jit, monkeypatch, tmp_path):
+    """A function that makes a call for a GPU, and returns each (kernel, PTX, ptxas report) instead of launching it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        """Stands for a GPU that is not there."""
+
+        def __init__(self, gpu):
+            self.gpu = gpu
+
+        def get_current_device(self):
+            return f"sm_{self.gpu}"  # Triton keeps its kernels by device
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", self.gpu, 32)
+
+    monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))  # a cached kernel has no report
+    run = jit.run
+
+    def compile_call(gpu, dtype, call):
+        kernels = []
+
+        def compile_only(self, *arguments, grid, warmup, **options):
+            self.device_caches.pop(f"sm_{gpu}", None)
+            with contextlib.redirect_stdout(io.StringIO()) as report:
+                kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+            kernels.append((self.__name__, kernel.asm["ptx"], report.getvalue()))
+
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(gpu))
+        monkeypatch.setattr(jit, "run", compile_only)
+        call_operator(call, dtype)
+        return kernels
+
+    return compile_call
+
+
+@pytest.mark.parametrize(("gpu", "dtype", "call"), list(compilations()))
+def test_compiles_without_spills(compiled, gpu, dtype, call):
+    expected = CALLS[call][0]
+    kernels = compiled(gpu, dtype, call)
+    assert [name for name, _, _ in kernels] == [expected]
+    [(_, ptx, report)] = kernels
+    report = " ".join(report.split())
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills.groups() == ("0", "0"), report
+    assert int(re.search(r"Used (\d+) registers", report)[1]) <= 255
+
+    if expected in ("outer_tiles", "outer_flat", "outer_dot"):
+        stores = re.findall(r"st\.global(\S*)", ptx)
+        assert all(".cs" in store for store in stores), "streaming stores"
+        wide = [store for store in stores if store.endswith((".v4.b32", ".v2.b64", ".v8.b32", ".v4.b64"))]
+        if expected == "outer_flat":  # beside them, the last program's masked ones
+            vectors, elements = flat_stores_per_thread(call, dtype)
+            assert len(wide) >= vectors
+            assert len(stores) <= vectors + elements
+        else:
+            assert wide == stores
+    if expected in ("outer_dot", "sq_norm_gram", "sq_norm_gradient", "bilinear"):
+        tensor_cores = re.search(r"(mma\.sync|wgmma|tcgen05\.mma)", ptx) is not None
+        assert tensor_cores or dtype in ("fp32", "fp64")
+        assert ("tf32" in ptx) == (dtype == "tf32"), "TF32 where it was asked for, and only there"
+
+
+def flat_stores_per_thread(call: str, dtype: str) -> tuple[int, int]:
+    """How many 16-byte vectors and how many elements each thread of `outer_flat` stores."""
+    from gradext.kernels import outer as kernels
+
+    _, _, shapes, out_dtype = CALLS[call]
+    size = (out_dtype or TYPES[dtype]).itemsize
+    elements = kernels.FLAT[size] // (1 if len(shapes[0]) == 2 else 2) // (32 * kernels.WARPS)
+    return elements * size // 16, elements
+
+
+def test_calls_cover_the_tile_tables(jit, monkeypatch):
+    """Every configuration of every table is launched by some call above, so that the slow tests compile them all."""
+    from gradext.kernels import bilinear, outer, sq_norm
+
+    launched = set()
+
+    def record(self, *arguments, grid, warmup, num_warps, num_stages, **constants):
+        launched.add((self.__name__, *(value for name, value in constants.items() if name != "PRECISION"), num_warps))
+
+    monkeypatch.setattr(jit, "run", record)
+    for dtype in TYPES:
+        for call in CALLS:
+            call_operator(call, dtype)
+
+    def configurations(kernel):
+        return {configuration[1:] for configuration in launched if configuration[0] == kernel}
+
+    assert {(o, i) for o, i, _ in configurations("outer_tiles")} >= {
+        (o, outer.TILE_I[size]) for o in (8, 16, outer.TILE_O) for size in (2, 4, 8)
+    }
+    assert {block for _, block, _ in configurations("outer_flat")} == {
+        block // halves for block in outer.FLAT.values() for halves in (1, 2)
+    }
+    assert {(o, i, t, w) for t, o, i, w in configurations("outer_dot")} == {
+        (*blocks, warps) for blocks, warps, _ in outer.DOT_TILES.values()
+    }
+    assert {(r, c) for r, c, _ in configurations("sq_norm_rows")} == {sq_norm.SHORT_ROWS, sq_norm.LONG_ROWS}
+    assert configurations("sq_norm_gram") == {
+        (*blocks, warps) for table in sq_norm.GRAM_TILES.values() for blocks, warps, _ in table
+    }
+    assert {(o, i, t, w) for t, o, i, w in configurations("sq_norm_gradient")} == {
+        (*blocks, warps) for blocks, warps, _ in sq_norm.GRADIENT_TILES.values()
+    }
+    assert {(r, h * n, k, w) for r, h, n, k, w in configurations("bilinear")} == {
+        (*blocks, warps) for blocks, warps, _ in bilinear.TILES.values()
+    }
+
+
+# --- choice ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """`available()` asked anew, without the interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "available", functools.cache(backend.available.__wrapped__))
+    return monkeypatch
+
+
+def test_cpu_tensors_are_refused(fresh):
+    pytest.importorskip("triton")
+    reason = "does not take tensors on cpu" if torch.cuda.is_available() else "torch sees no GPU; TRITON_INTERPRET=1"
+    with pytest.raises(BackendError, match=reason):
+        ops.outer(torch.ones(2, 3), torch.ones(2, 4), backend="triton")
+
+
+def test_missing_triton_is_told(fresh):
+    fresh.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendError, match=r"triton.*cannot be imported.*pip install triton"):
+        ops.outer(torch.ones(2, 3), torch.ones(2, 4), backend="triton")
+
+
+def test_old_gpu_is_told(fresh):
+    pytest.importorskip("triton")
+    fresh.setattr(torch.cuda, "is_available", lambda: True)
+    fresh.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "this one has 7.5" in backend.available()
+
+
+def test_gpu_chooses_triton_before_plain_torch(fresh):
+    """Without the compiled module's own kernels, CUDA tensors go to Triton where it works, else to plain torch."""
+    fresh.setattr(backends, "_working", {})
+    fresh.setattr(backends.cuda, "available", lambda: "not built")
+    fresh.setattr(backend, "available", lambda: None)
+    assert backends.choose(None, "cuda") is backend
+    assert backends.choose("triton", "cuda") is backend
+    fresh.setattr(backends, "_working", {})
+    fresh.setattr(backend, "available", lambda: "no")
+    assert backends.choose(None, "cuda") is backends.reference
+
+
+def test_import_leaves_triton_alone():
+    code = "import sys; sys.modules['triton'] = None; import gradext; import gradext.backends.triton"
+    run = run_python("-c", code, PYTHONPATH=str(Path(gradext.__file__).parents[1]))
+    assert run.returncode == 0, run.stderr
