@@ -89,8 +89,7 @@ inline Narrow narrow(const Half*, Vector<float> v) {
   const auto magnitude = bits ^ sign;
   const auto scaled = ((Vector<float>)magnitude * 0x1p+112f) * 0x1p-110f;
   auto exponent = (magnitude << 1) & 0xff000000u;
-  exponent =
-      exponent < 0x71000000u ? exponent - exponent + 0x71000000u : exponent;  // subnormal halves share one
+  exponent = exponent < 0x71000000u ? exponent - exponent + 0x71000000u : exponent;  // subnormal halves share one
   const auto sum = (Vector<std::uint32_t>)((Vector<float>)((exponent >> 1) + 0x07800000u) + scaled);
   const auto half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
   return low_halves((sign >> 16) | (v == v ? half : half - half + 0x7e00u));
@@ -135,8 +134,7 @@ inline void write(Out* to, const Lanes (&sum)[kVectors]) {
     }
   }
 #endif
-  for (std::size_t v = 0; v < kVectors; ++v)
-    put<kStream>(to + static_cast<std::int64_t>(v) * V, narrow(to, sum[v]));
+  for (std::size_t v = 0; v < kVectors; ++v) put<kStream>(to + static_cast<std::int64_t>(v) * V, narrow(to, sum[v]));
 }
 
 // Consecutive rows of one sample's output, or a part of one row: columns [first, first + columns) of each.
@@ -151,8 +149,8 @@ struct Rows {
 
 // Writes kVectors vectors of one row: sum_t delta[t] * activation[t, :].
 template <int kVectors, bool kStream, bool kOne, class Real, class Out>
-inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first_delta,
-                 const Real* activation, Out* to) {
+inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first_delta, const Real* activation,
+                 Out* to) {
   constexpr auto V = VectorOf<Real>::kSize;
   Vector<Real> sum[kVectors];
   for (int v = 0; v < kVectors; ++v) sum[v] = first_delta * load(activation + v * V);
@@ -355,20 +353,15 @@ inline void narrow_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
   }
 }
 
+#if defined(__AVX2__)  // without a permutation by variable indices, the rows one by one are as fast
+
 // Picks lanes of v by their numbers; of doubles by those of their halves.
 template <class Real>
 inline Vector<Real> permute(Vector<Real> v, Vector<std::int32_t> index) {
-#if defined(__AVX2__)
   return (Vector<Real>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
-#else
-  constexpr int kHalves = sizeof(Real) / sizeof(float);
-  Vector<Real> picked;
-  for (int lane = 0; lane < VectorOf<Real>::kSize; ++lane) picked[lane] = v[index[lane * kHalves] / kHalves];
-  return picked;
-#endif
 }
 
-constexpr std::int64_t kShort = 64;  // elements of the longest row for short_rows
+constexpr std::int64_t kShort = 40;  // elements of the longest row for short_rows
 
 // The vectors of a period of short_rows().
 template <class Real>
@@ -419,8 +412,7 @@ void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
   Real* const delta = delta_room + V;
   std::int32_t row_room[(kShort + 1) * V];
   std::int32_t* const row_at = row_room + V;  // by position
-  for (std::int64_t x = -V; x < period.vectors * V; ++x)
-    row_at[x] = static_cast<std::int32_t>((x + V * p.I) / p.I - V);
+  for (std::int64_t x = -V; x < period.vectors * V; ++x) row_at[x] = static_cast<std::int32_t>((x + V * p.I) / p.I - V);
 
   Out* const out = static_cast<Out*>(p.out);
   const auto phase = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) / sizeof(Out) % V);
@@ -451,7 +443,8 @@ void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
       for (std::int64_t v = 0; v < vectors; ++v) {
         const std::int32_t* row = row_at + v * V - lead;
         period.first_row[v] = row[0];
-        for (std::int32_t k = 0; k < 8; ++k) period.index[v * 8 + k] = (row[k / kHalves] - row[0]) * kHalves + k % kHalves;
+        for (std::int32_t k = 0; k < 8; ++k)
+          period.index[v * 8 + k] = (row[k / kHalves] - row[0]) * kHalves + k % kHalves;
       }
       laid_lead = lead;
       laid_vectors = vectors;
@@ -486,10 +479,10 @@ void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
     if (new_sample) o = 0, ++b;
   }
   if ((phase + end) % V > 0) write_part((phase + end) % V);
-#if defined(__SSE2__)
   if constexpr (kStream) _mm_sfence();  // streaming stores are not ordered before the thread's other stores
-#endif
 }
+
+#endif
 
 template <bool kOne, class Real, class Out>
 void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stream) {
@@ -549,9 +542,11 @@ void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stre
 
 template <class Real, class Out>
 void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stream) {
+#if defined(__AVX2__)
   const bool gapless = (p.O == 1 || p.out_o == p.I) && (p.B == 1 || p.out_b == p.O * p.I);
   if (p.T == 1 && p.I <= kShort && gapless)
     return stream ? short_rows<true, Real, Out>(p, begin, end) : short_rows<false, Real, Out>(p, begin, end);
+#endif
   p.T == 1 ? range<true, Real, Out>(p, begin, end, stream) : range<false, Real, Out>(p, begin, end, stream);
 }
 
