@@ -412,7 +412,12 @@ void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
   Real* const delta = delta_room + V;
   std::int32_t row_room[(kShort + 1) * V];
   std::int32_t* const row_at = row_room + V;  // by position
-  for (std::int64_t x = -V; x < period.vectors * V; ++x) row_at[x] = static_cast<std::int32_t>((x + V * p.I) / p.I - V);
+  const std::int64_t rows_before = (V + p.I - 1) / p.I;
+  std::int64_t next = -rows_before * p.I;  // where the next row begins; a division for each lane would cost more
+  for (std::int64_t x = -V, row = -rows_before - 1; x < period.vectors * V; ++x) {
+    for (; next <= x; next += p.I) ++row;
+    row_at[x] = static_cast<std::int32_t>(row);
+  }
 
   Out* const out = static_cast<Out*>(p.out);
   const auto phase = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) / sizeof(Out) % V);
