@@ -111,17 +111,18 @@ PYBIND11_MODULE(_C, m) {
       [](std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B, std::int64_t T,
          std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
          std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
-         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from) {
+         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from,
+         bool baseline) {
         gradext::outer_cpu(
             outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
                          activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
-            threads, stream_from);
+            threads, stream_from, baseline);
       },
       py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"),
       py::arg("I"), py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"),
       py::arg("activation_t"), py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"),
       py::arg("in_dtype"), py::arg("out_dtype"), py::arg("threads"), py::arg("stream_from") = -1,
-      without_gil);
+      py::arg("baseline") = false, without_gil);
   m.def(
       "nt_fill_cpu",
       [](std::uintptr_t out, std::int64_t bytes, int threads) {

@@ -32,7 +32,7 @@ CODES = {} if C is None else dict(zip([o for _, o in TYPES], [C.F32, C.F64, C.F1
 CANARY = 7.0
 
 
-def kernel(delta, activation, out, threads=1, stream_from=-1):
+def kernel(delta, activation, out, threads=1, stream_from=-1, baseline=False):
     """The C function itself on [B, T, ·] tensors."""
     (B, T, O), I = delta.shape, activation.shape[2]
     C.outer_cpu(
@@ -45,6 +45,7 @@ def kernel(delta, activation, out, threads=1, stream_from=-1):
         CODES[out.dtype],
         threads,
         stream_from,
+        baseline,
     )
     return out
 
@@ -90,15 +91,41 @@ def assert_nothing_else_written(memory, out):
 
 @pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), TYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("baseline", [False, True], ids=["best", "baseline"])
 @pytest.mark.parametrize("T", [1, 2, 5, 33])
-def test_every_shape_type_and_kind_of_store(T, in_dtype, out_dtype, stream_from):
+def test_every_shape_type_and_kind_of_store(T, baseline, in_dtype, out_dtype, stream_from):
     for B, O, I in itertools.product([1, 3], [1, 7], [1, 2, 5, 8, 9, 20, 31, 300, 1030]):
         delta, activation = factors(B, T, O, I, in_dtype)
         for gap_o, gap_b, offset in [(0, 0, 0), (0, 0, 3), (0, 5, 1), (3, 2, 1)]:
             memory, out = guarded(B, O, I, out_dtype, gap_o, gap_b, offset)
-            kernel(delta, activation, out, 1, stream_from)
+            kernel(delta, activation, out, 1, stream_from, baseline)
             assert_correct(out, delta, activation)
             assert_nothing_else_written(memory, out)
+
+
+@pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
+@pytest.mark.parametrize(("in_dtype", "out_dtype"), TYPES, ids=lambda dtype: str(dtype)[6:])
+def test_short_rows_at_every_phase(in_dtype, out_dtype, stream_from):
+    for I in range(1, 71):
+        for B, O, stride in [(5, 1, 1), (5, 3, 1), (2, 29, 2), (1, 2500 if I % 8 == 3 else 130, 1)]:
+            wide, activation = factors(B, 1, O * stride, I, in_dtype)
+            delta = wide[:, :, ::stride]
+            for offset in range(8) if B > 1 else [I % 8]:
+                memory, out = guarded(B, O, I, out_dtype, 0, 0, offset)
+                kernel(delta, activation, out, 1, stream_from)
+                assert_correct(out, delta, activation)
+                assert_nothing_else_written(memory, out)
+
+
+@pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
+@pytest.mark.parametrize("I", [3, 8, 20, 31, 39])
+def test_threads_cut_short_rows_in_mid_sample(I, stream_from):
+    for B, O, dtype in itertools.product([1, 3], [40_001, 65_000], [torch.float32, torch.bfloat16]):
+        delta, activation = factors(B, 1, O, I)
+        memory, out = guarded(B, O, I, dtype, 0, 0, 1)
+        kernel(delta, activation, out, 3, stream_from)
+        assert_correct(out, delta, activation)
+        assert_nothing_else_written(memory, out)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -156,9 +183,12 @@ def test_negative_strides():
     assert_correct(out, delta.flip(0, 2), activation.flip(0, 2))
 
 
+@pytest.mark.parametrize("baseline", [False, True], ids=["best", "baseline"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
-def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from):
+def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from, baseline):
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float()
+    ordered = every[every.isfinite()].sort().values
     bits = torch.arange(0, 1 << 32, 10_007, dtype=torch.int64)
     values = torch.cat(
         [
@@ -178,10 +208,13 @@ def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from):
                 ]
             ),
             torch.arange(-2048, 2048).add(0.5) * 2.0**-26,
+            every,
+            (ordered[1:].double() + ordered[:-1]).div(2).float(),  # the ties
         ]
     )
     ones = torch.ones(1, 1, 1)
-    out = kernel(ones, values.view(1, 1, -1), torch.empty(1, 1, values.numel(), dtype=dtype), 1, stream_from).flatten()
+    out = kernel(ones, values.view(1, 1, -1), torch.empty(1, 1, values.numel(), dtype=dtype), 1, stream_from, baseline)
+    out = out.flatten()
     wanted = values.to(dtype)
     assert torch.equal(out.isnan(), wanted.isnan())
     keep = ~wanted.isnan()

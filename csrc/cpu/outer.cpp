@@ -62,9 +62,7 @@ int parts_for(std::int64_t bytes, int threads) {
 std::int64_t part_begin(const void* out, std::int64_t bytes, int part, int parts) {
   const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) % 64);
   const auto begin = bytes / parts * part;
-  return part == 0       ? 0
-         : part == parts ? bytes
-                         : std::max<std::int64_t>((begin + offset) / 64 * 64 - offset, 0);
+  return part == 0 ? 0 : part == parts ? bytes : std::max<std::int64_t>((begin + offset) / 64 * 64 - offset, 0);
 }
 
 }  // namespace
@@ -76,7 +74,7 @@ std::int64_t default_stream_from() {
   return bytes;
 }
 
-void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from) {
+void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from, bool baseline) {
   const OuterParams p = with_long_rows(params);
   const std::int64_t size = element_size(p.out_dtype), bytes = p.B * p.O * p.I * size;
   if (bytes == 0) return;
@@ -89,9 +87,10 @@ void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from)
   }
   const bool stream = bytes >= (stream_from < 0 ? default_stream_from() : stream_from);
   const int parts = parts_for(bytes, threads);
+  const OuterRange outer_range = baseline ? baseline::outer_range : isa().outer_range;
   const auto work = [&](int part) {
-    isa().outer_range(p, part_begin(p.out, bytes, part, parts) / size,
-                      part_begin(p.out, bytes, part + 1, parts) / size, stream);
+    outer_range(p, part_begin(p.out, bytes, part, parts) / size, part_begin(p.out, bytes, part + 1, parts) / size,
+                stream);
   };
   parts == 1 ? work(0) : parallel(parts, work);
 }

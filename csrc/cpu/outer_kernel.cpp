@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -48,22 +50,37 @@ inline Vector<Element> broadcast(Element x) {
   return x - Vector<Element>{};  // plus would lose the sign of a zero
 }
 
-inline void store(float* to, Vector<float> v) { std::memcpy(to, &v, sizeof v); }
-inline void store(double* to, Vector<double> v) { std::memcpy(to, &v, sizeof v); }
+// A vector of sums in the output's type, which the unused pointer names.
+inline Vector<float> narrow(const float*, Vector<float> v) { return v; }
+inline Vector<double> narrow(const double*, Vector<double> v) { return v; }
 
-// Round to nearest even by adding just under half of the last kept bit; a NaN would carry into infinity, so
-// it is truncated and made quiet instead.
-inline void store(BFloat16* to, Vector<float> v) {
-  const auto bits = (Vector<std::uint32_t>)v;
-  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const auto quiet_nan = (bits >> 16) | 0x40u;
-  const auto narrow = __builtin_convertvector(v == v ? rounded : quiet_nan, Vector<std::uint16_t>);
-  std::memcpy(to, &narrow, sizeof narrow);
+using Narrow = Vector<std::uint16_t>;
+
+// Of integers below 2^16.
+inline Narrow low_halves(Vector<std::uint32_t> v) {
+#if defined(__AVX2__)
+  const auto bits = (__m256i)v;
+  return (Narrow)_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+#else
+  return __builtin_convertvector(v, Narrow);
+#endif
 }
 
-inline void store(Half* to, Vector<float> v) {
+// Round to nearest even by adding just under half of the last kept bit; a NaN would carry into infinity.
+inline Vector<std::uint32_t> rounded(Vector<float> v) {
+  const auto bits = (Vector<std::uint32_t>)v;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// A NaN is truncated and made quiet.
+inline Narrow narrow(const BFloat16*, Vector<float> v) {
+  const auto quiet_nan = ((Vector<std::uint32_t>)v >> 16) | 0x40u;
+  return low_halves(v == v ? rounded(v) : quiet_nan);
+}
+
+inline Narrow narrow(const Half*, Vector<float> v) {
 #if defined(__F16C__)
-  const __m128i narrow = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Narrow)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   // The adder rounds for us: adding a power of two whose last mantissa bit weighs what the half's last bit
   // will weigh leaves the rounded mantissa in the low bits. The two scalings turn overflow into infinity.
@@ -72,28 +89,52 @@ inline void store(Half* to, Vector<float> v) {
   const auto magnitude = bits ^ sign;
   const auto scaled = ((Vector<float>)magnitude * 0x1p+112f) * 0x1p-110f;
   auto exponent = (magnitude << 1) & 0xff000000u;
-  exponent =
-      exponent < 0x71000000u ? exponent - exponent + 0x71000000u : exponent;  // subnormal halves share one
+  exponent = exponent < 0x71000000u ? exponent - exponent + 0x71000000u : exponent;  // subnormal halves share one
   const auto sum = (Vector<std::uint32_t>)((Vector<float>)((exponent >> 1) + 0x07800000u) + scaled);
   const auto half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
-  const auto narrow =
-      __builtin_convertvector((sign >> 16) | (v == v ? half : half - half + 0x7e00u), Vector<std::uint16_t>);
+  return low_halves((sign >> 16) | (v == v ? half : half - half + 0x7e00u));
 #endif
-  std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// Past the cache; `to` lies at a multiple of 16 bytes.
-template <class Out, class Real>
-inline void stream(Out* to, Vector<Real> v) {
-  constexpr int kParts = sizeof(Vector<Real>) / sizeof(Real) * sizeof(Out) / 16;
-#if defined(__SSE2__)
-  alignas(32) Out lanes[VectorOf<Real>::kSize];
-  store(lanes, v);
-  for (int part = 0; part < kParts; ++part)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + part, reinterpret_cast<const __m128i*>(lanes)[part]);
-#else
-  store(to, v);
+// 16 or 32 bytes; past the cache if kStream, and `to` is then a multiple of their number.
+template <bool kStream, class Bytes>
+inline void put(void* to, Bytes v) {
+#if defined(__AVX__)
+  if constexpr (kStream && sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
 #endif
+#if defined(__SSE2__)
+  if constexpr (kStream) {
+    __m128i parts[sizeof v / 16];
+    std::memcpy(parts, &v, sizeof v);
+    for (std::size_t part = 0; part < sizeof v / 16; ++part)
+      _mm_stream_si128(static_cast<__m128i*>(to) + part, parts[part]);
+    return;
+  }
+#endif
+  std::memcpy(to, &v, sizeof v);
+}
+
+// Writes neighbouring vectors; past the cache if kStream, and `to` is then aligned as a vector of outputs.
+template <bool kStream, class Out, class Lanes, std::size_t kVectors>
+inline void write(Out* to, const Lanes (&sum)[kVectors]) {
+  constexpr std::int64_t V = sizeof(Lanes) / sizeof(sum[0][0]);
+#if defined(__AVX2__)
+  // NaNs are rare enough to be asked for once, by a comparison that looks at two vectors.
+  if constexpr (std::is_same_v<Out, BFloat16> && kVectors == 4) {
+    const __m256 nan = _mm256_or_ps(_mm256_cmp_ps((__m256)sum[0], (__m256)sum[1], _CMP_UNORD_Q),
+                                    _mm256_cmp_ps((__m256)sum[2], (__m256)sum[3], _CMP_UNORD_Q));
+    if (__builtin_expect(_mm256_movemask_ps(nan) == 0, 1)) {
+      for (int v = 0; v < 4; v += 2) {
+        const auto packed = _mm256_packus_epi32((__m256i)rounded(sum[v]), (__m256i)rounded(sum[v + 1]));
+        const auto ordered = _mm256_permute4x64_epi64(packed, 0b11'01'10'00);
+        put<kStream>(to + v * V, _mm256_castsi256_si128(ordered));
+        put<kStream>(to + v * V + V, _mm256_extracti128_si256(ordered, 1));
+      }
+      return;
+    }
+  }
+#endif
+  for (std::size_t v = 0; v < kVectors; ++v) put<kStream>(to + static_cast<std::int64_t>(v) * V, narrow(to, sum[v]));
 }
 
 // Consecutive rows of one sample's output, or a part of one row: columns [first, first + columns) of each.
@@ -108,8 +149,8 @@ struct Rows {
 
 // Writes kVectors vectors of one row: sum_t delta[t] * activation[t, :].
 template <int kVectors, bool kStream, bool kOne, class Real, class Out>
-inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first_delta,
-                 const Real* activation, Out* to) {
+inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first_delta, const Real* activation,
+                 Out* to) {
   constexpr auto V = VectorOf<Real>::kSize;
   Vector<Real> sum[kVectors];
   for (int v = 0; v < kVectors; ++v) sum[v] = first_delta * load(activation + v * V);
@@ -120,8 +161,7 @@ inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first
       for (int v = 0; v < kVectors; ++v) sum[v] += d * load(a + v * V);
     }
   }
-  for (int v = 0; v < kVectors; ++v)
-    kStream ? stream<Out, Real>(to + v * V, sum[v]) : store(to + v * V, sum[v]);
+  write<kStream>(to, sum);
 }
 
 // Streaming stores must write whole cache lines, but rows begin and end within lines. What does not fill a
@@ -279,10 +319,10 @@ inline void stream_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
         return join(count, broadcast(delta[t * r.delta_t]), broadcast(delta[t * r.delta_t + r.delta_o])) *
                join(count, load(from), load(from - r.I));
       };
-      Vector<Real> sum = product(0);
+      Vector<Real> sum[] = {product(0)};
       if constexpr (!kOne)
-        for (std::int64_t t = 1; t < r.T; ++t) sum += product(t);
-      stream<Out, Real>(to, sum);
+        for (std::int64_t t = 1; t < r.T; ++t) sum[0] += product(t);
+      write<true>(to, sum);
       i += V - r.I;
       to += V;
       left -= V;
@@ -312,6 +352,142 @@ inline void narrow_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
     left -= rows;
   }
 }
+
+#if defined(__AVX2__)  // without a permutation by variable indices, the rows one by one are as fast
+
+// Picks lanes of v by their numbers; of doubles by those of their halves.
+template <class Real>
+inline Vector<Real> permute(Vector<Real> v, Vector<std::int32_t> index) {
+  return (Vector<Real>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+}
+
+constexpr std::int64_t kShort = 40;  // elements of the longest row for short_rows
+
+// The vectors of a period of short_rows().
+template <class Real>
+struct Period {
+  static constexpr auto V = VectorOf<Real>::kSize;
+  std::int64_t vectors, rows;
+  alignas(64) Real activation[kShort * V];
+  alignas(64) std::int32_t index[kShort * 8];
+  std::int32_t first_row[kShort];  // where to load the deltas
+
+  Vector<Real> product(const Real* delta, std::int64_t v) const {
+    return permute<Real>(load(delta + first_row[v]), load(index + v * 8)) * load(activation + v * V);
+  }
+
+  // Writes `count` vectors from vector v on; `delta` is that of row 0.
+  template <bool kStream, class Out>
+  void write_vectors(Out* to, const Real* delta, std::int64_t v, std::int64_t count) const {
+    while (count > 0) {
+      const std::int64_t last = std::min(vectors, v + count);
+      count -= last - v;
+      for (; v + 4 <= last; v += 4, to += 4 * V)
+        write<kStream>(to, {product(delta, v), product(delta, v + 1), product(delta, v + 2), product(delta, v + 3)});
+      for (; v < last; ++v, to += V) write<kStream>(to, {product(delta, v)});
+      v = 0;
+      delta += rows;
+    }
+  }
+};
+
+// Rows so short that the work for each row would count, not that for each element. Needs T = 1 and an output
+// without gaps: it is then one stretch of aligned vectors, whatever rows and samples their lanes belong to.
+//
+// From vector to vector, the features and rows of the lanes repeat with a period. For one period they are laid
+// out beforehand: activations as the vector needs them, and deltas as where to load and how to permute. This
+// holds for a block of rows of one sample, in which positions are counted from its first row's first element.
+// Vector 0 begins `lead` elements before that one.
+template <bool kStream, class Real, class Out>
+void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
+  constexpr auto V = VectorOf<Real>::kSize;
+  constexpr std::int32_t kHalves = sizeof(Real) / sizeof(float);
+  constexpr std::int64_t kBlock = 1024;  // rows whose deltas are copied, so that loads may reach past them
+
+  Period<Real> period;
+  period.vectors = p.I / std::gcd(p.I, V);
+  period.rows = V / std::gcd(p.I, V);
+  while (period.vectors < 16) period.vectors *= 2, period.rows *= 2;  // to have something to unroll
+  alignas(64) Real delta_room[kBlock + 2 * V] = {};
+  Real* const delta = delta_room + V;
+  std::int32_t row_room[(kShort + 1) * V];
+  std::int32_t* const row_at = row_room + V;  // by position
+  const std::int64_t rows_before = (V + p.I - 1) / p.I;
+  std::int64_t next = -rows_before * p.I;  // where the next row begins; a division for each lane would cost more
+  for (std::int64_t x = -V, row = -rows_before - 1; x < period.vectors * V; ++x) {
+    for (; next <= x; next += p.I) ++row;
+    row_at[x] = static_cast<std::int32_t>(row);
+  }
+
+  Out* const out = static_cast<Out*>(p.out);
+  const auto phase = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) / sizeof(Out) % V);
+  std::int64_t skip = (phase + begin) % V;  // lanes of the first vector that are not of this range
+  Out* to = out + begin - skip;
+  Vector<Real> begun{};  // the vector at `to`, as far as blocks before have filled it
+  const auto write_part = [&](std::int64_t last) {
+    Out lanes[V];
+    write<false>(lanes, {begun});
+    std::memcpy(to + skip, lanes + skip, static_cast<std::size_t>(last - skip) * sizeof(Out));
+    skip = 0;
+  };
+
+  std::int64_t b = begin / (p.O * p.I), o = begin / p.I % p.O, first = begin % p.I;
+  std::int64_t laid_lead = -1, laid_vectors = 0;
+  for (bool new_sample = true; begin < end;) {
+    const std::int64_t lead = (phase + begin + V * p.I - first) % V;
+    const std::int64_t rows = std::min(p.O - o, kBlock), stop = std::min(rows * p.I, first + end - begin);
+    const std::int64_t vectors = std::min(period.vectors, (lead + stop + V - 1) / V);
+
+    const Real* from = static_cast<const Real*>(p.delta) + b * p.delta_b + o * p.delta_o;
+    if (p.delta_o == 1)
+      std::memcpy(delta, from, static_cast<std::size_t>(rows) * sizeof(Real));
+    else
+      for (std::int64_t row = 0; row < rows; ++row) delta[row] = from[row * p.delta_o];
+
+    if (laid_lead != lead || laid_vectors < vectors) {
+      for (std::int64_t v = 0; v < vectors; ++v) {
+        const std::int32_t* row = row_at + v * V - lead;
+        period.first_row[v] = row[0];
+        for (std::int32_t k = 0; k < 8; ++k)
+          period.index[v * 8 + k] = (row[k / kHalves] - row[0]) * kHalves + k % kHalves;
+      }
+      laid_lead = lead;
+      laid_vectors = vectors;
+    }
+    if (new_sample) {
+      from = static_cast<const Real*>(p.activation) + b * p.activation_b;
+      std::int64_t x = 0, n = vectors * V, i = (V * p.I - lead) % p.I;
+      Real* const laid = period.activation;
+      for (; x < std::min(p.I, n); ++x, i = i + 1 == p.I ? 0 : i + 1) laid[x] = from[i * p.activation_i];
+      for (std::int64_t part; x < n; x += part) {  // what is laid out doubles each time
+        part = std::min(x / p.I * p.I, n - x);
+        std::memcpy(laid + x, laid, static_cast<std::size_t>(part) * sizeof(Real));
+      }
+    }
+
+    // The vectors from the begun one to the one that the next block will end.
+    const std::int64_t begun_at = (lead + first) / V, whole = (lead + stop) / V;
+    const auto row_0 = [&](std::int64_t v) { return delta + v / period.vectors * period.rows; };
+    begun = join((lead + first) % V, begun, period.product(row_0(begun_at), begun_at % period.vectors));
+    if (begun_at < whole) {
+      skip > 0 ? write_part(V) : write<kStream>(to, {begun});
+      const std::int64_t v = begun_at + 1;
+      period.template write_vectors<kStream>(to + V, row_0(v), v % period.vectors, whole - v);
+      to += (whole - begun_at) * V;
+      if ((lead + stop) % V > 0) begun = period.product(row_0(whole), whole % period.vectors);
+    }
+
+    begin += stop - first;
+    first = 0;
+    o += rows;
+    new_sample = o == p.O;
+    if (new_sample) o = 0, ++b;
+  }
+  if ((phase + end) % V > 0) write_part((phase + end) % V);
+  if constexpr (kStream) _mm_sfence();  // streaming stores are not ordered before the thread's other stores
+}
+
+#endif
 
 template <bool kOne, class Real, class Out>
 void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stream) {
@@ -371,6 +547,11 @@ void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stre
 
 template <class Real, class Out>
 void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stream) {
+#if defined(__AVX2__)
+  const bool gapless = (p.O == 1 || p.out_o == p.I) && (p.B == 1 || p.out_b == p.O * p.I);
+  if (p.T == 1 && p.I <= kShort && gapless)
+    return stream ? short_rows<true, Real, Out>(p, begin, end) : short_rows<false, Real, Out>(p, begin, end);
+#endif
   p.T == 1 ? range<true, Real, Out>(p, begin, end, stream) : range<false, Real, Out>(p, begin, end, stream);
 }
 

@@ -49,8 +49,7 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = cached_.end();
     for (auto block = cached_.begin(); block != cached_.end(); ++block)
-      if (block->size >= size && block->size - size <= size / 4 &&
-          (best == cached_.end() || block->size < best->size))
+      if (block->size >= size && block->size - size <= size / 4 && (best == cached_.end() || block->size < best->size))
         best = block;
     WorkspaceBlock block{nullptr, size};
     if (best != cached_.end()) {
