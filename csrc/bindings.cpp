@@ -19,10 +19,10 @@ using gradext::DType;
 using gradext::OuterParams;
 
 OuterParams outer_params(std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B,
-                         std::int64_t T, std::int64_t O, std::int64_t I, std::int64_t delta_b,
-                         std::int64_t delta_t, std::int64_t delta_o, std::int64_t activation_b,
-                         std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
-                         std::int64_t out_o, int in_dtype, int out_dtype) {
+                         std::int64_t T, std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t,
+                         std::int64_t delta_o, std::int64_t activation_b, std::int64_t activation_t,
+                         std::int64_t activation_i, std::int64_t out_b, std::int64_t out_o, int in_dtype,
+                         int out_dtype) {
   return {reinterpret_cast<const void*>(delta),
           reinterpret_cast<const void*>(activation),
           reinterpret_cast<void*>(out),
@@ -111,18 +111,15 @@ PYBIND11_MODULE(_C, m) {
       [](std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B, std::int64_t T,
          std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
          std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
-         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from,
-         bool baseline) {
-        gradext::outer_cpu(
-            outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
-                         activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
-            threads, stream_from, baseline);
+         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from, bool baseline) {
+        gradext::outer_cpu(outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
+                                        activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
+                           threads, stream_from, baseline);
       },
-      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"),
-      py::arg("I"), py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"),
-      py::arg("activation_t"), py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"),
-      py::arg("in_dtype"), py::arg("out_dtype"), py::arg("threads"), py::arg("stream_from") = -1,
-      py::arg("baseline") = false, without_gil);
+      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"), py::arg("I"),
+      py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"), py::arg("activation_t"),
+      py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"), py::arg("in_dtype"), py::arg("out_dtype"),
+      py::arg("threads"), py::arg("stream_from") = -1, py::arg("baseline") = false, without_gil);
   m.def(
       "nt_fill_cpu",
       [](std::uintptr_t out, std::int64_t bytes, int threads) {
@@ -134,8 +131,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<HostBuffer>(m, "HostBuffer", py::buffer_protocol())
       .def(py::init<std::size_t>(), py::arg("nbytes"))
       .def_buffer([](HostBuffer& self) {
-        return py::buffer_info(static_cast<unsigned char*>(self.data()),
-                               static_cast<py::ssize_t>(self.bytes()));
+        return py::buffer_info(static_cast<unsigned char*>(self.data()), static_cast<py::ssize_t>(self.bytes()));
       });
   m.def("workspace_empty_cache", &gradext::workspace_empty_cache);
   m.def("workspace_stats", [] {
@@ -155,15 +151,14 @@ PYBIND11_MODULE(_C, m) {
          std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
          std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
          std::int64_t out_o, int in_dtype, int out_dtype, int device, std::uintptr_t stream) {
-        gradext::outer_cuda(
-            outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
-                         activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
-            device, stream);
+        gradext::outer_cuda(outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
+                                         activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
+                            device, stream);
       },
-      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"),
-      py::arg("I"), py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"),
-      py::arg("activation_t"), py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"),
-      py::arg("in_dtype"), py::arg("out_dtype"), py::arg("device"), py::arg("stream"), without_gil);
+      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"), py::arg("I"),
+      py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"), py::arg("activation_t"),
+      py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"), py::arg("in_dtype"), py::arg("out_dtype"),
+      py::arg("device"), py::arg("stream"), without_gil);
 #endif
   m.def("cuda_status", [] {
 #if defined(GRADEXT_WITH_CUDA)

@@ -145,8 +145,7 @@ __global__ void __launch_bounds__(kThreads, 3) outer_runs(OuterParams p, RunPlan
         for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(d0 * a[k]);
       } else {
 #pragma unroll
-        for (int k = 0; k < kSize; ++k)
-          c.element[k] = convert<Out>(convert<Real>(d[below[k] * p.delta_o]) * a[k]);
+        for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(convert<Real>(d[below[k] * p.delta_o]) * a[k]);
       }
       __stcs(reinterpret_cast<uint4*>(to), c.all);
       d += next_delta;
@@ -161,8 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3) outer_runs(OuterParams p, RunPlan
 constexpr int kTile = 64, kSlice = 16, kPatch = 4;
 
 template <class In, class Out>
-__global__ void __launch_bounds__(kThreads)
-    outer_sum(OuterParams p, std::int64_t tiles_o, std::int64_t tiles_i) {
+__global__ void __launch_bounds__(kThreads) outer_sum(OuterParams p, std::int64_t tiles_o, std::int64_t tiles_i) {
   using Real = Sum<In>;
   __shared__ Real deltas[kSlice][kTile];
   __shared__ Real activations[kSlice][kTile];
@@ -172,8 +170,7 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t tile = blockIdx.x; tile < p.B * tiles_o * tiles_i; tile += gridDim.x) {
     const std::int64_t row_of_tiles = divide(tile, tiles_i);
     const std::int64_t b = divide(row_of_tiles, tiles_o);
-    const std::int64_t o0 = (row_of_tiles - b * tiles_o) * kTile,
-                       i0 = (tile - row_of_tiles * tiles_i) * kTile;
+    const std::int64_t o0 = (row_of_tiles - b * tiles_o) * kTile, i0 = (tile - row_of_tiles * tiles_i) * kTile;
     const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b;
     const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b;
 
@@ -183,11 +180,9 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();  // the last slice has been read
       for (int k = thread; k < slice * kTile; k += kThreads) {
         const int t = k / kTile, n = k % kTile;
-        deltas[t][n] =
-            o0 + n < p.O ? convert<Real>(delta[(t0 + t) * p.delta_t + (o0 + n) * p.delta_o]) : Real(0);
+        deltas[t][n] = o0 + n < p.O ? convert<Real>(delta[(t0 + t) * p.delta_t + (o0 + n) * p.delta_o]) : Real(0);
         activations[t][n] =
-            i0 + n < p.I ? convert<Real>(activation[(t0 + t) * p.activation_t + (i0 + n) * p.activation_i])
-                         : Real(0);
+            i0 + n < p.I ? convert<Real>(activation[(t0 + t) * p.activation_t + (i0 + n) * p.activation_i]) : Real(0);
       }
       __syncthreads();
       for (int t = 0; t < slice; ++t) {
@@ -257,16 +252,15 @@ void launch(const OuterParams& p, cudaStream_t stream) {
   dim3 block;
   block.x = static_cast<unsigned>(divide_up(plan.period_chunks, plan.column_tiles));
   block.y = static_cast<unsigned>(std::min<std::int64_t>(periods, kThreads / block.x));
-  block.z =
-      static_cast<unsigned>(std::min<std::int64_t>(plan.runs, std::min(kThreads / (block.x * block.y), 64u)));
+  block.z = static_cast<unsigned>(std::min<std::int64_t>(plan.runs, std::min(kThreads / (block.x * block.y), 64u)));
 
   // More steps a thread spread its preparation over more stores, as long as every multiprocessor keeps
   // several blocks.
   constexpr std::int64_t kEnoughBlocks = 8192, kMaxSteps = 16;
   const std::int64_t rows_of_blocks = divide_up(periods, block.y);
   const std::int64_t others = plan.column_tiles * divide_up(plan.runs, block.z);
-  plan.steps = std::clamp<std::int64_t>(rows_of_blocks * others / kEnoughBlocks, 1,
-                                        std::min(kMaxSteps, rows_of_blocks));
+  plan.steps =
+      std::clamp<std::int64_t>(rows_of_blocks * others / kEnoughBlocks, 1, std::min(kMaxSteps, rows_of_blocks));
   plan.row_tiles = divide_up(rows_of_blocks, plan.steps);
   plan.tiles = others * plan.row_tiles;
   outer_runs<In, Out><<<static_cast<unsigned>(std::min(plan.tiles, kMaxBlocks)), block, 0, stream>>>(p, plan);
@@ -299,9 +293,8 @@ void check(cudaError_t error, const char* call, const OuterParams& p, int device
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
     arch = "sm_" + std::to_string(major * 10 + minor);
-  throw std::runtime_error(std::string("gradext outer_cuda: ") + call +
-                           " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
-                           ", B=" + std::to_string(p.B) + ", T=" + std::to_string(p.T) +
+  throw std::runtime_error(std::string("gradext outer_cuda: ") + call + " failed: " + cudaGetErrorString(error) + " (" +
+                           cudaGetErrorName(error) + ", B=" + std::to_string(p.B) + ", T=" + std::to_string(p.T) +
                            ", O=" + std::to_string(p.O) + ", I=" + std::to_string(p.I) + ", device " +
                            std::to_string(device) + ", " + arch + ")" + advice(error));
 }
