@@ -229,14 +229,14 @@ def test_kernels_run_in_order_on_the_current_stream(backend):
     """The factors are written late on a side stream: a kernel on any other one would read the old ones."""
     delta, activation, *_ = factors(64, None, 300, 200)
     expected = ops.outer(delta, activation, backend=backend)  # compiles the kernel
-    late_delta, out = torch.zeros_like(delta), torch.zeros_like(expected)
+    late_delta, out, result = torch.zeros_like(delta), torch.zeros_like(expected), torch.zeros_like(expected)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # some 25 ms
         late_delta.copy_(delta)
         ops.outer(late_delta, activation, out=out, backend=backend)
-        result = out.clone()
+        result.copy_(out)
         finished = torch.cuda.Event()
         finished.record()
         assert not finished.query(), "the call waited for the GPU"
