@@ -53,8 +53,17 @@ const Isa& isa() {
 
 std::int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-int parts_for(std::int64_t bytes, int threads) {
+int threads_for(std::int64_t bytes, int threads) {
   return static_cast<int>(std::clamp<std::int64_t>(bytes / kBytesPerThread, 1, std::max(threads, 1)));
+}
+
+// More parts than threads: a thread that comes late, because torch's own still spin on its core, or that loses its
+// core in between, holds up one small part and not its share of the whole.
+constexpr std::int64_t kBytesPerPart = 2 << 20;
+
+int parts_for(std::int64_t bytes, int threads) {
+  if (threads == 1) return 1;
+  return static_cast<int>(std::clamp<std::int64_t>(bytes / kBytesPerPart, threads, std::int64_t{256} * threads));
 }
 
 // The first byte of the given part of [0, bytes), moved to where a cache line of `out` begins: no two threads
@@ -86,18 +95,20 @@ void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from,
     return;
   }
   const bool stream = bytes >= (stream_from < 0 ? default_stream_from() : stream_from);
+  threads = threads_for(bytes, threads);
   const int parts = parts_for(bytes, threads);
   const OuterRange outer_range = baseline ? baseline::outer_range : isa().outer_range;
   const auto work = [&](int part) {
     outer_range(p, part_begin(p.out, bytes, part, parts) / size, part_begin(p.out, bytes, part + 1, parts) / size,
                 stream);
   };
-  parts == 1 ? work(0) : parallel(parts, work);
+  parts == 1 ? work(0) : parallel(threads, parts, work);
 }
 
 void nt_fill_cpu(void* out, std::int64_t bytes, int threads) {
+  threads = threads_for(bytes, threads);
   const int parts = parts_for(bytes, threads);
-  parallel(parts, [&](int part) {
+  parallel(threads, parts, [&](int part) {
     auto* to = static_cast<char*>(out) + part_begin(out, bytes, part, parts);
     auto* const end = static_cast<char*>(out) + part_begin(out, bytes, part + 1, parts);
 #if defined(__SSE2__)

@@ -29,13 +29,13 @@ inline void pause() {
 
 class Workers {
  public:
-  void run(int parts, const std::function<void(int)>& work) {
+  void run(int threads, int parts, const std::function<void(int)>& work) {
     const std::unique_lock<std::mutex> job(job_, std::try_to_lock);
-    if (!job || parts <= 1) {
+    if (!job || threads <= 1) {
       for (int part = 0; part < parts; ++part) work(part);
       return;
     }
-    start(parts - 1);
+    start(threads - 1);
     work_ = &work;
     error_ = nullptr;
     failed_.store(false, std::memory_order_relaxed);
@@ -121,9 +121,9 @@ Workers& instance() {
 
 }  // namespace
 
-void parallel(int parts, const std::function<void(int)>& work) {
+void parallel(int threads, int parts, const std::function<void(int)>& work) {
   if (parts <= 1) return work(0);
-  instance().run(parts, work);
+  instance().run(threads, parts, work);
 }
 
 }  // namespace gradext
