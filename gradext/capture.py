@@ -69,6 +69,7 @@ class _Record(NamedTuple):
     rule: type
     input: Tensor
     input_version: int
+    output: Tensor
     edge: GradientEdge
     shape: torch.Size
     dtype: torch.dtype
@@ -187,6 +188,7 @@ class _Capture(TorchFunctionMode):
                 rule=rule,
                 input=bound.input if self.keep_graph else bound.input.detach(),
                 input_version=bound.input._version,
+                output=output,
                 edge=get_gradient_edge(source),
                 shape=output.shape,
                 dtype=output.dtype,
@@ -223,6 +225,7 @@ def capture(
     kwargs: dict,
     objective: Callable[[object], Root],
     candidates: dict[str, nn.Module],
+    modules: dict[str, nn.Module],
     parameters: dict[str, nn.Parameter],
     *,
     pick: str | None = None,
@@ -233,10 +236,11 @@ def capture(
 ) -> list[Use]:
     """Run ``model(*args, **kwargs)`` and return every use of the candidates' weights, in order of execution.
 
-    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``parameters`` are the
-    model's, by name; ``pick`` keeps only the first or last weight executed; ``watch_objective=False`` promises that the
-    objective uses no parameter. Raises CaptureError where the result could be wrong: samples that mix, a layer that
-    never ran, an input overwritten after use; UnsupportedLayerError for a use without a rule.
+    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``modules`` and
+    ``parameters`` are the model's, by name; ``pick`` keeps only the first or last weight executed;
+    ``watch_objective=False`` promises that the objective uses no parameter. Raises CaptureError where the result could
+    be wrong: samples that mix, a layer that never ran, an input overwritten after use; UnsupportedLayerError for a use
+    without a rule.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     owners: dict[str, str] = {}  # chosen parameter -> layer
@@ -250,7 +254,7 @@ def capture(
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_restored_buffers(model))
+        stack.enter_context(_restored_buffers(modules))
         stack.enter_context(_autocast_uncached())
         args, kwargs = as_constant(args), as_constant(kwargs)
         with mode:
@@ -288,6 +292,8 @@ def _deltas(
         return [record.input.new_zeros(record.shape, dtype=record.dtype) for record in records]
 
     edges = [record.edge for record in records]
+    if edges == [root.edge] and not (check_samples or create_graph or records[0].output._backward_hooks):
+        return [root.gradient]  # the backward begins where it would end
 
     def backward(gradient: Tensor, **options) -> list[Tensor]:
         # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
@@ -401,10 +407,10 @@ def as_constant(value):
 
 
 @contextlib.contextmanager
-def _restored_buffers(model: nn.Module):
+def _restored_buffers(modules: dict[str, nn.Module]):
     """Buffers that a forward in training mode updates (power iterations, running statistics) are put back."""
     kept = []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise CaptureError(_MIXING.format(f"{name or 'the model'} ({type(module).__name__})"))
         if module.training and module._buffers:

@@ -310,7 +310,8 @@ class LayerFactors(dict):
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all chosen layers' gradients together, ``(Σ_layers ‖G_layer[b]‖²)^½`` -> [B]."""
-        return torch.linalg.vector_norm(torch.stack([factors.norm() for factors in self.values()]), dim=0)
+        norms = [factors.norm() for factors in self.values()]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
     def dot(self, reference: dict[str, Tensor]) -> Tensor:
         """``Σ_layers ⟨G_layer[b], reference[layer]⟩`` -> [B]; ``reference`` has an [O, I] tensor for every layer."""

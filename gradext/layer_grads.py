@@ -138,7 +138,9 @@ def _uses(
     if check not in (None, "sample"):
         raise ValueError(f"check: expected None or 'sample', but got {check!r}")
     candidates, pick = choose_layers(model, layers)
-    parameters = dict(model.named_parameters())
+    # Walking a model takes as long as a small layer's product: once for all that follows.
+    modules = dict(model.named_modules())
+    parameters = _named_parameters(modules)
     args, kwargs = _as_call(x)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or tensors[0].ndim == 0:
@@ -162,6 +164,7 @@ def _uses(
         kwargs,
         objective,
         candidates,
+        modules,
         parameters,
         pick=pick,
         include_bias=include_bias,
@@ -172,6 +175,16 @@ def _uses(
     if check_finite:
         _refuse_non_finite(uses)
     return uses, parameters
+
+
+def _named_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """As `nn.Module.named_parameters`, a shared parameter under its first name only."""
+    names: dict[nn.Parameter, str] = {}
+    for prefix, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+    return {name: parameter for parameter, name in names.items()}
 
 
 def _as_call(x) -> tuple[tuple, dict]:

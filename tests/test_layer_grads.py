@@ -872,7 +872,7 @@ def test_wrong_backends(monkeypatch):
     model, x = build("autoencoder")
     with pytest.raises(BackendError, match=r"expected one of.*'reference'.*'quantum'"):
         gradext.batch_layer_grads(model, x, backend="quantum")
-    with pytest.raises(BackendError, match="'cuda' does not take tensors on cpu"):
+    with pytest.raises(BackendError, match=r"'cuda' does not (take tensors on cpu|work here)"):
         gradext.batch_layer_grads(model, x, backend="cuda")
     monkeypatch.setenv("GRADEXT_BACKEND", "quantum")
     with pytest.raises(BackendError, match="quantum"):
