@@ -59,7 +59,7 @@ int threads_for(std::int64_t bytes, int threads) {
 
 // More parts than threads: a thread that comes late, because torch's own still spin on its core, or that loses its
 // core in between, holds up one small part and not its share of the whole.
-constexpr std::int64_t kBytesPerPart = 2 << 20;
+constexpr std::int64_t kBytesPerPart = 512 << 10;
 
 int parts_for(std::int64_t bytes, int threads) {
   if (threads == 1) return 1;

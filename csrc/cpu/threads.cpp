@@ -1,7 +1,9 @@
-// Workers that outlive the call. Starting and joining a std::thread takes 20 to 70 us, the time to write 2
-// MB; a worker that still spins from the last call takes up a part in about 1 us.
+// Threads that outlive the call: torch's, or, where there are none, workers of our own. Starting and joining a
+// std::thread takes 20 to 70 us, the time to write 2 MB; a thread that still spins from the last call takes up a part
+// in about 1 us.
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -105,6 +107,37 @@ class Workers {
   int count_ = 0;
 };
 
+// Torch's own team, where there is one. Its threads spin for milliseconds after every parallel region of torch's, so
+// that workers of ours would wait for their cores, and would find them at once as members of the team. Both libgomp and
+// LLVM's OpenMP runtime export this entry point; torch loads whichever it uses into the global namespace.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+std::atomic<bool> forked{false};  // OpenMP's threads do not survive a fork, and its runtime waits for them in vain
+
+GompParallel team() {
+  static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
+struct Job {
+  const std::function<void(int)>& work;
+  const int parts;
+  std::atomic<int> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};
+
+  static void member(void* data) {
+    Job& job = *static_cast<Job*>(data);
+    for (int part; (part = job.next.fetch_add(1, std::memory_order_relaxed)) < job.parts;) {
+      try {
+        job.work(part);
+      } catch (...) {
+        if (!job.failed.exchange(true)) job.error = std::current_exception();
+      }
+    }
+  }
+};
+
 // Never destroyed: detached workers may wait in it until the process has gone.
 Workers* workers;
 
@@ -112,7 +145,10 @@ Workers& instance() {
   static const bool ready = [] {
     workers = new Workers;
     // Threads do not survive a fork, and locks may be held in it: the child begins anew.
-    pthread_atfork(nullptr, nullptr, [] { workers = new Workers; });
+    pthread_atfork(nullptr, nullptr, [] {
+      workers = new Workers;
+      forked.store(true, std::memory_order_relaxed);
+    });
     return true;
   }();
   (void)ready;
@@ -123,7 +159,14 @@ Workers& instance() {
 
 void parallel(int threads, int parts, const std::function<void(int)>& work) {
   if (parts <= 1) return work(0);
-  instance().run(threads, parts, work);
+  Workers& own = instance();
+  if (const GompParallel run = team()) {
+    Job job{work, parts};
+    run(Job::member, &job, static_cast<unsigned>(threads), 0);
+    if (job.error) std::rethrow_exception(job.error);
+    return;
+  }
+  own.run(threads, parts, work);
 }
 
 }  // namespace gradext
