@@ -287,12 +287,12 @@ std::string advice(cudaError_t error) {
 
 void check(cudaError_t error, const char* call, const OuterParams& p, int device) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // a launch error must not be found by the next caller
   std::string arch = "unknown";
   int major = 0, minor = 0;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
     arch = "sm_" + std::to_string(major * 10 + minor);
+  cudaGetLastError();  // neither this error nor one of the queries above must be found by the next caller
   throw std::runtime_error(std::string("gradext outer_cuda: ") + call + " failed: " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ", B=" + std::to_string(p.B) + ", T=" + std::to_string(p.T) +
                            ", O=" + std::to_string(p.O) + ", I=" + std::to_string(p.I) + ", device " +
