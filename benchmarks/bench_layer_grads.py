@@ -20,10 +20,14 @@ NAME = "decoder.2.weight"
 
 
 @pytest.fixture(scope="module")
-def routes(mnist_vae, smoke):
+def x(smoke):
+    return torch.rand(8 if smoke else 256, 784, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def routes(mnist_vae, x):
     """Route name -> a call that returns the gradients [B, 784, 400], or their norms [B]."""
-    B = 8 if smoke else 256
-    x = torch.rand(B, 784, generator=torch.Generator().manual_seed(1))
+    B = len(x)
     out = {NAME: torch.empty(B, 784, 400)}
 
     def by_hand():
@@ -70,13 +74,14 @@ def test_layer_grads(benchmark, routes, expected, route):
 
 
 @pytest.mark.skipif(native.C is None, reason=f"compiled module missing: {native.reason}")
-def test_ratios(routes, expected, smoke, report, peak_bytes):
+def test_ratios(mnist_vae, x, routes, expected, smoke, report, peak_bytes):
     """In one run, each route in turn: gradext against vmap(grad), and the memory of the factors."""
-    times: dict[str, list[float]] = {route: [] for route in routes}
     for call in routes.values():
         check(call(), expected)
+    calls = {**routes, "forward pass alone": torch.no_grad()(lambda: mnist_vae(x))}  # the floor of every route
+    times: dict[str, list[float]] = {route: [] for route in calls}
     for _ in range(2 if smoke else 7):
-        for route, call in routes.items():
+        for route, call in calls.items():
             call()  # each route finds caches and allocator as its own last call left them
             round_end = time.perf_counter() + 0.15
             while not times[route] or time.perf_counter() < round_end:  # the quick ones are noisy: many calls a round
