@@ -1,10 +1,12 @@
-"""gradext: per-sample gradients of linear layers from one forward and a partial backward, and what people do next
+"""gradext: per-sample gradients of neural networks from one forward and a partial backward, and what people do next
 with them (norms, cosines, classifiers, projections, Fisher scores) without writing them at all."""
 
 from ._version import __version__
 from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
 from .factors import GradFactors, LayerFactors
 from .layer_grads import batch_layer_factors, batch_layer_grads
+from .layers import register_layer
+from .streaming import iter_layer_grads
 
 __all__ = [
     "BackendError",
@@ -16,4 +18,6 @@ __all__ = [
     "__version__",
     "batch_layer_factors",
     "batch_layer_grads",
+    "iter_layer_grads",
+    "register_layer",
 ]

@@ -5,13 +5,14 @@ torch function that is handed a chosen parameter, from wherever it is called, an
 reuse, tied weights and functional calls come out right, and nothing is left on the model.
 
 The graph is no larger than it must be. Parameters are replaced, at each call that takes them, by detached aliases,
-so that no weight gradient is part of the graph and the model itself (its ``requires_grad`` flags too) is never
-written to. The first use of a chosen weight whose input needs no gradient is where the graph begins: the alias handed
-to that one call requires grad, which makes its output a non-leaf without a copy, and nothing before it is
-differentiated. One `torch.autograd.grad` from the per-sample losses to the recorded outputs gives every delta.
+so that no weight gradient is part of the graph and the model itself is left as it was. The first use of a chosen weight
+whose input needs no gradient is where the graph begins: the alias handed to that one call requires grad, which makes
+its output a non-leaf without a copy, and nothing before it is differentiated. One `torch.autograd.grad` from the
+per-sample losses to the recorded outputs gives every delta.
 
-What the mode cannot see (compiled code, a weight's view made beforehand) still shows in the graph: no path may lead
-from the losses to a chosen parameter other than through its alias. Only for a frozen parameter is there no such trace.
+What the mode cannot see (custom autograd functions, scripted code, a weight's view made beforehand) still shows in the
+graph: no path may lead from the losses to a chosen parameter other than through its alias. Frozen parameters require
+grad during the forward for that purpose alone.
 """
 
 from __future__ import annotations
@@ -384,7 +385,8 @@ def _captured(
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         args, kwargs = as_constant(args), as_constant(kwargs)
-        with _registered_layers(mode, candidates, names), mode:
+        frozen = [p for name, p in parameters.items() if name in owners and not p.requires_grad]
+        with _registered_layers(mode, candidates, names), _thawed(frozen), mode:
             output = model(*args, **kwargs)
         with mode if watch_objective else contextlib.nullcontext():
             root = objective(output)
@@ -695,6 +697,19 @@ def _restored_buffers(modules: dict[str, nn.Module]):
             for buffer, version, value in kept:
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _thawed(parameters: list[nn.Parameter]):
+    """Frozen parameters require grad for the time of the forward, so that a use that the mode misses leaves a trace."""
+    parameters = [parameter for parameter in parameters if not parameter.is_inference()]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,11 @@ class GradFactors:
     def dtype(self) -> torch.dtype:
         return self.delta.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factors take."""
+        return self.activation.nbytes + self.delta.nbytes
+
     def __len__(self) -> int:
         return self.delta.shape[0]
 
@@ -456,6 +461,10 @@ class ConvFactors(GradFactors):
     def dtype(self) -> torch.dtype:
         return self.plain.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes + self.plain.nbytes
+
     def __len__(self) -> int:
         return self.plain.shape[0]
 
@@ -577,6 +586,10 @@ class EmbeddingFactors(GradFactors):
     @property
     def dtype(self) -> torch.dtype:
         return self.delta_rows.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + self.delta_rows.nbytes
 
     def __len__(self) -> int:
         return self.index.shape[0]

@@ -6,6 +6,7 @@ Parameters are handed to the model by `torch.func.functional_call`, so that its 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -32,13 +33,13 @@ def vmap_grads(
     """``vmap(grad)`` over the chosen parameters, in chunks of samples -> {name: [B, *parameter.shape]}.
 
     ``args``, ``kwargs`` and ``target`` hold a sample in each row of those tensors that have ``batch`` rows; all else is
-    the same for every sample. Randomness is each sample's own. Raises CaptureError where torch cannot vectorise.
+    the same for every sample. Randomness is each sample's own. Where torch cannot vectorise it warns, and loops.
     """
     constant, varied = _parted(parameters, chosen)
-    samples = _Samples((args, dict(kwargs), target), batch)
+    samples = Samples((args, dict(kwargs), target), batch)
 
     def sample_loss(varied, rows):
-        args, kwargs, target = samples.with_rows(rows)
+        args, kwargs, target = samples.with_rows([row.unsqueeze(0) for row in rows])
         return objective(torch.func.functional_call(model, {**constant, **varied}, args, kwargs), target)
 
     size = sum(value.numel() * value.element_size() for value in varied.values())
@@ -53,10 +54,12 @@ def vmap_grads(
     try:
         return gradients(varied, samples.rows)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise CaptureError(
-            f'{", ".join(varied)}: fallback="vmap" failed, as torch.func cannot vectorise this model ({error}); '
-            'fallback="loop" goes sample by sample'
-        ) from error
+        warnings.warn(
+            f"torch.func cannot vectorise this model ({error}), so that the gradients of {', '.join(varied)} are "
+            'computed sample by sample; fallback="loop" does so without trying',
+            stacklevel=4,
+        )
+        return loop_grads(model, args, kwargs, target, objective, parameters, varied, batch)
 
 
 def loop_grads(
@@ -73,10 +76,10 @@ def loop_grads(
     constant, varied = _parted(parameters, chosen)
     grads = {name: value.new_zeros(batch, *value.shape) for name, value in varied.items()}
     leaves = {name: value.requires_grad_() for name, value in varied.items()}
-    samples = _Samples((args, dict(kwargs), target), batch)
+    samples = Samples((args, dict(kwargs), target), batch)
     with torch.enable_grad():
         for b in range(batch):
-            one_args, one_kwargs, one_target = samples.with_rows([rows[b] for rows in samples.rows])
+            one_args, one_kwargs, one_target = samples.with_rows([rows[b : b + 1] for rows in samples.rows])
             output = torch.func.functional_call(model, {**constant, **leaves}, one_args, one_kwargs)
             found = torch.autograd.grad(objective(output, one_target), tuple(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, found, strict=True):
@@ -143,8 +146,8 @@ def _parted(parameters, chosen: Iterable[str]) -> tuple[dict[str, Tensor], dict[
     return constant, {name: constant.pop(name).clone() for name in chosen}
 
 
-class _Samples:
-    """Nested inputs of a model; those tensors in them that have a row for each sample, and the same for one sample."""
+class Samples:
+    """Nested inputs of a model, the tensors in them that have a row for each sample, and the same for other rows."""
 
     def __init__(self, values, batch: int) -> None:
         self.leaves, self.structure = pytree.tree_flatten(values)
@@ -162,5 +165,5 @@ class _Samples:
     def with_rows(self, rows: list[Tensor]):
         leaves = list(self.leaves)
         for k, row in zip(self.places, rows, strict=True):
-            leaves[k] = row.unsqueeze(0)
+            leaves[k] = row
         return pytree.tree_unflatten(leaves, self.structure)

@@ -34,13 +34,13 @@ def batch_layer_grads(
 ) -> dict[str, Tensor]:
     """The gradient of every sample's own loss with respect to the weights of the chosen layers.
 
-    ``grads[name][b] = ∂ loss_b / ∂ weight = Σ_t δ_bt a_btᵀ``, with the keys, shapes and values of
+    For a linear layer ``grads[name][b] = ∂ loss_b / ∂ weight = Σ_t δ_bt a_btᵀ``, with the keys, shapes and values of
     ``torch.func.vmap(torch.func.grad(...))`` over the parameters: ``{"decoder.0.weight": Tensor[B, O, I], ...}``, and
     ``[B, O]`` for biases. One forward, one backward that stops at the earliest chosen layer, one product a layer; the
     model is left as it was.
 
     Args:
-        model: any module made of `nn.Linear` and whatever else; in `eval()` or `train()`, frozen or not.
+        model: any module; in `eval()` or `train()`, frozen or not.
         x: the model's input [B, ...]; a tuple for several positional inputs, a dict for keyword inputs.
         loss: ``"bce"``, ``"bce_logits"``, ``"mse"``, ``"cross_entropy"``, or ``(output, target) -> Tensor[B]``. Losses
             are summed over a sample's elements and never divided by B. ``"auto"`` is reconstruction: BCE where the
@@ -52,14 +52,18 @@ def batch_layer_grads(
         include_bias: also the gradients of the layers' biases.
         out: tensors to write into, one for every result, by name.
         dtype: type of the results; default: the parameters' (or that of ``out``).
-        backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"reference"``.
+        backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
+        fallback: ``"vmap"`` computes the parameters for which there is no rule through ``torch.func``, in chunks (where
+            torch can vectorise the model), and ``"loop"`` sample by sample; then every parameter can be chosen. Random
+            models draw anew there.
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
         check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
             input, at the price of a second backward. Worth one call for a model that is new; it is always done where
-            there are as many positions as samples, since then shapes cannot tell them apart.
+            the shapes cannot tell samples from positions. ``"sum"`` raises it where Σ_b of a parameter's gradients is
+            not what autograd gives for the summed losses, at the price of a whole forward and backward.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
 
-    A tuple output means its first element.
+    A tuple output means its first element. A loss of your own gets any other output as it is.
 
     Raises:
         ValueError, TypeError: an argument of a wrong shape, type or value; the message says what was expected.
@@ -119,7 +123,7 @@ def batch_layer_factors(
     """
     found, _ = _gradients(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
     # Factors outlive the call, and the first layer's input can be the caller's tensor, which may be overwritten.
-    args, kwargs = _as_call(x)
+    args, kwargs = as_call(x)
     given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
 
     def own(factor: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ def _gradients(
     # Walking a model takes as long as a small layer's product: once for all that follows.
     modules = dict(model.named_modules())
     parameters = _named_parameters(modules)
-    args, kwargs = _as_call(x)
+    args, kwargs = as_call(x)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or tensors[0].ndim == 0:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
@@ -212,7 +216,8 @@ def _named_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in names.items()}
 
 
-def _as_call(x) -> tuple[tuple, dict]:
+def as_call(x) -> tuple[tuple, dict]:
+    """A model's input as positional and keyword arguments."""
     if isinstance(x, Mapping):
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
