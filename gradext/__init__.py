@@ -3,15 +3,19 @@ with them (norms, cosines, classifiers, projections, Fisher scores) without writ
 
 from ._version import __version__
 from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
-from .factors import GradFactors, LayerFactors
+from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors
 from .layer_grads import batch_layer_factors, batch_layer_grads
 from .layers import register_layer
+from .statistics import GradStatistics
 from .streaming import iter_layer_grads
 
 __all__ = [
     "BackendError",
     "CaptureError",
+    "ConvFactors",
+    "EmbeddingFactors",
     "GradFactors",
+    "GradStatistics",
     "LayerFactors",
     "NonFiniteError",
     "UnsupportedLayerError",

@@ -242,12 +242,22 @@ class GradFactors:
     # --- inner products ----------------------------------------------------------------------------------------------
 
     def dot(self, reference: Tensor) -> Tensor:
-        """``⟨G[b], R⟩`` with a reference gradient R [O, I] -> [B]; BTOI operations, intermediate BT·min(O, I)."""
+        """``⟨G[b], R⟩`` with a reference gradient R [O, I] -> [B]; BTOI operations, intermediate BT·min(O, I).
+
+        With K references [K, O, I] -> [B, K], as `linear`.
+        """
+        if self._is_bank(reference):
+            return self.linear(reference)
         return ops.dot(self.delta, self.activation, self._matrix(reference))
 
     def cosine(self, reference: Tensor, eps: float = 1e-12) -> Tensor:
-        """``⟨G[b], R⟩ / (‖G[b]‖‖R‖)`` -> [B] in [-1, 1]; 0 where the product of norms is below ``eps``."""
-        return _cosine(self.dot(reference), self.norm(), [reference], eps)
+        """``⟨G[b], R⟩ / (‖G[b]‖‖R‖)`` -> [B] in [-1, 1], or [B, K]; 0 where the product of norms is below ``eps``."""
+        return _cosine(self.dot(reference), self.norm(), [reference], self._is_bank(reference), eps)
+
+    def _is_bank(self, reference: Tensor) -> bool:
+        """Whether there are K references, in the parameter's shape or as matrices, not one."""
+        single = {tuple(self.shape[1:]), self.weight_shape}
+        return tuple(reference.shape) not in single and tuple(reference.shape[1:]) in single
 
     def gram(self, other: GradFactors | None = None) -> Tensor:
         """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)`` -> [B, C]; ``other`` defaults to self.
@@ -341,6 +351,13 @@ class GradFactors:
         self._refuse_empty("mean")
         return self.sum() / len(self)
 
+    def clipped_sum(self, max_norm: float) -> Tensor:
+        """``Σ_b min(1, max_norm / ‖G[b]‖) G[b]`` -> [O, I], each gradient clipped to a norm, as private training needs.
+
+        The norms and one matrix product more. Raises ValueError for a ``max_norm`` that is not positive.
+        """
+        return self.sum(_clipping(self.norm(), max_norm))
+
     def diag_fisher(self) -> Tensor:
         """The diagonal of the empirical Fisher matrix, ``(1/B) Σ_b G[b]²`` elementwise -> [O, I].
 
@@ -353,6 +370,20 @@ class GradFactors:
         else:
             total = sum(block.square().sum(0) for block in self._blocks())
         return self._like_weight(total / len(self))
+
+    def kron_fisher(self) -> tuple[Tensor, Tensor]:
+        """The Kronecker factors ``A = Σ_bt a aᵀ / (B T)`` [I, I] and ``D = Σ_bt δ δᵀ / B`` [O, O] of the Fisher matrix.
+
+        The matrix of the flattened gradients is about ``D ⊗ A``, exactly so where inputs and deltas are independent
+        and T = 1; for many positions this is the "expand" form. BT(O² + I²) operations.
+        Sources: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
+        2015; Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network architectures",
+        NeurIPS 2023.
+        """
+        self._refuse_empty("kron_fisher")
+        activation, delta = self._rows()
+        B, T = len(self), max(1, self.positions)
+        return activation.mT @ activation / (B * T), delta.mT @ delta / B
 
     def _refuse_empty(self, method: str) -> None:
         if len(self) == 0:
@@ -524,6 +555,8 @@ class ConvFactors(GradFactors):
 
     def dot(self, reference: Tensor) -> Tensor:
         """``⟨G[b], R⟩ = Σ_t p_bt · (image * R)_bt`` -> [B], R in the weight's shape or [O, I]; BTOI operations."""
+        if self._is_bank(reference):
+            return self.linear(reference)
         if tuple(reference.shape) not in (self.weight_shape, tuple(self.shape[1:])):
             raise ValueError(f"reference: expected shape {list(self.weight_shape)}, but got {list(reference.shape)}")
         return self.linear(reference.unsqueeze(0)).squeeze(1)
@@ -594,6 +627,34 @@ class EmbeddingFactors(GradFactors):
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    @staticmethod
+    def cat(parts: Sequence[GradFactors]) -> GradFactors:
+        if not parts or not all(isinstance(part, EmbeddingFactors) for part in parts):
+            return GradFactors.cat(parts)
+        T = max(part.positions for part in parts)
+        index = torch.cat([F.pad(part.index, (0, T - part.positions)) for part in parts])
+        rows = torch.cat([F.pad(part.delta_rows, (0, 0, 0, T - part.positions)) for part in parts])
+        return EmbeddingFactors(index, rows, parts[0].rows)
+
+    def gram(self, other: GradFactors | None = None) -> Tensor:
+        """``K[b, c] = Σ_{t,s: index_bt = index'_cs} δ_bt · δ'_cs`` -> [B, C]; BCTSD operations, no unit vectors."""
+        other = self if other is None else other
+        if not isinstance(other, EmbeddingFactors):
+            return super().gram(other)
+        if other.shape[1:] != self.shape[1:]:
+            raise ValueError(
+                f"other: expected factors of [V, D] = {list(self.shape[1:])}, but got {list(other.shape[1:])}"
+            )
+        (T, S), C = (self.positions, other.positions), len(other)
+        step = max(1, BLOCK_ELEMENTS // max(1, T * S * C))
+        columns, column_index = widen(other.delta_rows)[0].flatten(0, 1), other.index.flatten()
+        blocks = []
+        for b in range(0, max(1, len(self)), step):
+            rows, index = widen(self.delta_rows[b : b + step])[0].flatten(0, 1), self.index[b : b + step].flatten()
+            products = (rows @ columns.mT) * (index[:, None] == column_index)
+            blocks.append(products.reshape(-1 if T * C * S else 0, T, C, S).sum((1, 3)))
+        return torch.cat(blocks) if T * C * S else columns.new_zeros(len(self), C)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> GradFactors:
         rows = function(self.delta_rows)
         index = function(self.index).to(dtype=torch.int64)  # a change of type is meant for the values alone
@@ -637,7 +698,9 @@ class EmbeddingFactors(GradFactors):
         return torch.linalg.vector_norm(values, p, dim=1) if values.shape[1] else values.new_zeros(len(self))
 
     def dot(self, reference: Tensor) -> Tensor:
-        """``Σ_t R[index_bt] · δ_bt`` with R [V, D] -> [B]; BTD operations."""
+        """``Σ_t R[index_bt] · δ_bt`` with R [V, D] -> [B], or [K, V, D] -> [B, K]; BTD operations each."""
+        if self._is_bank(reference):
+            return self.linear(reference)
         if tuple(reference.shape) != tuple(self.shape[1:]):
             raise ValueError(f"reference: expected shape {list(self.shape[1:])}, but got {list(reference.shape)}")
         (rows,) = widen(self.delta_rows)
@@ -705,20 +768,63 @@ class LayerFactors(dict):
         return sum(factors.dot(reference[name]) for name, factors in self.items())
 
     def cosine(self, reference: dict[str, Tensor], eps: float = 1e-12) -> Tensor:
-        """The cosine between all layers' gradients together and the reference -> [B]."""
-        return _cosine(self.dot(reference), self.norm(), list(reference.values()), eps)
+        """The cosine between all layers' gradients together and the reference -> [B]; with K references -> [B, K]."""
+        banks = {factors._is_bank(reference[name]) for name, factors in self.items()}
+        if len(banks) > 1:
+            raise ValueError("reference: expected one reference for every layer, or K for every layer, but got both")
+        return _cosine(self.dot(reference), self.norm(), list(reference.values()), banks == {True}, eps)
 
     def gram(self, other: LayerFactors | None = None) -> Tensor:
-        """``Σ_layers K_layer`` -> [B, C]."""
+        """``Σ_layers K_layer``, of all layers' gradients together -> [B, C]."""
         other = self if other is None else other
         if set(other) != set(self):
             raise ValueError(f"other: expected the layers {sorted(self)}, but got {sorted(other)}")
         return sum(factors.gram(other[name]) for name, factors in self.items())
 
+    def sketch(self, dim: int, seed: int = 0) -> Tensor:
+        """`GradFactors.sketch` of all layers' gradients together, every layer by hashes of its own -> [B, dim]."""
+        return sum(factors.sketch(dim, seed + 1_000_003 * k) for k, factors in enumerate(self.values()))
 
-def _cosine(dot: Tensor, norm: Tensor, references: list[Tensor], eps: float) -> Tensor:
-    norms = [torch.linalg.vector_norm(reference.to(norm.dtype)) for reference in references]
-    scale = norm * torch.linalg.vector_norm(torch.stack(norms))
+    def sum(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """``Σ_b w_b G_layer[b]`` by layer."""
+        return {name: factors.sum(weights) for name, factors in self.items()}
+
+    def mean(self) -> dict[str, Tensor]:
+        """``(1/B) Σ_b G_layer[b]`` by layer."""
+        return {name: factors.mean() for name, factors in self.items()}
+
+    def clipped_sum(self, max_norm: float) -> dict[str, Tensor]:
+        """``Σ_b min(1, max_norm / ‖G[b]‖) G_layer[b]`` by layer, the norms being those of all layers together."""
+        return self.sum(_clipping(self.norm(), max_norm))
+
+    @staticmethod
+    def cat(parts: Sequence[LayerFactors]) -> LayerFactors:
+        """One batch from several of the same layers."""
+        if not parts:
+            raise ValueError("parts: expected at least one LayerFactors, but got an empty sequence")
+        for part in parts:
+            if set(part) != set(parts[0]):
+                raise ValueError(f"parts: expected the layers {sorted(parts[0])} in all, but got {sorted(part)}")
+        return LayerFactors((name, type(first).cat([part[name] for part in parts])) for name, first in parts[0].items())
+
+    def to(self, *args, **kwargs) -> LayerFactors:
+        """As `GradFactors.to`, for every layer."""
+        return LayerFactors((name, factors.to(*args, **kwargs)) for name, factors in self.items())
+
+    def detach(self) -> LayerFactors:
+        return LayerFactors((name, factors.detach()) for name, factors in self.items())
+
+
+def _clipping(norm: Tensor, max_norm: float) -> Tensor:
+    if not max_norm > 0:
+        raise ValueError(f"max_norm: expected a positive number, but got {max_norm!r}")
+    return (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+
+
+def _cosine(dot: Tensor, norm: Tensor, references: list[Tensor], bank: bool, eps: float) -> Tensor:
+    rows = [r.to(norm.dtype).reshape(r.shape[0] if bank else 1, -1) for r in references]
+    lengths = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(r, dim=1) for r in rows]), dim=0)
+    scale = norm[:, None] * lengths if bank else norm * lengths
     value = (dot / scale.clamp_min(eps)).clamp(-1, 1)
     return torch.where(scale < eps, torch.zeros_like(value), value)
 
