@@ -395,14 +395,12 @@ def _captured(
         missing = _missing(mode, root, records, owners, pick)
         mode.records, mode.unruled = [], {}
         records = _without(records, missing)
-        layouts = []
         for record in records:
-            layouts.append(_layouts(record, batch))
-            if not layouts[-1]:
+            if not _layouts(record, batch):
                 missing |= dict.fromkeys(record.names, _no_batch(record, batch))
-        kept = _without(records, missing)
-        layouts = [layout for record, layout in zip(records, layouts, strict=True) if not record.names & set(missing)]
-        return Captured(_uses(mode, root, kept, layouts, check_samples, create_graph) if kept else [], missing, batch)
+        records = _without(records, missing)
+        uses = _uses(mode, root, records, check_samples, create_graph) if records else []
+        return Captured(uses, missing, batch)
 
 
 def _without(records: list[_Record], missing: Iterable[str]) -> list[_Record]:
@@ -464,16 +462,10 @@ def _no_batch(record: _Record, batch: int) -> CaptureError:
     )
 
 
-def _uses(
-    mode: _Capture,
-    root: Root,
-    records: list[_Record],
-    layouts: list[list[Layout]],
-    check_samples: bool,
-    create_graph: bool,
-) -> list[Use]:
+def _uses(mode: _Capture, root: Root, records: list[_Record], check_samples: bool, create_graph: bool) -> list[Use]:
     """The inputs and the deltas, the gradients of the summed losses with respect to every recorded output."""
     batch = root.gradient.shape[0]
+    layouts = [_layouts(record, batch) for record in records]
     # Another order than the usual one has to be proved; and where there are as many positions as samples, any order:
     # theirs could be exchanged, and the shapes would not tell.
     check_samples = batch > 1 and (

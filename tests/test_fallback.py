@@ -119,6 +119,27 @@ def test_uses_inside_transforms_and_derivatives_go_through_the_loop(loop):
             assert_close(grads[name], value)
 
 
+def test_one_parameter_that_is_missing_leaves_the_others_of_its_layers(loop):
+    class SharedBias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.b.bias = self.a.bias
+            self.start = nn.Parameter(torch.rand(5))
+
+        def forward(self, x):
+            return self.b(torch.tanh(x + self.a(self.start)))
+
+    torch.manual_seed(0)
+    model, x = SharedBias().double(), torch.rand(B, 5).double()
+    expected = loop(model, x, x, squared)
+    grads = gradext.batch_layer_grads(model, x, loss=squared, fallback="vmap", include_bias=True)
+    assert set(grads) == set(expected)
+    for name, value in grads.items():
+        assert_close(value, expected[name])
+    assert set(gradext.batch_layer_grads(model, x, loss=squared, layers="b")) == {"b.weight"}
+
+
 def test_what_torch_cannot_vectorise_is_said():
     class Branching(nn.Module):
         def __init__(self):
