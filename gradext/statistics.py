@@ -19,7 +19,7 @@ class GradStatistics:
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Tanh(), torch.nn.Linear(3, 6))
     >>> statistics = gradext.GradStatistics(kron_fisher=True)
     >>> for batch in torch.rand(100, 6).split(30):
-    ...     statistics.partial_fit(gradext.batch_layer_factors(model, batch))
+    ...     _ = statistics.partial_fit(gradext.batch_layer_factors(model, batch))
     >>> statistics.count, tuple(statistics.mean["0"].shape), [tuple(m.shape) for m in statistics.kron_fisher["2"]]
     (100, (3, 6), [(3, 3), (6, 6)])
 
