@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -90,4 +91,10 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, backend in backends.BACKENDS.items():
         reason = backend.available()
         print(f"  {name:<13} {'works' if reason is None else f'no: {reason}'}")
+    print("choice of backend: the first row that fits, in it the first backend that works; elsewhere reference")
+    for row in backends.TABLE:
+        order = ", ".join(row.backends)
+        print(f"  {row.device:<5} {', '.join(row.operators):<18} {row.when:<32} {order:<24} {row.why}")
+    if os.environ.get("GRADEXT_BACKEND"):
+        print(f"  GRADEXT_BACKEND={os.environ['GRADEXT_BACKEND']} overrides it")
     return 0
