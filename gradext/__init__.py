@@ -4,6 +4,7 @@ with them (norms, cosines, classifiers, projections, Fisher scores) without writ
 from ._version import __version__
 from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
 from .factors import GradFactors, LayerFactors
+from .graphs import make_graphed_layer_grads
 from .layer_grads import batch_layer_factors, batch_layer_grads
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "__version__",
     "batch_layer_factors",
     "batch_layer_grads",
+    "make_graphed_layer_grads",
 ]

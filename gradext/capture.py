@@ -287,7 +287,8 @@ def _deltas(
     """The gradient of the summed losses with respect to every recorded output."""
     batch = root.gradient.shape[0]
     # With as many positions as samples their order could be exchanged, and the shapes would not tell.
-    check_samples = batch > 1 and (check_samples or any(batch in record.shape[1:-1] for record in records))
+    exchangeable = any(batch in record.shape[1:-1] for record in records) and not _becomes_a_graph(root.gradient)
+    check_samples = batch > 1 and (check_samples or exchangeable)
     if root.edge is None:  # the losses do not depend on the chosen layers at all
         return [record.input.new_zeros(record.shape, dtype=record.dtype) for record in records]
 
@@ -323,6 +324,11 @@ def _deltas(
                     "dimension; see that the layer's input is [B, ..., I] in the order of the losses"
                 )
     return deltas
+
+
+def _becomes_a_graph(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which cannot wait for a check; the calls that warm up for it have."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _select(records: list[_Record], pick: str | None) -> list[_Record]:

@@ -80,10 +80,11 @@ def batch_layer_grads(
     shapes = {name: tuple(factors.shape) for name, factors in weights.items()}
     shapes |= {name: tuple(value.shape) for name, value in biases.items()}
     given = _check_outs(out, shapes, uses, dtype)
-    grads: dict[str, Tensor] = {}
-    for name, factors in weights.items():
-        kind = dtype or parameters[name].dtype
-        grads[name] = factors.materialize(out=given.get(name), dtype=None if name in given else kind, backend=backend)
+    products = [
+        ops.Product(factors.delta, factors.activation, given.get(name), dtype or parameters[name].dtype)
+        for name, factors in weights.items()
+    ]
+    grads = dict(zip(weights, ops.outer_group(products, backend=backend), strict=True))
     for name, value in biases.items():
         kind = dtype or parameters[name].dtype
         grads[name] = given[name].copy_(value) if name in given else value.to(kind)
@@ -117,7 +118,7 @@ def batch_layer_factors(
     """
     uses, _ = _uses(model, x, loss, target, layers, include_bias, check_finite, check, create_graph)
     # Factors outlive the call, and the first layer's input can be the caller's tensor, which may be overwritten.
-    args, kwargs = _as_call(x)
+    args, kwargs = as_call(x)
     given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
     uses = [
         use._replace(input=use.input.clone()) if use.input.untyped_storage().data_ptr() in given else use
@@ -138,10 +139,11 @@ def _uses(
     if check not in (None, "sample"):
         raise ValueError(f"check: expected None or 'sample', but got {check!r}")
     candidates, pick = choose_layers(model, layers)
+    _check_inference(candidates, create_graph)
     # Walking a model takes as long as a small layer's product: once for all that follows.
     modules = dict(model.named_modules())
     parameters = _named_parameters(modules)
-    args, kwargs = _as_call(x)
+    args, kwargs = as_call(x)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or tensors[0].ndim == 0:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
@@ -187,7 +189,8 @@ def _named_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in names.items()}
 
 
-def _as_call(x) -> tuple[tuple, dict]:
+def as_call(x) -> tuple[tuple, dict]:
+    """The positional and keyword arguments that ``x`` stands for."""
     if isinstance(x, Mapping):
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
@@ -200,6 +203,19 @@ def _check_device(parameters: dict[str, nn.Parameter], x: Tensor) -> None:
         raise ValueError(
             f"x: expected a tensor on the model's device {device}, but got one on {x.device}; use x.to(...)"
         )
+
+
+def _check_inference(candidates: dict[str, nn.Module], create_graph: bool) -> None:
+    if create_graph and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "create_graph: expected False under torch.inference_mode(), which keeps no graph; leave inference mode"
+        )
+    for name, module in candidates.items():
+        if any(parameter is not None and parameter.is_inference() for parameter in module._parameters.values()):
+            raise RuntimeError(
+                f"layer {name!r}: expected parameters that autograd can use, but they were made under "
+                "torch.inference_mode(); make the model outside of it, or replace them by their .clone()"
+            )
 
 
 def _by_parameter(uses: list[Use]) -> tuple[dict[str, GradFactors], dict[str, Tensor]]:

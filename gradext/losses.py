@@ -64,6 +64,11 @@ def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -
     return _in_full_precision(LOSSES[loss], output, target)
 
 
+def resolve_loss(loss: str, output: Tensor, target: Tensor) -> str:
+    """The name of the loss that is meant, ``"auto"`` resolved as by `backward_root`; waits for the GPU."""
+    return _checked_target(loss, output, target)[0]
+
+
 class Root(NamedTuple):
     """Where the backward of Σ_b loss_b begins: an edge of the graph (None: no graph), and the gradient [B, ...] there.
 

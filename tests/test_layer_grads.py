@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 from gradext import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
+from gradext.backends import reference
 
 B = 4
 
@@ -879,6 +880,38 @@ def test_wrong_backends(monkeypatch):
         gradext.batch_layer_grads(model, x)
     monkeypatch.setenv("GRADEXT_BACKEND", "reference")
     gradext.batch_layer_grads(model, x)
+
+
+def test_inference_mode_is_told_where_a_graph_is_wanted():
+    model, x = build("autoencoder")
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"create_graph: expected False under torch.inference_mode\(\)"):
+            gradext.batch_layer_grads(model, x, create_graph=True)
+        made = copy.deepcopy(model)
+    for options in {}, {"create_graph": True}:
+        with pytest.raises(RuntimeError, match=r"layer 'decoder.0': expected parameters.*make the model outside of it"):
+            gradext.batch_layer_factors(made, x, **options)
+    made.decoder = copy.deepcopy(model.decoder)
+    grads = gradext.batch_layer_grads(made, x, create_graph=True)
+    assert_close(grads["decoder.0.weight"], gradext.batch_layer_grads(model, x)["decoder.0.weight"], 1e-12)
+    assert grads["decoder.0.weight"].requires_grad
+
+
+def test_all_layers_are_one_call_of_a_backend_that_takes_groups(monkeypatch):
+    calls = []
+
+    def outer_group(problems):
+        calls.append(problems)
+        for delta, activation, out, epilogue, operand in problems:
+            reference.outer(delta, activation, out, None, epilogue, operand)
+
+    model, x = build("autoencoder")
+    expected = gradext.batch_layer_grads(model, x, layers="all")
+    monkeypatch.setattr(reference, "outer_group", outer_group, raising=False)
+    found = gradext.batch_layer_grads(model, x, layers="all", backend="reference")
+    assert [len(problems) for problems in calls] == [4]
+    for name, value in found.items():
+        assert_close(value, expected[name], 1e-12)
 
 
 # --- never a wrong number --------------------------------------------------------------------------------------------
