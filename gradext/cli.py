@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -91,10 +90,9 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, backend in backends.BACKENDS.items():
         reason = backend.available()
         print(f"  {name:<13} {'works' if reason is None else f'no: {reason}'}")
-    print("choice of backend: the first row that fits, in it the first backend that works; elsewhere reference")
+    print("choice: the first row that fits, and in it the first backend that works; elsewhere reference")
     for row in backends.TABLE:
-        order = ", ".join(row.backends)
-        print(f"  {row.device:<5} {', '.join(row.operators):<18} {row.when:<32} {order:<24} {row.why}")
-    if os.environ.get("GRADEXT_BACKEND"):
-        print(f"  GRADEXT_BACKEND={os.environ['GRADEXT_BACKEND']} overrides it")
+        print(f"  {row.device:<5} {', '.join(row.operators):<18} {row.when:<32} {', '.join(row.backends)}: {row.why}")
+    if backends.DEFAULT:
+        print(f"  but GRADEXT_BACKEND={backends.DEFAULT} is taken for every call that names no backend")
     return 0

@@ -158,6 +158,15 @@ def test_narrow_factors_lose_only_what_their_type_lost(name, dtype):
         torch.testing.assert_close(result.double(), exact, rtol=0, atol=8 * rounding * scale)
 
 
+def test_gram_of_two_types_is_taken_in_the_wider():
+    factors, other = make(4, 2, 5, 3), make(3, 1, 5, 3, seed=8)
+    for dtype in torch.float32, torch.bfloat16:
+        narrow = GradFactors(other.activation.to(dtype), other.delta.to(dtype))
+        exact = written(factors).flatten(1) @ written(narrow).flatten(1).mT
+        torch.testing.assert_close(factors.gram(narrow), exact)
+    assert other.to(torch.float16).gram(other.to(torch.bfloat16)).dtype == torch.float32
+
+
 def test_sketch_does_not_depend_on_the_batch_and_takes_any_seed():
     factors = make(9, 3, 5, 4)
     for seed in 0, -1, 2**40, 2**63 - 1, -(2**63), 2**70 + 1:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -15,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradext
-from gradext import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
+from gradext import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError, backends
 from gradext.backends import reference
 
 B = 4
@@ -875,11 +878,19 @@ def test_wrong_backends(monkeypatch):
         gradext.batch_layer_grads(model, x, backend="quantum")
     with pytest.raises(BackendError, match=r"'cuda' does not (take tensors on cpu|work here)"):
         gradext.batch_layer_grads(model, x, backend="cuda")
-    monkeypatch.setenv("GRADEXT_BACKEND", "quantum")
+    monkeypatch.setattr(backends, "DEFAULT", "quantum")
     with pytest.raises(BackendError, match="quantum"):
         gradext.batch_layer_grads(model, x)
-    monkeypatch.setenv("GRADEXT_BACKEND", "reference")
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
     gradext.batch_layer_grads(model, x)
+
+
+def test_default_backend_comes_from_the_environment():
+    code = "import gradext.backends as b; print(b.DEFAULT)"
+    for value, expected in (("reference", "reference"), ("", "None")):
+        environment = {**os.environ, "GRADEXT_BACKEND": value}
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert run.stdout.strip() == expected
 
 
 def test_inference_mode_is_told_where_a_graph_is_wanted():

@@ -440,6 +440,21 @@ def test_memory_that_runs_out_is_told(rows, backend):
     assert ops.sq_norm(delta[:4], activation[:4], backend=backend).tolist() == [2.0**38] * 4
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_devices_own_error_keeps_its_class(kind, monkeypatch):
+    """With the meta device in place of a GPU."""
+    delta, activation = (t.to("meta") for t in factors(4, None, 512, 1024, torch.bfloat16))
+
+    def empty(*size, **options):
+        raise kind("CUDA error" if kind is RuntimeError else "CUDA out of memory. Tried to allocate 4.00 MiB")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    out_of_memory = r"out of memory on meta: .*\[4, 512, 1024\] of torch.bfloat16 take 4 MiB; use batch_layer_factors"
+    with pytest.raises(kind, match="^CUDA error$" if kind is RuntimeError else out_of_memory) as raised:
+        ops.outer(delta, activation)
+    assert type(raised.value) is kind
+
+
 def test_inference_tensors_are_refused_where_a_gradient_is_wanted():
     with torch.inference_mode():
         made = factors(4, None, 5, 3)

@@ -20,6 +20,8 @@ from . import cpu, cuda, reference, triton
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
+# The backend for every call that names none. Read once: a look-up takes as long as the rest of a choice.
+DEFAULT = os.environ.get("GRADEXT_BACKEND") or None
 # Results of fewer bytes, T = 1, on the CPU go to torch.mul, whose call costs less. 0: none do, until that is measured.
 CPU_TORCH_BELOW = 0
 
@@ -111,7 +113,7 @@ TABLE = (
     ),
     Row(
         ("outer",), "cpu", f"T = 1, fewer than {CPU_TORCH_BELOW} bytes",
-        lambda c: c.nbytes < CPU_TORCH_BELOW and c.positions == 1,
+        lambda c: CPU_TORCH_BELOW > 0 and c.positions == 1 and c.nbytes < CPU_TORCH_BELOW,
         ("reference",), "inside the cache, where a call costs more than its stores",
     ),
     Row(
@@ -128,11 +130,11 @@ _working: dict[tuple[str, ...], ModuleType] = {}
 
 
 def choose(operator: str, name: str | None, device_type: str, call: Call) -> ModuleType:
-    """The backend called ``name`` (or ``GRADEXT_BACKEND``), or if None the one that the table chooses.
+    """The backend called ``name`` (or `DEFAULT`), or if both are None the one that the table chooses.
 
     Raises BackendError if the one asked for is unknown, does not work here, or is for another device.
     """
-    name = name or os.environ.get("GRADEXT_BACKEND") or None
+    name = name or DEFAULT
     if name is None:
         for row in _rows.get((operator, device_type), ()):
             if row.fits(call):
