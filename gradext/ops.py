@@ -309,7 +309,7 @@ def _outer_kernels(name: str, ndim: int):
 
     def write(delta, activation, out, backend, epilogue, operand):
         with _autocast_off(delta.device.type):
-            module = _outer_backend(delta, activation, out, backend)
+            module = backends.choose("outer", backend, delta.device.type, backends.Call(delta, out))
             return module.outer(delta, activation, out, epilogue=epilogue, operand=operand)
 
     def functional(delta, activation, *, dtype=None, backend=None, epilogue=None, operand=None):
@@ -340,10 +340,6 @@ def _outer_kernels(name: str, ndim: int):
     torch.library.register_autograd(f"gradext::{name}", _outer_backward, setup_context=_save_factors, lib=_library)
 
 
-def _outer_backend(delta: Tensor, activation: Tensor, out: Tensor, backend: str | None):
-    return backends.choose("outer", backend, delta.device.type, backends.Call(delta, activation, out))
-
-
 def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tensor]:
     results, groups = [], {}
     for delta, activation, out, dtype, epilogue, operand in products:
@@ -353,10 +349,10 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
         else:
             check_out(out, _gradient_shape(delta, activation), delta.device)
         results.append(out)
-        module = _outer_backend(delta, activation, out, backend)
+        module = backends.choose("outer", backend, delta.device.type, backends.Call(delta, out))
         groups.setdefault(module, []).append((delta, activation, out, epilogue, operand))
-    with _autocast_off(products[0].delta.device.type):
-        for module, problems in groups.items():
+    for module, problems in groups.items():
+        with _autocast_off(problems[0][0].device.type):
             if hasattr(module, "outer_group"):
                 module.outer_group(problems)
             else:
@@ -377,7 +373,7 @@ def _contraction_kernel(name: str, operand: str | None, shape: str, result_shape
         wide = accumulation_type(delta.dtype)
         operands = [t if t.dtype in (delta.dtype, wide) else t.to(wide) for t in operands]
         with _autocast_off(delta.device.type):
-            function = backends.implementation(name, backend, backends.Call(delta, activation))
+            function = backends.implementation(name, backend, backends.Call(delta))
             return function(delta, activation, *operands)
 
     def fake(delta, activation, *operands, backend=None):
@@ -396,7 +392,7 @@ def _gram_kernel():
     def kernel(*factors, backend=None):
         check(*factors)
         with _autocast_off(factors[0].device.type):
-            return backends.implementation("gram", backend, backends.Call(*factors[:2]))(*factors)
+            return backends.implementation("gram", backend, backends.Call(factors[0]))(*factors)
 
     def fake(delta, activation, other_delta, other_activation, *, backend=None):
         check(delta, activation, other_delta, other_activation)

@@ -512,9 +512,10 @@ def table(monkeypatch):
         monkeypatch.setattr(backends, "BACKENDS", modules)
         monkeypatch.setattr(backends, "reference", modules["reference"])
         monkeypatch.setattr(backends, "_working", {})
-        delta, activation = factors(size[0], T, *size[1:], dtype)
-        out = torch.empty(size[0], size[2], size[1], dtype=result or dtype).mT if by_columns else None
-        module = backends.choose(operator, None, device, backends.Call(delta, activation, out, result))
+        delta, _ = factors(size[0], T, *size[1:], dtype)
+        out = torch.empty(size, dtype=result or dtype)
+        call = backends.Call(delta, (out.mT.contiguous().mT if by_columns else out) if operator == "outer" else None)
+        module = backends.choose(operator, None, device, call)
         monkeypatch.undo()
         return next(name for name, value in modules.items() if value is module)
 
@@ -570,13 +571,13 @@ def test_table_on_other_devices(table):
 def test_small_results_on_the_cpu_follow_the_threshold(table, monkeypatch):
     assert table("outer", "cpu", None, size=(1, 1, 1)) == "cpu"  # off until measured
     assert table("outer", "cpu", None, size=(0, 1, 1)) == "cpu"
-    call = backends.Call(torch.ones(2, 3), torch.ones(2, 5), None, torch.bfloat16)
-    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", call.nbytes + 1)
-    assert call.nbytes == 60
+    monkeypatch.setattr(backends, "_working", {("cpu", "reference"): backends.cpu})
+    call = backends.Call(torch.ones(2, 3), torch.ones(2, 3, 5, dtype=torch.bfloat16))
+    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", 2 * 2 * 3 * 5 + 1)
     assert backends.choose("outer", None, "cpu", call) is reference
-    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", call.nbytes)
-    row = next(row for row in backends.TABLE if row.device == "cpu" and row.fits(call))
-    assert row.backends == ("cpu", "reference")
+    assert backends.choose("outer", None, "cpu", call._replace(delta=torch.ones(2, 2, 3))) is backends.cpu
+    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", 2 * 2 * 3 * 5)
+    assert backends.choose("outer", None, "cpu", call) is backends.cpu
 
 
 def test_table_ends_every_choice_it_begins():

@@ -290,7 +290,7 @@ def test_gpu_chooses_triton_before_plain_torch(fresh):
     fresh.setattr(backends, "_working", {})
     fresh.setattr(backends.cuda, "available", lambda: "not built")
     fresh.setattr(backend, "available", lambda: None)
-    call = backends.Call(torch.empty(2, 3), torch.empty(2, 4))
+    call = backends.Call(torch.empty(2, 3), torch.empty(2, 3, 4))
     assert backends.choose("outer", None, "cuda", call) is backend
     assert backends.choose("outer", "triton", "cuda", call) is backend
     fresh.setattr(backends, "_working", {})

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..errors import BackendError
@@ -26,33 +25,25 @@ DEFAULT = os.environ.get("GRADEXT_BACKEND") or None
 CPU_TORCH_BELOW = 0
 
 
-class Call:
-    """What the table asks of a call. Properties are computed when a row asks, to keep the choice at about 1 µs."""
+class Call(NamedTuple):
+    """What the table may ask of a call, computed only where a row asks: a choice takes about 1 µs."""
 
-    __slots__ = ("activation", "delta", "dtype", "out")
-
-    def __init__(self, delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None):
-        self.delta, self.activation, self.out = delta, activation, out
-        self.dtype = dtype or (delta.dtype if out is None else out.dtype)
+    delta: Tensor  # [B, (T,) O]
+    out: Tensor | None = None  # the result [B, O, I] of `outer`
 
     @property
     def positions(self) -> int:
         return 1 if self.delta.ndim == 2 else self.delta.shape[1]
 
     @property
-    def nbytes(self) -> int:
-        """Of a result [B, O, I]."""
-        return self.delta.shape[0] * self.delta.shape[-1] * self.activation.shape[-1] * self.dtype.itemsize
-
-    @property
     def by_columns(self) -> bool:
         """Neighbours in a row of the result are no neighbours in memory."""
-        return self.out is not None and self.out.stride(2) != 1 and self.out.shape[2] > 1
+        return self.out.stride(2) != 1 and self.out.shape[2] > 1
 
     @property
     def converts(self) -> bool:
         """The result is rounded to another type than that of the sums."""
-        return self.dtype != self.delta.dtype or self.delta.dtype.itemsize == 2
+        return self.out.dtype != self.delta.dtype or self.delta.dtype.itemsize == 2
 
     @property
     def on_tensor_cores(self) -> bool:
@@ -113,7 +104,7 @@ TABLE = (
     ),
     Row(
         ("outer",), "cpu", f"T = 1, fewer than {CPU_TORCH_BELOW} bytes",
-        lambda c: CPU_TORCH_BELOW > 0 and c.positions == 1 and c.nbytes < CPU_TORCH_BELOW,
+        lambda c: CPU_TORCH_BELOW > 0 and c.positions == 1 and c.out.nbytes < CPU_TORCH_BELOW,
         ("reference",), "inside the cache, where a call costs more than its stores",
     ),
     Row(
