@@ -5,20 +5,25 @@ torch function that is handed a chosen parameter, from wherever it is called, an
 reuse, tied weights and functional calls come out right, and nothing is left on the model.
 
 The graph is no larger than it must be. Parameters are replaced, at each call that takes them, by detached aliases,
-so that no weight gradient is part of the graph and the model itself (its ``requires_grad`` flags too) is never
-written to. The first use of a chosen weight whose input needs no gradient is where the graph begins: the alias handed
-to that one call requires grad, which makes its output a non-leaf without a copy, and nothing before it is
-differentiated. One `torch.autograd.grad` from the per-sample losses to the recorded outputs gives every delta.
+so that no weight gradient is part of the graph and the model itself is left as it was. The first use of a chosen weight
+whose input needs no gradient is where the graph begins: the alias handed to that one call requires grad, which makes
+its output a non-leaf without a copy, and nothing before it is differentiated. One `torch.autograd.grad` from the
+per-sample losses to the recorded outputs gives every delta.
 
-What the mode cannot see (compiled code, a weight's view made beforehand) still shows in the graph: no path may lead
-from the losses to a chosen parameter other than through its alias. Only for a frozen parameter is there no such trace.
+What the mode cannot see (custom autograd functions, scripted code, a weight's view made beforehand) still shows in the
+graph: no path may lead from the losses to a chosen parameter other than through its alias. Frozen parameters require
+grad during the forward for that purpose alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -30,12 +35,16 @@ from torch.overrides import TorchFunctionMode
 
 from . import layers as rules
 from .errors import CaptureError, UnsupportedLayerError
+from .factors import GradFactors
 from .losses import Root
 
 # Functions whose result is the same weight in another form: transposed, or of another type or layout.
 _TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
 _SWAPS = {Tensor.transpose, torch.transpose}
 _CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous}
+_ROWS = {Tensor.split, torch.split, Tensor.chunk, torch.chunk}
+# Functions of torch's, written in Python, that call other functions with parameters.
+_COMPOSED = {F.multi_head_attention_forward}
 # Functions whose result never depends on a parameter differentiably, passed on at once as they are the most frequent,
 # and assignments, which are meant for the parameter itself.
 _CONSTANTS = {
@@ -52,28 +61,64 @@ _MIXING = (
 )
 
 
-class Use(NamedTuple):
-    """One call with a chosen weight. ``delta`` is the gradient of Σ_b loss_b with respect to the call's output."""
+class Form(NamedTuple):
+    """How a tensor that a call used lies in a parameter: some of its rows, or all, as they are or transposed."""
 
-    weight: str | None  # the parameter's name, None where only the bias was chosen
-    bias: str | None
-    rule: type
-    input: Tensor  # [B, ..., I]
-    delta: Tensor  # [B, ..., O]
-    swapped: bool  # the weight was used transposed: y = x W, so that the roles of input and delta are exchanged
+    name: str  # the parameter's
+    shape: torch.Size  # the parameter's
+    start: int = 0  # the first row
+    rows: int | None = None  # how many, None for all
+    turned: bool = False
+
+    def place(self, gradient: GradFactors | Tensor) -> GradFactors | Tensor:
+        """The gradient for the parameter, from that for the form."""
+        if self.turned:
+            gradient = gradient.mT if isinstance(gradient, Tensor) else gradient.transposed()
+        if self.rows is None:
+            return gradient
+        if isinstance(gradient, GradFactors):
+            return gradient.in_rows(self.start, self.shape[0])
+        padded = gradient.new_zeros(gradient.shape[0], *self.shape)
+        padded[:, self.start : self.start + self.rows] = gradient
+        return padded
+
+
+class Use(NamedTuple):
+    """One call with chosen parameters. ``delta`` is the gradient of Σ_b loss_b with respect to the call's output."""
+
+    forms: dict[str, Form]  # of the chosen parameters, by the role that the call's rule gives them
+    gradient: Callable[[str, Tensor, Tensor], GradFactors | Tensor]  # (role, input, delta), one row or more a sample
+    input: Tensor
+    delta: Tensor
+
+    def gradients(self, batch: int) -> Iterable[tuple[str, GradFactors | Tensor]]:
+        """(parameter name, the gradient of every sample for it)."""
+        for role, form in self.forms.items():
+            gradient = self.gradient(role, self.input, self.delta)
+            if self.delta.shape[0] != batch:
+                whole = isinstance(gradient, Tensor)
+                gradient = gradient.unflatten(0, (batch, -1)).sum(1) if whole else gradient.regrouped(batch)
+            yield form.name, form.place(gradient)
 
 
 class _Record(NamedTuple):
-    weight: str | None
-    bias: str | None
-    rule: type
+    forms: dict[str, Form]
+    gradient: Callable[[str, Tensor, Tensor], GradFactors | Tensor]
     input: Tensor
     input_version: int
+    rows: int  # leading dimensions that hold the samples and their positions
+    time_major: bool  # known to be [T, B, ...], or [T·B, ...]
     output: Tensor
     edge: GradientEdge
     shape: torch.Size
     dtype: torch.dtype
-    swapped: bool
+
+    @property
+    def names(self) -> set[str]:
+        return {form.name for form in self.forms.values()}
+
+    def __str__(self) -> str:
+        return " and ".join(sorted(self.names))
 
 
 @dataclass(eq=False)
@@ -81,57 +126,91 @@ class _Known:
     """A parameter of the model, or another form of a chosen one."""
 
     tensor: Tensor  # held, so that no other tensor gets its id
-    name: str | None  # of the chosen parameter; None for the others
-    turned: bool = False  # the form is the parameter's transpose
+    form: Form | None  # of the chosen parameter; None for the others
     alias: Tensor | None = None  # what functions get in its place
+
+    @property
+    def name(self) -> str | None:
+        return self.form and self.form.name
+
+
+class _HiddenError(UnsupportedLayerError):
+    """What chosen parameters meet cannot be seen at all, so that the forward has to be run without them."""
+
+    def __init__(self, names: set[str], message: str):
+        super().__init__(message)
+        self.names = names
 
 
 class _Capture(TorchFunctionMode):
     def __init__(self, parameters: dict[str, Tensor], chosen: Iterable[str], keep_graph: bool):
         super().__init__()
         self.keep_graph = keep_graph  # leave the parameters in the graph, for derivatives of the deltas
-        self.known = {id(p): _Known(p, name if name in chosen else None) for name, p in parameters.items()}
+        self.known = {
+            id(p): _Known(p, Form(name, p.shape) if name in chosen else None) for name, p in parameters.items()
+        }
         self.records: list[_Record] = []
         self.unruled: dict[str, str] = {}  # parameter name -> the function that used it without a rule
+        self.opaque = 0  # depth of layers with a rule of their user's own, inside which nothing is recorded
+        self.time_major: int | None = None  # the batch size inside a function that works on [T, B, ...]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _CONSTANTS or not torch.is_grad_enabled():  # where the model turned gradients off no use counts
             return func(*args, **kwargs)
+        if func in _COMPOSED:
+            return self._look_inside(func, args, kwargs)
         rule = rules.FUNCTIONS.get(func)
-        if rule is not None:
-            bound = rule.bind(func, args, kwargs)
-            if bound is not None:
-                weight, bias = self.known.get(id(bound.weight)), self.known.get(id(bound.bias))
-                chosen = (weight is not None and weight.name) or (bias is not None and bias.name)
-                if chosen and id(bound.input) not in self.known:
-                    return self._record(func, rule, bound, weight, bias)
-        elif func is F.batch_norm:
+        if rule is not None and not self.opaque:
+            call = rule.bind(func, args, kwargs)
+            if call is not None and id(call.input) not in self.known:
+                known = {role: self.known.get(id(parameter)) for role, parameter in call.parameters.items()}
+                if any(entry is not None and entry.form for entry in known.values()):
+                    return self._record_call(call, known)
+        if func is F.batch_norm:
             _refuse_batch_statistics(*args, **kwargs)
         elif func in _DERIVATIVES and kwargs.get("create_graph") and self.records:
-            raise UnsupportedLayerError(
+            raise _HiddenError(
+                {name for record in self.records for name in record.names},
                 "the model's forward differentiates with create_graph=True after a chosen layer, so that the loss "
                 "depends on its weight through a backward pass, for which there is no exact rule; choose only layers "
-                "that run later"
+                'that run later, or pass fallback="loop"',
             )
         used: list[_Known] = []
         new_args, new_kwargs = self._replace(args, used), self._replace_values(kwargs, used)
         if not used:
             return func(*new_args, **new_kwargs)
-        turns = _turns(func, args)
-        if turns is not None and args[0] is used[0].tensor:
-            result = func(*new_args, **new_kwargs)
-            self.known[id(result)] = _Known(result, used[0].name, used[0].turned != turns, result)
-            return result
-        if all(entry.name in self.unruled for entry in used):
+        if args and args[0] is used[0].tensor:
+            forms = _forms(func, args, kwargs, used[0].form)
+            if forms is not None:
+                result = func(*new_args, **new_kwargs)
+                for part, form in zip(result if isinstance(result, (tuple, list)) else [result], forms, strict=True):
+                    self.known[id(part)] = _Known(part, form, part)
+                return result
+        if all(entry.name in self.unruled for entry in used) and not self.opaque:
             return func(*new_args, **new_kwargs)
         # A chosen parameter in a function without a rule. Autograd itself says whether it counts: zeros_like() and
         # the like give results that do not depend on it differentiably.
         names = [entry.name for entry in used]
         result = func(*self._replace(args, used, probe=True), **self._replace_values(kwargs, used, probe=True))
-        if _requires_grad(result):
+        if _requires_grad(result) and not self.opaque:
             self.unruled |= dict.fromkeys(names, getattr(func, "__qualname__", None) or str(func))
         return result
+
+    def _look_inside(self, func, args, kwargs):
+        """Run a function of torch's that is written in Python so that the calls it makes are seen one by one."""
+        former = self.time_major
+        query = args[0] if args else kwargs["query"]
+        self.time_major = query.shape[1] if query.ndim == 3 else 1
+        # Its own first step would ask the modes, this one among them, to take over the whole of it again.
+        names = {**func.__globals__, "has_torch_function": lambda arguments: False}
+        inside = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        inside.__kwdefaults__ = func.__kwdefaults__
+        try:
+            with self:
+                return inside(*args, **kwargs)
+        finally:
+            self.time_major = former
 
     def _replace(self, values, used: list[_Known], probe: bool = False):
         """Aliases in place of parameters, in lists and tuples too; appends the chosen ones to ``used``.
@@ -147,7 +226,7 @@ class _Capture(TorchFunctionMode):
                 if entry is None:
                     continue
                 new = self._alias(entry)
-                if entry.name is not None:
+                if entry.form is not None:
                     used.append(entry)
                     new = new.detach().requires_grad_() if probe and not new.requires_grad else new
             if new is not value:
@@ -165,46 +244,64 @@ class _Capture(TorchFunctionMode):
             entry.alias = parameter.view_as(parameter) if keep else parameter.detach()
         return entry.alias
 
-    def _record(self, func, rule, bound: rules.Bound, known_weight: _Known | None, known_bias: _Known | None):
+    def _record_call(self, call: rules.Call, known: dict[str, _Known | None]) -> Tensor:
+        forms = {role: entry.form for role, entry in known.items() if entry is not None and entry.form}
         if _inside_transform():
-            raise UnsupportedLayerError(
+            raise _HiddenError(
+                {form.name for form in forms.values()},
                 "a chosen layer runs inside a torch.func transform or forward-mode differentiation, which hides its "
-                "input and delta; call the model without the transform, or leave this layer out with layers="
+                "input and delta; call the model without the transform, leave this layer out with layers=, or pass "
+                'fallback="vmap"',
             )
-        weight = bound.weight if known_weight is None else self._alias(known_weight)
-        bias = bound.bias if known_bias is None else self._alias(known_bias)
-        arguments = (weight,) if bias is None else (weight, bias)
-        if not _requires_grad((bound.input, *arguments)):  # here the graph begins
-            arguments = (weight.detach().requires_grad_(), *arguments[1:])
-        output = func(bound.input, *arguments)
+        arguments = {
+            role: parameter if known[role] is None else self._alias(known[role])
+            for role, parameter in call.parameters.items()
+        }
+        if not _requires_grad((call.input, *arguments.values())):  # here the graph begins
+            role = next(iter(arguments))
+            arguments[role] = arguments[role].detach().requires_grad_()
+        output = call.run(**arguments)
+        self.record(forms, call.gradient, call.input, output, call.rows)
+        return output
+
+    def record(self, forms: dict[str, Form], gradient, input: Tensor, output: Tensor, rows: int) -> None:
         # An in-place activation on a view rewrites the history of the view, but not that of its base.
         source = output if output._base is None else output._base
         if source.numel() != output.numel():
             source = output
         self.records.append(
             _Record(
-                weight=None if known_weight is None else known_weight.name,
-                bias=None if known_bias is None else known_bias.name,
-                rule=rule,
-                input=bound.input if self.keep_graph else bound.input.detach(),
-                input_version=bound.input._version,
+                forms=forms,
+                gradient=gradient,
+                input=input if self.keep_graph else input.detach(),
+                input_version=input._version,
+                rows=rows,
+                time_major=self.time_major,
                 output=output,
                 edge=get_gradient_edge(source),
                 shape=output.shape,
                 dtype=output.dtype,
-                # y = x Wᵀ with W itself is the plain form.
-                swapped=(known_weight is not None and known_weight.turned) == bound.transposed,
             )
         )
-        return output
 
 
-def _turns(func, args) -> bool | None:
-    """Whether func transposes the matrix args[0]; None if its result is no plain form of it."""
+def _forms(func, args, kwargs, form: Form) -> list[Form] | None:
+    """What ``func`` makes of a parameter's form args[0]: plain forms again, or None if they are not."""
     if func in _CASTS:
-        return False
+        return [form]
     if func in _TRANSPOSES or (func in _SWAPS and len(args) == 3 and {d % 2 for d in args[1:]} == {0, 1}):
-        return args[0].ndim == 2 or None
+        return [form._replace(turned=not form.turned)] if args[0].ndim == 2 else None
+    if func is Tensor.__getitem__ and not form.turned and type(args[1]) is slice:
+        start, stop, step = args[1].indices(args[0].shape[0])
+        return [form._replace(start=form.start + start, rows=max(0, stop - start))] if step == 1 else None
+    if func in _ROWS and not form.turned:
+        start, forms = form.start, []
+        for part in func(args[0].detach(), *args[1:], **kwargs):
+            if part.shape[1:] != args[0].shape[1:]:  # split along another dimension
+                return None
+            forms.append(form._replace(start=start, rows=part.shape[0]))
+            start += part.shape[0]
+        return forms
     return None
 
 
@@ -217,6 +314,14 @@ def _requires_grad(value) -> bool:
 def _inside_transform() -> bool:
     # Torch has no public way to ask; both names are the same in every version that the package supports.
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class Captured(NamedTuple):
+    """What one forward and partial backward gave."""
+
+    uses: list[Use]  # in order of execution
+    missing: dict[str, CaptureError]  # chosen parameters without exact factors, and why
+    batch: int
 
 
 def capture(
@@ -233,68 +338,174 @@ def capture(
     watch_objective: bool = True,
     check_samples: bool = False,
     create_graph: bool = False,
-) -> list[Use]:
-    """Run ``model(*args, **kwargs)`` and return every use of the candidates' weights, in order of execution.
+    leave_out: frozenset[str] = frozenset(),
+) -> Captured:
+    """Run ``model(*args, **kwargs)`` and find every use of the candidates' parameters.
 
     ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``modules`` and
-    ``parameters`` are the model's, by name; ``pick`` keeps only the first or last weight executed;
-    ``watch_objective=False`` promises that the objective uses no parameter. Raises CaptureError where the result could
-    be wrong: samples that mix, a layer that never ran, an input overwritten after use; UnsupportedLayerError for a use
-    without a rule.
+    ``parameters`` are the model's, by name; ``pick`` keeps only the first or last layer executed;
+    ``watch_objective=False`` promises that the objective uses no parameter; ``leave_out`` names parameters that count
+    as not chosen. A parameter that is used in a way for which there is no rule, that never ran, or whose input was
+    overwritten, is missing in the result. Raises CaptureError where samples mix.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     owners: dict[str, str] = {}  # chosen parameter -> layer
     for layer, module in candidates.items():
-        for parameter in (module.weight, module.bias if include_bias else None):
-            if parameter is not None:
+        for parameter in rules.own_parameters(module, include_bias).values():
+            if names[id(parameter)] not in leave_out:
                 owners.setdefault(names[id(parameter)], layer)
 
+    try:
+        return _captured(
+            model, args, kwargs, objective, candidates, modules, parameters, owners,
+            pick, watch_objective, check_samples, create_graph,
+        )  # fmt: skip
+    except _HiddenError as error:
+        if error.names <= leave_out:
+            raise
+        captured = capture(
+            model, args, kwargs, objective, candidates, modules, parameters,
+            pick=pick, include_bias=include_bias, watch_objective=watch_objective, check_samples=check_samples,
+            create_graph=create_graph, leave_out=leave_out | error.names,
+        )  # fmt: skip
+        return captured._replace(missing=captured.missing | dict.fromkeys(error.names, error))
+
+
+def _captured(
+    model, args, kwargs, objective, candidates, modules, parameters, owners: dict[str, str],
+    pick, watch_objective, check_samples, create_graph,
+) -> Captured:  # fmt: skip
     mode = _Capture(parameters, owners, create_graph)
+    names = {id(parameter): name for name, parameter in parameters.items()}
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_restored_buffers(modules))
         stack.enter_context(_autocast_uncached())
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         args, kwargs = as_constant(args), as_constant(kwargs)
-        with mode:
+        frozen = [p for name, p in parameters.items() if name in owners and not p.requires_grad]
+        with _registered_layers(mode, candidates, names), _thawed(frozen), mode:
             output = model(*args, **kwargs)
         with mode if watch_objective else contextlib.nullcontext():
             root = objective(output)
-        _refuse_unseen(mode, root, owners)
-        records = _select(mode.records, pick)
-        _verify(mode, records, owners, pick, batch=root.gradient.shape[0])
-        if not records:
-            return []
+        batch = root.gradient.shape[0]
+        records = _select(mode.records, pick, owners)
+        missing = _missing(mode, root, records, owners, pick)
         mode.records, mode.unruled = [], {}
-        deltas = _deltas(mode, root, records, check_samples, create_graph)
-    return [
-        Use(
-            record.weight,
-            record.bias,
-            record.rule,
-            record.input.to(record.dtype),  # as the layer itself saw it under autocast
-            delta,
-            record.swapped,
-        )
-        for record, delta in zip(records, deltas, strict=True)
-    ]
+        records = _without(records, missing)
+        layouts = []
+        for record in records:
+            layouts.append(_layouts(record, batch))
+            if not layouts[-1]:
+                missing |= dict.fromkeys(record.names, _no_batch(record, batch))
+        kept = _without(records, missing)
+        layouts = [layout for record, layout in zip(records, layouts, strict=True) if not record.names & set(missing)]
+        return Captured(_uses(mode, root, kept, layouts, check_samples, create_graph) if kept else [], missing, batch)
 
 
-def _deltas(
-    mode: _Capture, root: Root, records: list[_Record], check_samples: bool, create_graph: bool
-) -> list[Tensor]:
-    """The gradient of the summed losses with respect to every recorded output."""
+def _without(records: list[_Record], missing: Iterable[str]) -> list[_Record]:
+    """The records whose parameters are all there: one use that is missing makes the others worthless."""
+    missing = set(missing)
+    kept = []
+    for record in records:
+        forms = {role: form for role, form in record.forms.items() if form.name not in missing}
+        if forms:
+            kept.append(record._replace(forms=forms))
+    return kept
+
+
+# --- which rows are whose --------------------------------------------------------------------------------------------
+
+Layout = Callable[[Tensor], Tensor]  # to [B·n, ...], sample by sample
+
+
+class SampleRows:
+    """Which rows are whose, as a first call has proved; later ones of the same shapes take it from there unproved.
+
+    A CUDA graph cannot wait for a proof.
+    """
+
+    def __init__(self) -> None:
+        self.layouts: list[Layout] | None = None
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        token = _SHARED_ROWS.set(self)
+        try:
+            yield
+        finally:
+            _SHARED_ROWS.reset(token)
+
+
+_SHARED_ROWS: ContextVar[SampleRows | None] = ContextVar("gradext_sample_rows", default=None)
+
+
+def _batch_first(x: Tensor) -> Tensor:
+    return x
+
+
+def _batch_second(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
+
+
+def _layouts(record: _Record, batch: int) -> list[Layout]:
+    """The ways in which the leading dimensions of a call can hold the samples, the usual one first."""
+
+    def flat_time_major(x: Tensor) -> Tensor:  # [T·B, ...]
+        return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(0, 1)
+
+    if record.rows < 1:
+        return []
+    first, second = record.shape[0], record.shape[1] if record.rows > 1 else None
+    flat = first != batch and batch > 0 and first > 0 and first % batch == 0
+    if record.time_major is not None:
+        if record.time_major != batch:
+            return []
+        return [_batch_second] if second == batch else [flat_time_major] if flat else [_batch_first]
+    if batch == 1:
+        return [_batch_first] if first > 0 else []
+    found = [_batch_first] if first == batch else []
+    found += [_batch_second] if second == batch else []
+    found += [_batch_first, flat_time_major] if flat else []  # [B·T, ...] or [T·B, ...]
+    return found
+
+
+def _ambiguous(record: _Record, layouts: list[Layout], batch: int) -> bool:
+    if record.time_major is not None:
+        return record.shape[0] == batch**2 or (record.rows > 1 and record.shape[0] == batch)
+    return len(layouts) > 1 or record.shape[0] != batch or batch in record.shape[1 : record.rows]
+
+
+def _no_batch(record: _Record, batch: int) -> CaptureError:
+    return CaptureError(
+        f"{record}: expected an input of shape [B, ..., I] with B = {batch} samples, but the layer saw "
+        f"{tuple(record.input.shape)}; per-sample gradients need the batch among the layer's leading dimensions"
+    )
+
+
+def _uses(
+    mode: _Capture,
+    root: Root,
+    records: list[_Record],
+    layouts: list[list[Layout]],
+    check_samples: bool,
+    create_graph: bool,
+) -> list[Use]:
+    """The inputs and the deltas, the gradients of the summed losses with respect to every recorded output."""
     batch = root.gradient.shape[0]
-    # With as many positions as samples their order could be exchanged, and the shapes would not tell.
-    exchangeable = any(batch in record.shape[1:-1] for record in records) and not _becomes_a_graph(root.gradient)
-    check_samples = batch > 1 and (check_samples or exchangeable)
-    if root.edge is None:  # the losses do not depend on the chosen layers at all
-        return [record.input.new_zeros(record.shape, dtype=record.dtype) for record in records]
-
+    shared = _SHARED_ROWS.get()
+    proved = shared is not None and shared.layouts is not None
+    if proved:
+        layouts = [[layout] for layout in shared.layouts]
+    # Another order than the usual one has to be proved; and where there are as many positions as samples, any order:
+    # theirs could be exchanged, and the shapes would not tell.
+    check_samples = (batch > 1 and not proved) and (
+        check_samples or any(_ambiguous(record, layout, batch) for record, layout in zip(records, layouts, strict=True))
+    )
     edges = [record.edge for record in records]
-    if edges == [root.edge] and not (check_samples or create_graph or records[0].output._backward_hooks):
-        return [root.gradient]  # the backward begins where it would end
 
     def backward(gradient: Tensor, **options) -> list[Tensor]:
         # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
@@ -303,54 +514,107 @@ def _deltas(
             found = torch.autograd.grad((root.edge,), edges, (gradient,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
-            r.input.new_zeros(r.shape, dtype=r.dtype) if delta is None else delta.reshape(r.shape)
+            r.output.new_zeros(r.shape, dtype=r.dtype) if delta is None else delta.reshape(r.shape)
             for r, delta in zip(records, found, strict=True)
         ]
 
-    deltas = backward(root.gradient, retain_graph=check_samples or create_graph, create_graph=create_graph)
-    if check_samples:
-        half = (
-            torch.randperm(batch, generator=torch.Generator().manual_seed(batch)).to(root.gradient.device) < batch // 2
-        )
-        rows = half.to(root.gradient.dtype).view(-1, *[1] * (root.gradient.ndim - 1))
-        for record, whole, part in zip(records, deltas, backward(root.gradient * rows), strict=True):
-            # The losses of one half must have all of the deltas of that half, and none of the other's.
-            difference = part - whole.detach() * half.view(-1, *[1] * (part.ndim - 1))
-            bound = torch.finfo(part.dtype).eps ** 0.5 * whole.detach().abs().amax() if part.numel() else 0
-            if (difference.abs() > bound).any() or (part[~half] != 0).any():
-                raise CaptureError(
-                    f"{record.weight or record.bias}: the loss of a sample depends on other rows of the layer's input "
-                    f"{tuple(record.shape[:-1])} than its own, so that samples mix or the batch is not the first "
-                    "dimension; see that the layer's input is [B, ..., I] in the order of the losses"
-                )
-    return deltas
+    if root.edge is None:  # the losses do not depend on the chosen layers at all
+        deltas = [record.output.new_zeros(record.shape, dtype=record.dtype) for record in records]
+    elif edges == [root.edge] and not (check_samples or create_graph or records[0].output._backward_hooks):
+        deltas = [root.gradient]  # the backward begins where it would end
+    else:
+        deltas = backward(root.gradient, retain_graph=check_samples or create_graph, create_graph=create_graph)
+        if check_samples:
+            half = torch.randperm(batch, generator=torch.Generator().manual_seed(batch)) < batch // 2
+            half = half.to(root.gradient.device)
+            rows = half.to(root.gradient.dtype).view(-1, *[1] * (root.gradient.ndim - 1))
+            parts = backward(root.gradient * rows)
+            layouts = [
+                [_consistent(record, layout, delta.detach(), part, half)]
+                for record, layout, delta, part in zip(records, layouts, deltas, parts, strict=True)
+            ]
+    if shared is not None:
+        shared.layouts = [layout[0] for layout in layouts]
+    return [
+        Use(record.forms, record.gradient, layout[0](record.input), layout[0](delta))
+        for record, layout, delta in zip(records, layouts, deltas, strict=True)
+    ]
 
 
-def _becomes_a_graph(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, which cannot wait for a check; the calls that warm up for it have."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _select(records: list[_Record], pick: str | None) -> list[_Record]:
-    if pick is None:
-        return records
-    weights = [record.weight for record in records if record.weight is not None]
-    if not weights:
-        return []
-    name = weights[0] if pick == "first" else weights[-1]
-    biases = {record.bias for record in records if record.weight == name}
-    # Another layer may share the bias alone.
-    kept = (
-        record._replace(
-            weight=record.weight if record.weight == name else None,
-            bias=record.bias if record.bias in biases else None,
-        )
-        for record in records
+def _consistent(record: _Record, layouts: list[Layout], delta: Tensor, part: Tensor, half: Tensor) -> Layout:
+    """The first layout by which the losses of half of the samples have all of the deltas of that half, and no other."""
+    for layout in layouts:
+        ordered, ordered_part = layout(delta), layout(part)
+        mask = half.repeat_interleave(max(1, ordered.shape[0] // half.shape[0]))
+        difference = ordered_part - ordered * mask.view(-1, *[1] * (ordered.ndim - 1))
+        bound = torch.finfo(part.dtype).eps ** 0.5 * delta.abs().amax() if part.numel() else 0
+        if not ((difference.abs() > bound).any() or (ordered_part[~mask] != 0).any()):
+            return layout
+    raise CaptureError(
+        f"{record}: the loss of a sample depends on other rows of the layer's input {tuple(record.input.shape)} than "
+        "its own, so that samples mix or the batch is not where it was looked for; see that the layer's input is "
+        "[B, ..., I] in the order of the losses"
     )
-    return [record for record in kept if record.weight or record.bias]
 
 
-def _refuse_unseen(mode: _Capture, root: Root, owners: dict[str, str]) -> None:
+# --- what was found, and what was not --------------------------------------------------------------------------------
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[2]
+
+
+def _select(records: list[_Record], pick: str | None, owners: dict[str, str]) -> list[_Record]:
+    """All records, or those of the layer whose weight ran first or last."""
+    weights = [form.name for record in records for form in record.forms.values() if not _is_bias(form.name)]
+    if pick is None or not weights:
+        return records if pick is None else []
+    layer = owners[weights[0] if pick == "first" else weights[-1]]
+    names = {name for name, owner in owners.items() if owner == layer and not _is_bias(name)}
+    # Its bias may be owned by another layer that shares it, and be used there too.
+    names |= {name for record in records if record.names & names for name in record.names if _is_bias(name)}
+    return _without(records, {name for record in records for name in record.names} - names)
+
+
+def _missing(
+    mode: _Capture, root: Root, records: list[_Record], owners: dict[str, str], pick: str | None
+) -> dict[str, CaptureError]:
+    """The chosen parameters of which some use is not in the records as it should be, and what to say of it."""
+    found: dict[str, CaptureError] = {}
+    seen = {name for record in records for name in record.names}
+    for name, func in mode.unruled.items():
+        if pick is None or name in seen:
+            found[name] = UnsupportedLayerError(
+                f"{name} is used by {func}, for which there is no exact rule, so its per-sample gradient would be "
+                "wrong; leave this layer out with layers=, call the layer through its module or its torch function, or "
+                'pass fallback="vmap"'
+            )
+    for name in _unseen(mode, root):
+        if pick is None or name in seen:
+            found[name] = UnsupportedLayerError(
+                f"{name} is used where gradext cannot see it (a custom autograd function, compiled or scripted code, a "
+                "view made before the call), so that its per-sample gradient would be wrong; leave the layer "
+                f'{owners[name]!r} out with layers=, or pass fallback="vmap"'
+            )
+    for name, layer in owners.items():
+        if name not in found and ((pick is None and name not in seen) or not records):
+            found[name] = CaptureError(
+                f"layer {layer!r} ({name}) never ran with gradients enabled during the model's forward; choose the "
+                "layers that do run with layers=, and see that no torch.no_grad() or compiled code hides the call"
+            )
+    for record in records:
+        if record.input._version != record.input_version:
+            found |= dict.fromkeys(
+                record.names,
+                CaptureError(
+                    f"{record}: the layer's input was modified in place after the layer had used it, so that its "
+                    "gradient can no longer be computed; make that operation out of place"
+                ),
+            )
+    return found
+
+
+def _unseen(mode: _Capture, root: Root) -> Iterable[str]:
     """Walk the graph for chosen parameters that it reaches by another way than their aliases."""
     seen = {known.alias.grad_fn for known in mode.known.values() if mode.keep_graph and known.alias is not None}
     seen.add(None)
@@ -362,40 +626,73 @@ def _refuse_unseen(mode: _Capture, root: Root, owners: dict[str, str]) -> None:
         seen.add(node)
         stack += [child for child, _ in node.next_functions]
         leaf = mode.known.get(id(getattr(node, "variable", None)))
-        if leaf is not None and leaf.name is not None:
-            raise UnsupportedLayerError(
-                f"{leaf.name} is used where gradext cannot see it (a custom autograd function, compiled or scripted "
-                "code, a view made before the call), so that its per-sample gradient would be wrong; leave the layer "
-                f"{owners[leaf.name]!r} out with layers="
-            )
+        if leaf is not None and leaf.form is not None:
+            yield leaf.form.name
 
 
-def _verify(mode: _Capture, records: list[_Record], owners: dict[str, str], pick: str | None, batch: int) -> None:
-    seen = {record.weight for record in records} | {record.bias for record in records}
-    for name, func in mode.unruled.items():
-        if pick is None or name in seen:
-            raise UnsupportedLayerError(
-                f"{name} is used by {func}, for which there is no exact rule, so its per-sample gradient would be "
-                "wrong; leave this layer out with layers=, or call the layer through nn.Linear or F.linear"
-            )
-    for name, layer in owners.items():
-        if (pick is None and name not in seen) or not records:
-            raise CaptureError(
-                f"layer {layer!r} ({name}) never ran with gradients enabled during the model's forward; choose the "
-                "layers that do run with layers=, and see that no torch.no_grad() or compiled code hides the call"
-            )
-    for record in records:
-        name = record.weight or record.bias
-        if record.input.ndim < 2 or record.input.shape[0] != batch:
-            raise CaptureError(
-                f"{name}: expected an input of shape [B, ..., I] with B = {batch} samples first, but the layer saw "
-                f"{tuple(record.input.shape)}; per-sample gradients need the batch as the layer's first dimension"
-            )
-        if record.input._version != record.input_version:
-            raise CaptureError(
-                f"{name}: the layer's input was modified in place after the layer had used it, so that its gradient "
-                "can no longer be computed; make that operation out of place"
-            )
+@contextlib.contextmanager
+def _registered_layers(mode: _Capture, candidates: dict[str, nn.Module], names: dict[int, str]):
+    """Record the layers that have a rule of their user's own as wholes, by hooks for the time of one forward."""
+    thread = threading.get_ident()
+    handles = []
+
+    def watched(layer, module, rule, include):
+        def before(module, args):
+            if threading.get_ident() == thread and torch.is_grad_enabled():
+                mode.opaque += 1
+
+        def after(module, args, kwargs, output):
+            if threading.get_ident() != thread or not torch.is_grad_enabled():
+                return
+            mode.opaque -= 1
+            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if mode.opaque or not inputs:
+                return
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                raise CaptureError(
+                    f"layer {layer!r} ({type(module).__name__}): expected one tensor that depends on its parameters "
+                    f"from a layer with a rule of its own, but it returned {type(output).__name__}"
+                )
+            found: dict[int, dict] = {}
+
+            def gradient(role, input, delta):
+                gradients = found.get(id(delta))
+                if gradients is None:
+                    gradients = found[id(delta)] = rule(module, input, delta)
+                return _checked_gradient(layer, module, role, gradients, delta.shape[0])
+
+            mode.record(include, gradient, inputs[0], output, 1)
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    try:
+        for layer, module in candidates.items():
+            rule = rules.registered(module)
+            if rule is not None:
+                own = {role: mode.known[id(p)].form for role, p in module.named_parameters()}
+                watched(layer, module, rule, {role: form for role, form in own.items() if form is not None})
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _checked_gradient(layer: str, module: nn.Module, role: str, gradients, rows: int) -> GradFactors | Tensor:
+    gradient = gradients.get(role) if isinstance(gradients, dict) else None
+    shape = (rows, *dict(module.named_parameters())[role].shape)
+    came = None
+    if isinstance(gradient, GradFactors):
+        form = gradient.weight_shape or gradient.shape[1:]
+        came = (len(gradient), *form)
+    elif isinstance(gradient, Tensor):
+        came = tuple(gradient.shape)
+    if came != shape:
+        raise ValueError(
+            f"layer {layer!r}: expected the rule registered for {type(module).__name__} to give the gradient of "
+            f"{role!r} as a tensor or GradFactors of shape {shape}, but got {came or type(gradients).__name__}"
+        )
+    return gradient
 
 
 def _refuse_batch_statistics(input, mean, var, weight=None, bias=None, training=False, *args, **kwargs) -> None:
@@ -428,6 +725,19 @@ def _restored_buffers(modules: dict[str, nn.Module]):
             for buffer, version, value in kept:
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _thawed(parameters: list[nn.Parameter]):
+    """Frozen parameters require grad for the time of the forward, so that a use that the mode misses leaves a trace."""
+    parameters = [parameter for parameter in parameters if not parameter.is_inference()]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager

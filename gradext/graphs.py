@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .capture import SampleRows
 from .factors import LayerFactors
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
-from .losses import per_sample_loss, resolve_loss
+from .losses import per_sample_loss, resolve
 
 
 def make_graphed_layer_grads(
@@ -114,16 +115,19 @@ class GraphedLayerGrads:
         self._x, self._target = _StaticInput("x", as_call(sample_x)), _StaticInput("target", target)
         args, kwargs = self._x.value
         x, target = kwargs or args, self._target.value
-        choice = {name: options[name] for name in ("layers", "include_bias") if name in options}
+        choice = {name: options[name] for name in ("layers", "include_bias", "fallback") if name in options}
         if loss == "auto":
             loss = _resolve(model, x, target, choice)
         # What waits for the GPU to judge the values cannot be recorded.
-        batch_layer_factors(model, x, target=target, loss=loss, check=check, check_finite=check_finite, **choice)
+        rows = SampleRows()
+        with rows.shared():
+            batch_layer_factors(model, x, target=target, loss=loss, check=check, check_finite=check_finite, **choice)
 
         def call():
-            if reduce is None:
-                return batch_layer_grads(model, x, target=target, loss=loss, **options)
-            return reduce(batch_layer_factors(model, x, target=target, loss=loss, **options))
+            with rows.shared():
+                if reduce is None:
+                    return batch_layer_grads(model, x, target=target, loss=loss, **options)
+                return reduce(batch_layer_factors(model, x, target=target, loss=loss, **options))
 
         self._recorder = recorder
         self._results = recorder.capture(call)
@@ -142,7 +146,7 @@ def _resolve(model, x, target, choice: dict) -> str:
     found = []
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        found.append(resolve_loss("auto", output, target))
+        found.append(resolve("auto", output, target))
         return per_sample_loss(found[-1], output, target)
 
     batch_layer_factors(model, x, loss=loss, target=target, **choice)

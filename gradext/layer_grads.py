@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import functional, ops
 from .capture import Use, as_constant, capture
-from .errors import NonFiniteError
+from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
 from .layers import LayerChoice, choose_layers
-from .losses import PerSampleLoss, Root, backward_root
+from .losses import PerSampleLoss, Root, backward_root, loss_values, resolve
 
 
 def batch_layer_grads(
@@ -28,19 +27,20 @@ def batch_layer_grads(
     out: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    fallback: str | None = None,
     check_finite: bool = False,
     check: str | None = None,
     create_graph: bool = False,
 ) -> dict[str, Tensor]:
     """The gradient of every sample's own loss with respect to the weights of the chosen layers.
 
-    ``grads[name][b] = ∂ loss_b / ∂ weight = Σ_t δ_bt a_btᵀ``, with the keys, shapes and values of
+    For a linear layer ``grads[name][b] = ∂ loss_b / ∂ weight = Σ_t δ_bt a_btᵀ``, with the keys, shapes and values of
     ``torch.func.vmap(torch.func.grad(...))`` over the parameters: ``{"decoder.0.weight": Tensor[B, O, I], ...}``, and
     ``[B, O]`` for biases. One forward, one backward that stops at the earliest chosen layer, one product a layer; the
     model is left as it was.
 
     Args:
-        model: any module made of `nn.Linear` and whatever else; in `eval()` or `train()`, frozen or not.
+        model: any module; in `eval()` or `train()`, frozen or not.
         x: the model's input [B, ...]; a tuple for several positional inputs, a dict for keyword inputs.
         loss: ``"bce"``, ``"bce_logits"``, ``"mse"``, ``"cross_entropy"``, or ``(output, target) -> Tensor[B]``. Losses
             are summed over a sample's elements and never divided by B. ``"auto"`` is reconstruction: BCE where the
@@ -52,14 +52,18 @@ def batch_layer_grads(
         include_bias: also the gradients of the layers' biases.
         out: tensors to write into, one for every result, by name.
         dtype: type of the results; default: the parameters' (or that of ``out``).
-        backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"reference"``.
+        backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
+        fallback: ``"vmap"`` computes the parameters for which there is no rule through ``torch.func``, in chunks (where
+            torch can vectorise the model), and ``"loop"`` sample by sample; then every parameter can be chosen. Random
+            models draw anew there.
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
         check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
             input, at the price of a second backward. Worth one call for a model that is new; it is always done where
-            there are as many positions as samples, since then shapes cannot tell them apart.
+            the shapes cannot tell samples from positions. ``"sum"`` raises it where Σ_b of a parameter's gradients is
+            not what autograd gives for the summed losses, at the price of a whole forward and backward.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
 
-    A tuple output means its first element.
+    A tuple output means its first element. A loss of your own gets any other output as it is.
 
     Raises:
         ValueError, TypeError: an argument of a wrong shape, type or value; the message says what was expected.
@@ -75,19 +79,25 @@ def batch_layer_grads(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, ops.DTYPES))}, but got {dtype}")
     if out is not None and create_graph:
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
-    uses, parameters = _uses(model, x, loss, target, layers, include_bias, check_finite, check, create_graph)
-    weights, biases = _by_parameter(uses)
-    shapes = {name: tuple(factors.shape) for name, factors in weights.items()}
-    shapes |= {name: tuple(value.shape) for name, value in biases.items()}
-    given = _check_outs(out, shapes, uses, dtype)
-    products = [
-        ops.Product(factors.delta, factors.activation, given.get(name), dtype or parameters[name].dtype)
-        for name, factors in weights.items()
-    ]
-    grads = dict(zip(weights, ops.outer_group(products, backend=backend), strict=True))
-    for name, value in biases.items():
-        kind = dtype or parameters[name].dtype
-        grads[name] = given[name].copy_(value) if name in given else value.to(kind)
+    found, parameters = _gradients(
+        model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph
+    )
+    given = _check_outs(out, found, parameters, dtype)
+    kinds = {name: None if name in given else dtype or parameters[name].dtype for name in found}
+    products = {
+        name: ops.Product(gradient.delta, gradient.activation, given.get(name), kinds[name])
+        for name, gradient in found.items()
+        if type(gradient) is GradFactors and gradient.weight_shape is None
+    }
+    written = dict(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
+    grads: dict[str, Tensor] = {}
+    for name, gradient in found.items():
+        if name in written:
+            grads[name] = written[name]
+        elif isinstance(gradient, Tensor):
+            grads[name] = given[name].copy_(gradient) if name in given else gradient.to(kinds[name])
+        else:
+            grads[name] = gradient.materialize(out=given.get(name), dtype=kinds[name], backend=backend)
     return grads
 
 
@@ -99,6 +109,7 @@ def batch_layer_factors(
     target: Tensor | None = None,
     layers: LayerChoice = None,
     include_bias: bool = False,
+    fallback: str | None = None,
     check_finite: bool = False,
     check: str | None = None,
     create_graph: bool = False,
@@ -116,29 +127,31 @@ def batch_layer_factors(
     >>> factors["2"].norm().shape
     torch.Size([5])
     """
-    uses, _ = _uses(model, x, loss, target, layers, include_bias, check_finite, check, create_graph)
+    found, _ = _gradients(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
     # Factors outlive the call, and the first layer's input can be the caller's tensor, which may be overwritten.
     args, kwargs = as_call(x)
     given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
-    uses = [
-        use._replace(input=use.input.clone()) if use.input.untyped_storage().data_ptr() in given else use
-        for use in uses
-    ]
-    weights, biases = _by_parameter(uses)
-    result = LayerFactors((name.removesuffix(".weight"), factors) for name, factors in weights.items())
-    for name, value in biases.items():
-        result[name] = GradFactors(value.new_ones(value.shape[0], 1), value)
+
+    def own(factor: Tensor) -> Tensor:
+        return factor.clone() if factor.untyped_storage().data_ptr() in given else factor
+
+    result = LayerFactors()
+    for name, gradient in found.items():
+        factors = GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
+        result[name.removesuffix(".weight")] = factors._map(own)
     return result
 
 
-def _uses(
-    model, x, loss, target, layers, include_bias, check_finite, check, create_graph
-) -> tuple[list[Use], dict[str, nn.Parameter]]:
+def _gradients(
+    model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph
+) -> tuple[dict[str, GradFactors | Tensor], dict[str, nn.Parameter]]:
+    """The per-sample gradient of every chosen parameter, in the form that its rule gives, and all parameters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
-    if check not in (None, "sample"):
-        raise ValueError(f"check: expected None or 'sample', but got {check!r}")
-    candidates, pick = choose_layers(model, layers)
+    for name, value, allowed in (("check", check, ("sample", "sum")), ("fallback", fallback, ("vmap", "loop"))):
+        if value is not None and value not in allowed:
+            raise ValueError(f"{name}: expected None, {' or '.join(map(repr, allowed))}, but got {value!r}")
+    candidates, pick = choose_layers(model, layers, any_type=fallback is not None)
     _check_inference(candidates, create_graph)
     # Walking a model takes as long as a small layer's product: once for all that follows.
     modules = dict(model.named_modules())
@@ -151,17 +164,20 @@ def _uses(
     if target is None:
         target = tensors[0]
 
-    def objective(output) -> Root:
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        if not isinstance(output, Tensor) or output.ndim == 0:
-            raise TypeError(
-                f"model: expected an output tensor [B, ...] or a tuple that begins with one, but got "
-                f"{type(output).__name__}; wrap the model so that it returns the tensor that the loss takes"
-            )
-        return backward_root(loss, output, as_constant(target), create_graph=create_graph)
+    resolved: dict[str, str] = {}
 
-    uses = capture(
-        model,
+    def objective(output) -> Root:
+        output = _first(output, loss)
+        if not callable(loss) and (fallback or check == "sum"):
+            resolved["loss"] = resolve(loss, output, target)
+        return backward_root(resolved.get("loss", loss), output, as_constant(target), create_graph=create_graph)
+
+    # Replicas exchange gradients in the backward of a wrapped model, and wait for each other: there is nothing to wait
+    # for here.
+    runs = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    randomness = functional.random_state(p.device for p in parameters.values()) if check == "sum" else []
+    captured = capture(
+        runs,
         args,
         kwargs,
         objective,
@@ -171,12 +187,30 @@ def _uses(
         pick=pick,
         include_bias=include_bias,
         watch_objective=callable(loss),
-        check_samples=check is not None,
+        check_samples=check == "sample",
         create_graph=create_graph,
     )
+    if captured.missing and fallback is None:
+        raise next(iter(captured.missing.values()))
     if check_finite:
-        _refuse_non_finite(uses)
-    return uses, parameters
+        _refuse_non_finite(captured.uses)
+    gathered: dict[str, list[GradFactors | Tensor]] = {}
+    for use in captured.uses:
+        for name, gradient in use.gradients(captured.batch):
+            gathered.setdefault(name, []).append(gradient)
+    found = {name: _joined(uses) for name, uses in gathered.items()}
+
+    def total(output, target) -> Tensor:
+        return loss_values(resolved.get("loss", loss), _first(output, loss), target).sum()
+
+    if captured.missing:
+        plain = functional.vmap_grads if fallback == "vmap" else functional.loop_grads
+        found |= plain(model, args, kwargs, target, total, parameters, list(captured.missing), captured.batch)
+    if check == "sum":
+        with functional.same_randomness(randomness):
+            expected = functional.batch_grads(runs, args, kwargs, target, total, parameters, list(found))
+        _check_sums(found, expected)
+    return found, parameters
 
 
 def _named_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -190,7 +224,7 @@ def _named_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def as_call(x) -> tuple[tuple, dict]:
-    """The positional and keyword arguments that ``x`` stands for."""
+    """A model's input as positional and keyword arguments."""
     if isinstance(x, Mapping):
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
@@ -218,39 +252,59 @@ def _check_inference(candidates: dict[str, nn.Module], create_graph: bool) -> No
             )
 
 
-def _by_parameter(uses: list[Use]) -> tuple[dict[str, GradFactors], dict[str, Tensor]]:
-    """The factors of each weight, every use a further position, and the gradient [B, O] of each bias."""
-    weights: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    biases: dict[str, list[Tensor]] = {}
-    for use in uses:
-        activation, delta = use.rule.factors(use.input, use.delta)
-        if use.bias is not None:
-            biases.setdefault(use.bias, []).append(delta if delta.ndim == 2 else delta.sum(1))
-        if use.weight is not None:
-            weights.setdefault(use.weight, []).append((delta, activation) if use.swapped else (activation, delta))
-    joined = {}
-    for name, parts in weights.items():
-        if len(parts) == 1:
-            joined[name] = GradFactors(*parts[0])
+def _joined(uses: list[GradFactors | Tensor]) -> GradFactors | Tensor:
+    """The gradient of a parameter that was used several times."""
+    if len(uses) == 1:
+        return uses[0]
+    if all(isinstance(use, GradFactors) and use.weight_shape is None for use in uses):
+        return GradFactors.stack_positions(uses)
+    return sum(use if isinstance(use, Tensor) else use.materialize() for use in uses)
+
+
+def _first(output, loss):
+    """What the loss takes of the model's output: its first element if it is a tuple."""
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    if not callable(loss) and (not isinstance(output, Tensor) or output.ndim == 0):
+        raise TypeError(
+            f"model: expected an output tensor [B, ...] or a tuple that begins with one, but got "
+            f"{type(output).__name__}; wrap the model so that it returns the tensor that the loss takes, or pass a "
+            "loss that takes it as it is"
+        )
+    return output
+
+
+def _check_sums(found: dict[str, GradFactors | Tensor], expected: dict[str, Tensor | None]) -> None:
+    """Refuse gradients whose sum over the samples is not the gradient of the sum."""
+    for name, gradient in found.items():
+        if isinstance(gradient, Tensor):
+            total, scale = gradient.sum(0), gradient.flatten(1).norm(dim=1).sum()
         else:
-            stacked = [[f.unsqueeze(1) if f.ndim == 2 else f for f in part] for part in parts]
-            kind = functools.reduce(torch.promote_types, (activation.dtype for activation, _ in parts))
-            activations, deltas = zip(*stacked, strict=True)
-            joined[name] = GradFactors(
-                torch.cat([a.to(kind) for a in activations], dim=1), torch.cat([d.to(kind) for d in deltas], dim=1)
+            gradient = gradient.compact()
+            total, scale = gradient.sum(), gradient.norm().sum()
+        batch = torch.zeros_like(total) if expected[name] is None else expected[name].to_dense()
+        difference = (total - batch.reshape(total.shape).to(total.dtype)).norm()
+        # Rounding stays far below the root of the type's precision; a use that was missed is of the order of one.
+        if not difference <= torch.finfo(gradient.dtype).eps ** 0.5 * torch.maximum(scale, batch.norm()):
+            raise CaptureError(
+                f"{name}: the sum of its per-sample gradients differs from autograd's gradient of the summed losses by "
+                f"{difference.item():.3g}, with a norm of {batch.norm().item():.3g}; it may be used where gradext "
+                "cannot see it (a custom autograd function, scripted code), or the model may draw other random numbers "
+                'at each call than its generators\' state tells; leave the layer out, or pass fallback="vmap"'
             )
-    return joined, {name: parts[0] if len(parts) == 1 else sum(parts) for name, parts in biases.items()}
 
 
-def _check_outs(out, shapes: dict[str, tuple[int, ...]], uses: list[Use], dtype) -> dict[str, Tensor]:
+def _check_outs(
+    out, found: dict[str, GradFactors | Tensor], parameters: dict[str, nn.Parameter], dtype
+) -> dict[str, Tensor]:
     if out is None:
         return {}
     if not isinstance(out, Mapping):
         raise TypeError(f"out: expected a mapping from names to tensors, but got {type(out).__name__}")
-    if set(out) != set(shapes):
-        raise ValueError(f"out: expected one tensor for each of {sorted(shapes)}, but got {sorted(out)}")
+    if set(out) != set(found):
+        raise ValueError(f"out: expected one tensor for each of {sorted(found)}, but got {sorted(out)}")
     for name, tensor in out.items():
-        ops.check_out(tensor, shapes[name], uses[0].delta.device, f"out[{name!r}]")
+        shape = (found[name].shape[0], *parameters[name].shape)
+        ops.check_out(tensor, shape, found[name].device, f"out[{name!r}]")
         if dtype is not None and tensor.dtype != dtype:
             raise TypeError(f"out[{name!r}]: expected type {dtype} (the dtype argument), but got {tensor.dtype}")
     return dict(out)
@@ -263,7 +317,8 @@ def _refuse_non_finite(uses: list[Use]) -> None:
             if not finite.all():
                 bad = (~finite).nonzero().flatten().tolist()
                 shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+                names = " and ".join(form.name for form in use.forms.values())
                 raise NonFiniteError(
-                    f"{use.weight or use.bias}: the {what} of {len(bad)} of {math.prod(finite.shape)} samples holds "
+                    f"{names}: the {what} of {len(bad)} of {math.prod(finite.shape)} samples holds "
                     f"NaN or infinity (samples {shown}); check the input's range and the model's weights"
                 )

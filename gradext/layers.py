@@ -1,15 +1,15 @@
-"""What gradext knows of each layer type: which calls use its weight, and how a call becomes factors.
+"""What gradext knows of each layer type: which calls use its parameters, and how a call becomes per-sample gradients.
 
-A rule answers two questions. `bind`: given a torch function and its arguments, which are the input, the weight and
-the bias? `factors`: given the layer's input and the loss's gradient with respect to the layer's output, which
-``activation [B, (T,) I]`` and ``delta [B, (T,) O]`` have ``Σ_t delta_t activation_tᵀ`` as the gradient of the weight?
-Choosing layers by name is here too. Nothing here knows about hooks, autograd or kernels.
+A rule answers two questions. `bind`: given a torch function and its arguments, which are the input and the parameters?
+`gradient`: given the layer's input and the loss's gradient with respect to the layer's output, what is the gradient of
+every sample for one of the parameters? It is a `GradFactors` where that is the cheaper form, else a tensor
+[B, *parameter.shape]. Choosing layers by name is here too. Nothing here knows about hooks, autograd or kernels.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,94 +17,360 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UnsupportedLayerError
+from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
 
 
-class Bound(NamedTuple):
-    """A call of a weight: ``output = input @ weight + bias``, with the weight [I, O] or, transposed, [O, I]."""
+class Call(NamedTuple):
+    """A call of a function with parameters, as its rule reads it."""
 
     input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    transposed: bool
+    parameters: dict[str, Tensor]  # by role, the rule's own name of an argument
+    run: Callable[..., Tensor]  # the same call with other tensors in the parameters' place: run(**parameters)
+    rows: int  # leading dimensions of input and output that hold the samples and their positions
+    gradient: Callable[[str, Tensor, Tensor], GradFactors | Tensor]  # (role, input, delta), both rows first
 
 
 class LinearRule:
-    """``y = x Wᵀ + b`` with W [O, I], x [B, ..., I], y [B, ..., O], by `F.linear` or as a matrix product."""
+    """``y = x Wᵀ + b`` with W [O, I], x [..., I], y [..., O], by `F.linear` or as a matrix product."""
 
     module_types = (nn.Linear,)
-    functions = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+    functions = (F.linear, torch.matmul, torch.mm, torch.addmm)
+    functions += (Tensor.matmul, Tensor.mm, Tensor.addmm, Tensor.__matmul__, Tensor.__rmatmul__)
 
     @staticmethod
-    def bind(func, args, kwargs) -> Bound | None:
+    def bind(func, args, kwargs) -> Call | None:
         """Read the arguments of one of `functions`; None if they are in no form that the rule knows."""
         if func is F.linear:
-            return Bound(*_linear_arguments(*args, **kwargs), transposed=True)
-        if kwargs or len(args) != 2:
+            return LinearRule._linear(*args, **kwargs)
+        if kwargs:
             return None
-        return Bound(args[0], args[1], None, transposed=False)
+        if func in (torch.addmm, Tensor.addmm):
+            bias, input, weight = args if len(args) == 3 else (None, None, None)
+            if bias is None or bias.ndim != 1:
+                return None
+            return LinearRule._product(input, weight, bias, lambda weight, bias: func(bias, input, weight))
+        if len(args) != 2:
+            return None
+        input, weight = args[::-1] if func is Tensor.__rmatmul__ else args
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            return None
+        return LinearRule._product(input, weight, None, lambda weight: torch.matmul(input, weight))
 
     @staticmethod
-    def factors(input: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """(x [B, ..., I], δ [B, ..., O]) -> (activation [B, (T,) I], delta [B, (T,) O])."""
-        if input.ndim == 2:
-            return input, delta
-        return input.flatten(1, -2), delta.flatten(1, -2)
+    def _linear(input, weight, bias=None) -> Call:
+        parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        gradient = LinearRule.gradient
+        return Call(input, parameters, lambda **given: F.linear(input, **given), input.ndim - 1, gradient)
+
+    @staticmethod
+    def _product(input, weight, bias, run) -> Call:
+        def gradient(role, input, delta):
+            found = LinearRule.gradient(role, input, delta)
+            return found.transposed() if role == "weight" else found
+
+        parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return Call(input, parameters, run, input.ndim - 1, gradient)
+
+    @staticmethod
+    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+        """x [B, ..., I], δ [B, ..., O]: Σ over the inner dimensions of δ xᵀ, and of δ for the bias."""
+        if role == "bias":
+            return _sum_to(delta, (delta.shape[-1],))
+        return GradFactors(_positions(input.to(delta.dtype)), _positions(delta))
 
 
-def _linear_arguments(input, weight, bias=None):
-    return input, weight, bias
+class ConvRule:
+    """Convolutions: the weight's gradient is Σ_t δ_t u_tᵀ over the output positions t, u_t the input's window there.
+
+    The transposed ones exchange the roles: Σ_t x_t v_tᵀ over the input's positions, v_t the window of δ.
+    """
+
+    module_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    _plain = (F.conv1d, F.conv2d, F.conv3d)
+    _transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    functions = (*_plain, *_transposed)
+
+    @staticmethod
+    def bind(func, args, kwargs) -> Call | None:
+        transposed = func in ConvRule._transposed
+        read = ConvRule._transposed_arguments if transposed else ConvRule._arguments
+        input, parameters, stride, padding, dilation, groups, others = read(*args, **kwargs)
+        weight = parameters["weight"]
+        dimensions = weight.ndim - 2
+        if input.ndim != dimensions + 2:  # one image without a batch dimension
+            return None
+        kernel = tuple(weight.shape[2:])
+        stride, dilation = _each(stride, dimensions), _each(dilation, dimensions)
+        if padding == "same":
+            extra = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            pads = tuple((n // 2, n - n // 2) for n in extra)
+        else:
+            pads = tuple((n, n) for n in _each(0 if padding == "valid" else padding, dimensions))
+        windows = Windows(kernel, stride, dilation, pads)
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, **others}
+        shape = tuple(weight.shape)
+
+        def gradient(role, input, delta):
+            if role == "bias":
+                return delta.flatten(2).sum(2)
+            image, plain = (delta, input.to(delta.dtype)) if transposed else (input, delta)
+            return ConvFactors(image.to(delta.dtype), plain, windows, groups, shape)
+
+        return Call(input, parameters, lambda **given: func(input, **given, **options), 1, gradient)
+
+    @staticmethod
+    def _arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return input, parameters, stride, padding, dilation, groups, {}
+
+    @staticmethod
+    def _transposed_arguments(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+        parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return input, parameters, stride, padding, dilation, groups, {"output_padding": output_padding}
 
 
-RULES = (LinearRule,)
+class EmbeddingRule:
+    """``y = W[index]`` with W [V, D], index [...], y [..., D]: δ goes to the rows that were looked up."""
+
+    module_types = (nn.Embedding,)
+    functions = (F.embedding,)
+
+    @staticmethod
+    def bind(func, args, kwargs) -> Call | None:
+        return EmbeddingRule._bind(*args, **kwargs)
+
+    @staticmethod
+    def _bind(
+        input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+    ) -> Call | None:
+        # The one rescales the weight itself, the other the gradient by what is in the whole batch.
+        if max_norm is not None or scale_grad_by_freq:
+            return None
+        rows = weight.shape[0]
+        padding = None if padding_idx is None else padding_idx % rows
+
+        def gradient(role, index, delta):
+            delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
+            return EmbeddingFactors(index.reshape(index.shape[0], -1), delta.reshape(*_counted(delta, index)), rows)
+
+        def run(weight):
+            return F.embedding(input, weight, padding_idx)
+
+        return Call(input, {"weight": weight}, run, input.ndim, gradient)
+
+
+class NormRule:
+    """Normalisations with affine parameters, ``y = x̂ ⊙ w + b``: Σ over a sample's positions of δ ⊙ x̂, and of δ."""
+
+    module_types = (
+        *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    )
+    functions = (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm)
+
+    @staticmethod
+    def bind(func, args, kwargs) -> Call | None:
+        return getattr(NormRule, func.__name__)(*args, **kwargs)
+
+    @staticmethod
+    def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
+        rows = input.ndim - len(normalized_shape)
+        return NormRule._call(F.layer_norm, input, weight, bias, rows, normalized_shape=normalized_shape, eps=eps)
+
+    @staticmethod
+    def rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
+        rows = input.ndim - len(normalized_shape)
+        return NormRule._call(F.rms_norm, input, weight, None, rows, normalized_shape=normalized_shape, eps=eps)
+
+    @staticmethod
+    def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5) -> Call:
+        return NormRule._call(F.group_norm, input, weight, bias, 1, num_groups=num_groups, eps=eps)
+
+    @staticmethod
+    def batch_norm(
+        input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ) -> Call | None:
+        # In training mode samples mix, which capture refuses.
+        options = {"running_mean": running_mean, "running_var": running_var, "eps": eps}
+        return None if training else NormRule._call(F.batch_norm, input, weight, bias, 1, **options)
+
+    @staticmethod
+    def instance_norm(
+        input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+    ) -> Call:
+        options = {"running_mean": running_mean, "running_var": running_var, "use_input_stats": use_input_stats}
+        # Statistics of the input are the sample's own; the running ones are only updated then, by the layer's own call.
+        statistics = {"use_input_stats": True} if use_input_stats else options
+        call = NormRule._call(F.instance_norm, input, weight, bias, 1, **statistics, eps=eps)
+        options |= {"momentum": momentum, "eps": eps}
+        return call._replace(run=lambda **given: F.instance_norm(input, **options, **given))
+
+    @staticmethod
+    def _call(func, input, weight, bias, rows, **options) -> Call:
+        parameters = {role: p for role, p in (("weight", weight), ("bias", bias)) if p is not None}
+        shapes = {role: tuple(p.shape) for role, p in parameters.items()}
+        by_channel = "normalized_shape" not in options
+
+        def gradient(role, input, delta):
+            if role == "weight":
+                delta = delta * func(input, **options).to(delta.dtype)
+            # Channels lie behind the samples, normalised dimensions at the end.
+            return delta.flatten(2).sum(2) if by_channel and delta.ndim > 2 else _sum_to(delta, shapes[role])
+
+        return Call(input, parameters, lambda **given: func(input, **given, **options), rows, gradient)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """[B, ..., I] -> [B, (T,) I]."""
+    return x if x.ndim == 2 else x.flatten(1, -2)
+
+
+def _sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B, ..., *shape] -> [B, *shape], summed over what lies between."""
+    inner = x.ndim - len(shape) - 1
+    return x if inner == 0 else x.flatten(1, inner).sum(1)
+
+
+def _counted(delta: Tensor, index: Tensor) -> tuple[int, int, int]:
+    return index.shape[0], index[0].numel() if index.shape[0] else 0, delta.shape[-1]
+
+
+def _each(value, dimensions: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * dimensions if len(value) == 1 else value
+
+
+RULES = (LinearRule, ConvRule, EmbeddingRule, NormRule)
 FUNCTIONS = {func: rule for rule in RULES for func in rule.functions}
+# Its own projections run through F.linear inside a function that capture looks into.
+COMPOSED_TYPES = (nn.MultiheadAttention,)
+
+# --- layers of the user's own ----------------------------------------------------------------------------------------
+
+LayerGradients = Callable[[nn.Module, Tensor, Tensor], "dict[str, GradFactors | Tensor]"]
+_registered: dict[type[nn.Module], LayerGradients] = {}
+
+
+def register_layer(*types: type[nn.Module]) -> Callable[[LayerGradients], LayerGradients]:
+    """Teach gradext a layer type of your own: decorates ``(layer, input, delta) -> {parameter name: gradient}``.
+
+    ``input`` [B, ...] is the layer's first argument, ``delta`` [B, ...] the gradient of Σ_b loss_b with respect to its
+    output (one tensor). The gradient of each parameter, by its name in the layer, is a tensor [B, *parameter.shape] or
+    a `GradFactors`. The rule holds for the types themselves, not for those derived from them, and stands for all that
+    happens inside such a layer. Raises TypeError for what is no module type.
+
+    >>> import torch, gradext
+    >>> class Scale(torch.nn.Module):
+    ...     def __init__(self, features):
+    ...         super().__init__()
+    ...         self.scale = torch.nn.Parameter(torch.ones(features))
+    ...     def forward(self, x):
+    ...         return x * self.scale
+    >>> @gradext.register_layer(Scale)
+    ... def scale_gradients(layer, input, delta):
+    ...     return {"scale": input * delta}
+    >>> model = torch.nn.Sequential(Scale(6), torch.nn.Linear(6, 6))
+    >>> {name: tuple(g.shape) for name, g in gradext.batch_layer_grads(model, torch.rand(5, 6)).items()}
+    {'0.scale': (5, 6), '1.weight': (5, 6, 6)}
+    """
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"register_layer: expected types derived from torch.nn.Module, but got {kind!r}")
+
+    def register(gradients: LayerGradients) -> LayerGradients:
+        _registered.update(dict.fromkeys(types, gradients))
+        return gradients
+
+    return register
+
+
+def registered(module: nn.Module) -> LayerGradients | None:
+    return _registered.get(type(module))
+
+
+# --- choosing layers -------------------------------------------------------------------------------------------------
+
+
+def own_parameters(module: nn.Module, include_bias: bool) -> dict[str, nn.Parameter]:
+    """A layer's parameters by their names in it: its weights, and with ``include_bias`` also those named bias."""
+    found = module.named_parameters() if registered(module) else module._parameters.items()
+    return {name: p for name, p in found if p is not None and (include_bias or "bias" not in name.rpartition(".")[2])}
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether the module is of a type with a rule and its weight is a parameter (not recomputed at each use)."""
-    return any(isinstance(module, rule.module_types) for rule in RULES) and isinstance(
-        module._parameters.get("weight"), nn.Parameter
-    )
+    """Whether there is a rule for the module's type and it has a weight (and does not recompute it at each use)."""
+    if registered(module):
+        return True
+    known = isinstance(module, COMPOSED_TYPES) or any(isinstance(module, rule.module_types) for rule in RULES)
+    return known and bool(own_parameters(module, include_bias=False))
 
 
 def supported_layers(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """The supported layers below ``model`` by name, in order of registration."""
-    return {name: module for name, module in model.named_modules(prefix=prefix) if is_supported(module)}
+    found: dict[str, nn.Module] = {}
+    inside: set[int] = set()  # parts of registered layers, which stand for all that is in them
+    for name, module in model.named_modules(prefix=prefix):
+        if id(module) in inside:
+            continue
+        if registered(module):
+            inside.update(map(id, module.modules()))
+        if is_supported(module):
+            found[name] = module
+    return found
 
 
 LayerChoice = None | str | nn.Module | Iterable["str | nn.Module"]
 
 
-def choose_layers(model: nn.Module, layers: LayerChoice) -> tuple[dict[str, nn.Module], str | None]:
+def choose_layers(
+    model: nn.Module, layers: LayerChoice, any_type: bool = False
+) -> tuple[dict[str, nn.Module], str | None]:
     """Resolve the ``layers`` argument of `gradext.batch_layer_grads`.
 
-    Returns the candidate modules by name, and ``"first"`` or ``"last"`` where the order of execution decides.
-    Raises ValueError for a name or module that the model does not have, UnsupportedLayerError for one without a rule.
+    Returns the candidate modules by name, and ``"first"`` or ``"last"`` where the order of execution decides. With
+    ``any_type`` every module with parameters of its own is a candidate, supported or not. Raises ValueError for a name
+    or module that the model does not have, UnsupportedLayerError for one without a rule.
     """
+    find = _layers_of_any_type if any_type else supported_layers
     pick = layers if isinstance(layers, str) and layers in ("first", "last") else None
     if layers is None or pick:
         decoder = getattr(model, "decoder", None)
         inside = isinstance(decoder, nn.Module)
-        chosen = supported_layers(decoder, "decoder") if inside else supported_layers(model)
+        chosen = find(decoder, "decoder") if inside else find(model)
         where = "model.decoder" if inside else "the model"
     elif isinstance(layers, str) and layers == "all":
-        chosen, where = supported_layers(model), "the model"
+        chosen, where = find(model), "the model"
     else:
         items = [layers] if isinstance(layers, (str, nn.Module)) else list(layers)
         chosen, where = {}, f"layers={layers!r}"
         names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
         for item in items:
-            chosen.update(_resolve(model, item, names))
+            chosen.update(_resolve(model, item, names, find))
     if not chosen:
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise UnsupportedLayerError(
-            f"layers: expected at least one linear layer in {where}, but found none "
-            f"(the model consists of {', '.join(kinds) or 'no modules'}); choose layers= among those of type nn.Linear"
+            f"layers: expected at least one supported layer in {where}, but found none "
+            f"(the model consists of {', '.join(kinds) or 'no modules'}); supported types: {_supported_types()}"
         )
     return chosen, pick
 
 
-def _resolve(model: nn.Module, item: str | nn.Module, names: dict[int, str]) -> dict[str, nn.Module]:
-    """One item of a ``layers`` list: a layer, or a container that stands for the supported layers in it."""
+def _layers_of_any_type(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    found = supported_layers(model, prefix)
+    covered = {id(p) for layer in found.values() for p in own_parameters(layer, include_bias=True).values()}
+    for name, module in model.named_modules(prefix=prefix):
+        if any(p is not None and id(p) not in covered for p in module._parameters.values()):
+            found.setdefault(name, module)
+    return found
+
+
+def _supported_types() -> str:
+    types = [*(t for rule in RULES for t in rule.module_types), *COMPOSED_TYPES, *_registered]
+    return ", ".join(t.__name__ for t in types)
+
+
+def _resolve(model: nn.Module, item: str | nn.Module, names: dict[int, str], find) -> dict[str, nn.Module]:
+    """One item of a ``layers`` list: a layer, or a container that stands for the layers in it."""
     if isinstance(item, nn.Module):
         if id(item) not in names:
             raise ValueError(f"layers: the module {type(item).__name__} is not part of the model; pass one of its own")
@@ -117,12 +383,11 @@ def _resolve(model: nn.Module, item: str | nn.Module, names: dict[int, str]) -> 
         name, module = item, modules[item]
     else:
         raise TypeError(f"layers: expected names or modules, but got {type(item).__name__}")
-    if is_supported(module):
-        return {name: module}
-    found = supported_layers(module, name) if list(module.children()) else {}
+    found = find(module, name)
     if not found:
         raise UnsupportedLayerError(
             f"layers: {name or 'the model'} is a {type(module).__name__}, for which there is no rule, and holds no "
-            f"linear layer; supported types: {', '.join(t.__name__ for rule in RULES for t in rule.module_types)}"
+            f"layer that has one; supported types: {_supported_types()}; gradext.register_layer adds one, and "
+            'fallback="vmap" does without'
         )
     return found

@@ -58,14 +58,21 @@ LOSSES: dict[str, PerSampleLoss] = {
 
 def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     """The value of ``loss``, as `backward_root` understands it -> [B]."""
+    if not callable(loss):
+        loss, target = _checked_target(loss, output, target)
+    return loss_values(loss, output, target)
+
+
+def loss_values(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
+    """As `per_sample_loss` for a loss that `resolve` has seen: nothing here depends on values, so that it traces."""
     if callable(loss):
-        return _checked_values(loss(output, target), output.shape[0])
-    loss, target = _checked_target(loss, output, target)
+        return _checked_values(loss(output, target), output.shape[0] if isinstance(output, Tensor) else None)
+    target = target if loss == "cross_entropy" else target.reshape(output.shape)
     return _in_full_precision(LOSSES[loss], output, target)
 
 
-def resolve_loss(loss: str, output: Tensor, target: Tensor) -> str:
-    """The name of the loss that is meant, ``"auto"`` resolved as by `backward_root`; waits for the GPU."""
+def resolve(loss: str, output: Tensor, target: Tensor) -> str:
+    """The name of the loss that ``"auto"`` stands for; every other name as it is, checked against both tensors."""
     return _checked_target(loss, output, target)[0]
 
 
@@ -114,11 +121,13 @@ def _residual(output: Tensor, target: Tensor, link: Callable[[Tensor], Tensor] |
     return ((wide if link is None else link(wide)) - target).to(output.dtype)
 
 
-def _checked_values(values: Tensor, batch: int) -> Tensor:
-    if not isinstance(values, Tensor) or values.shape != (batch,):
-        came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+def _checked_values(values: Tensor, batch: int | None) -> Tensor:
+    shape = values.shape if isinstance(values, Tensor) else None
+    expected = "B" if batch is None else batch
+    if shape is None or len(shape) != 1 or batch not in (None, shape[0]):
+        came = type(values).__name__ if shape is None else f"shape {tuple(shape)}"
         raise ValueError(
-            f"loss: expected a tensor of shape ({batch},), one value for each sample, but the callable returned "
+            f"loss: expected a tensor of shape ({expected},), one value for each sample, but the callable returned "
             f"{came}; use reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
         )
     return values

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import gradext
-import gradext.capture
 import gradext.losses
 from gradext import CaptureError, NonFiniteError
 from gradext.graphs import GraphedLayerGrads
@@ -58,7 +57,6 @@ def waits(function):
 
 @pytest.fixture(autouse=True)
 def _recording_forbids_to_wait(monkeypatch):
-    monkeypatch.setattr(gradext.capture, "_becomes_a_graph", lambda tensor: FakeRecorder.recording)
     monkeypatch.setattr(torch, "randperm", waits(torch.randperm))  # the check that samples do not mix
     monkeypatch.setattr(torch.Tensor, "isfinite", waits(torch.Tensor.isfinite))
     monkeypatch.setattr(gradext.losses, "_ends_in_sigmoid", waits(gradext.losses._ends_in_sigmoid))  # loss="auto"
@@ -173,20 +171,24 @@ def test_checks_are_made_on_the_sample():
     graphed = record(model, torch.rand(B, 6), loss="mse", check_finite=True)
     assert graphed(spoilt)["0.weight"].isnan().all()
 
-    class Mixing(nn.Module):
-        def __init__(self):
+    class Turned(nn.Module):
+        def __init__(self, mixing: bool):
             super().__init__()
-            self.linear = nn.Linear(6, 6)
+            self.linear, self.mixing = nn.Linear(6, 6), mixing
 
         def forward(self, x):
-            return self.linear(x.transpose(0, 1)).transpose(0, 1)
+            y = self.linear(x.transpose(0, 1)).transpose(0, 1)
+            return y + y.mean(0) if self.mixing else y
 
     square = torch.rand(B, B, 6)  # as many positions as samples, in exchanged order
     with pytest.raises(CaptureError, match="samples mix"):
-        record(Mixing(), square, loss="mse")
-    with pytest.raises(ValueError, match="check: expected None or 'sample'"):
-        record(model, torch.rand(B, 6), check="all")
+        record(Turned(mixing=True), square, loss="mse")
+    model = Turned(mixing=False)
+    for loss in "mse", "auto":
+        assert_equal(record(model, square, loss=loss)(square + 1), gradext.batch_layer_grads(model, square + 1))
     straight = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(ValueError, match="check: expected None, 'sample'"):
+        record(straight, torch.rand(B, 6), check="all")
     assert_equal(record(straight, square)(square), gradext.batch_layer_grads(straight, square))
 
 

@@ -1,0 +1,305 @@
+"""What has no rule: fallbacks through torch.func, layers of the user's own, and the checks that find what is missed."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradext
+from gradext import CaptureError, GradFactors, UnsupportedLayerError
+
+B = 4
+
+
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    return (output.flatten(1) + 0.1).square().sum(1)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn = kind(5, 6, num_layers=2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+class Bilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 4)
+        self.b = nn.Bilinear(4, 4, 3)
+        self.shift = nn.Parameter(torch.rand(3))
+        self.a.weight.requires_grad_(False)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(h, h) + self.shift
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: Recurrent(nn.LSTM), (7, 5)),
+        (lambda: Recurrent(nn.GRU), (7, 5)),
+        (Bilinear, (5,)),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), (5,)),
+    ],
+    ids=["LSTM", "GRU", "bilinear", "weight norm"],
+)
+@pytest.mark.parametrize("fallback", ["vmap", "loop"])
+@pytest.mark.filterwarnings("ignore:torch.func cannot vectorise")
+def test_what_has_no_rule_goes_through_torch(make, shape, fallback, loop):
+    torch.manual_seed(0)
+    model, x = make().double(), torch.rand(B, *shape).double()
+    frozen = [p.requires_grad for p in model.parameters()]
+    expected = loop(model, x, x, squared)
+    grads = gradext.batch_layer_grads(
+        model, x, loss=squared, layers="all", include_bias=True, fallback=fallback, check="sum"
+    )
+    assert set(grads) == set(expected)
+    for name, value in grads.items():
+        assert_close(value, expected[name])
+    factors = gradext.batch_layer_factors(model, x, loss=squared, include_bias=True, fallback=fallback)
+    total = sum(value.flatten(1).square().sum(1) for value in expected.values())
+    assert_close(factors.sq_norm(), total)
+    assert [p.requires_grad for p in model.parameters()] == frozen
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_without_a_fallback_the_layer_is_named():
+    model, x = Recurrent(nn.LSTM), torch.rand(B, 7, 5)
+    with pytest.raises(UnsupportedLayerError, match=r"rnn is a LSTM, for which there is no rule.*register_layer.*vmap"):
+        gradext.batch_layer_grads(model, x, loss=squared, layers="rnn")
+    assert set(gradext.batch_layer_grads(model, x, loss=squared)) == {"head.weight"}
+
+
+@pytest.mark.parametrize("loss", ["auto", "mse", "bce_logits"])
+def test_named_losses_reach_the_fallback(loss):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Bilinear(5, 5, 5))
+    model.forward = lambda x: model[0](x, x)
+    x = torch.rand(B, 5)
+    grads = gradext.batch_layer_grads(model, x, loss=loss, fallback="vmap", include_bias=True)
+    one = [gradext.batch_layer_grads(model, x[b : b + 1], loss=loss, fallback="loop") for b in range(B)]
+    torch.testing.assert_close(grads["0.weight"], torch.cat([g["0.weight"] for g in one]))
+    output = model(x)
+    delta = 2 * (output - x) if loss != "bce_logits" else torch.sigmoid(output) - x
+    torch.testing.assert_close(grads["0.bias"], delta.detach())
+
+
+def test_uses_inside_transforms_and_derivatives_go_through_the_loop(loop):
+    class Odd(nn.Module):
+        def __init__(self, use):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.use = use
+
+        def forward(self, x):
+            return self.b(self.a(x)) + self.use(self, x)
+
+    def energy(m, x):
+        with torch.enable_grad():
+            v = x.detach().requires_grad_()
+            return torch.autograd.grad(m.a(v).square().sum(), v, create_graph=True)[0]
+
+    for use in energy, lambda m, x: torch.func.vmap(m.a)(x), lambda m, x: x * m.a.weight.sum():
+        torch.manual_seed(0)
+        model, x = Odd(use).double(), torch.rand(B, 5).double()
+        expected = loop(model, x, x, squared)
+        grads = gradext.batch_layer_grads(model, x, loss=squared, fallback="loop", include_bias=True)
+        for name, value in expected.items():
+            assert_close(grads[name], value)
+
+
+def test_what_torch_cannot_vectorise_is_said():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Bilinear(5, 5, 5)
+
+        def forward(self, x):
+            return self.a(x, x) if x.sum() > 0 else self.a(x, -x)
+
+    model, x = Branching().double(), torch.rand(B, 5).double()
+    with pytest.warns(UserWarning, match=r'torch.func cannot vectorise.*a.weight.*fallback="loop"'):
+        grads = gradext.batch_layer_grads(model, x, loss=squared, fallback="vmap")
+    assert_close(grads["a.weight"], gradext.batch_layer_grads(model, x, loss=squared, fallback="loop")["a.weight"])
+
+
+def test_chunks_of_the_fallback_change_nothing(monkeypatch, loop):
+    torch.manual_seed(0)
+    model, x = Bilinear().double(), torch.rand(9, 5).double()
+    expected = loop(model, x, x, squared)
+    monkeypatch.setattr("gradext.functional.CHUNK_BYTES", 1000)
+    grads = gradext.batch_layer_grads(model, x, loss=squared, fallback="vmap")
+    for name, value in grads.items():
+        assert_close(value, expected[name])
+    empty = gradext.batch_layer_grads(model, x[:0], loss=squared, fallback="vmap")
+    assert empty["b.weight"].shape == (0, 3, 4, 4)
+
+
+# --- layers of the user's own ----------------------------------------------------------------------------------------
+
+
+class Scale(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(features))
+        self.inner = nn.Linear(features, features)
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+@pytest.fixture
+def rule():
+    @gradext.register_layer(Scale)
+    def gradients(layer, input, delta):
+        back = delta * layer.scale
+        found = {"scale": delta * torch.nn.functional.linear(input, layer.inner.weight, layer.inner.bias)}
+        return found | {"inner.weight": GradFactors(input, back), "inner.bias": back}
+
+    yield gradients
+    gradext.layers._registered.pop(Scale)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_registered_layer_is_taken_as_a_whole(rule, frozen, loop):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), Scale(6), nn.Tanh(), Scale(6)).double().requires_grad_(not frozen)
+    x = torch.rand(B, 5).double()
+    expected = loop(model, x, x, squared)
+    grads = gradext.batch_layer_grads(model, x, loss=squared, include_bias=True, check="sum")
+    assert set(grads) == set(expected)
+    for name, value in grads.items():
+        assert_close(value, expected[name])
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_registered_layer_called_twice(rule, loop):
+    torch.manual_seed(0)
+    layer = Scale(6)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer).double(), torch.rand(B, 6).double()
+    expected = loop(model, x, x, squared)
+    for name, value in gradext.batch_layer_grads(model, x, loss=squared, include_bias=True).items():
+        assert_close(value, expected[name])
+
+
+def test_rules_that_give_something_else_are_refused(rule):
+    model, x = Scale(6), torch.rand(B, 6)
+    for wrong in {}, {"scale": torch.zeros(B, 5)}, None, {"scale": GradFactors(torch.zeros(B, 2), torch.zeros(B, 3))}:
+        gradext.register_layer(Scale)(lambda layer, input, delta, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=r"rule registered for Scale to give the gradient of 'scale'.*\(4, 6\)"):
+            gradext.batch_layer_grads(model, x, loss=squared)
+    with pytest.raises(TypeError, match=r"expected types derived from torch\.nn\.Module"):
+        gradext.register_layer(int)
+
+
+def test_hooks_are_gone_after_an_exception(rule):
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(Scale(6), Fails())
+    with pytest.raises(KeyboardInterrupt):
+        gradext.batch_layer_grads(model, torch.rand(B, 6), loss=squared)
+    assert not model[0]._forward_hooks
+    assert not model[0]._forward_pre_hooks
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+class HiddenUse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.a(x) + Hidden.apply(x, self.a.weight)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_use_that_the_capture_cannot_see_is_refused(frozen, loop):
+    torch.manual_seed(0)
+    model, x = HiddenUse().double().requires_grad_(not frozen), torch.rand(B, 5).double()
+    with pytest.raises(UnsupportedLayerError, match=r"a.weight is used where gradext cannot see it"):
+        gradext.batch_layer_grads(model, x, loss=squared)
+    expected = loop(model, x, x, squared)
+    grads = gradext.batch_layer_grads(model, x, loss=squared, fallback="loop", check="sum")
+    assert_close(grads["a.weight"], expected["a.weight"])
+    assert model.a.weight.requires_grad is not frozen
+
+
+def test_the_sum_check_finds_a_gradient_that_is_wrong(monkeypatch):
+    model, x = nn.Linear(5, 5), torch.rand(B, 5)
+    right = gradext.layers.LinearRule.gradient
+    monkeypatch.setattr(
+        gradext.layers.LinearRule, "gradient", staticmethod(lambda role, x, d: right(role, x, d * (1 + 1e-3)))
+    )
+    with pytest.raises(CaptureError, match=r"weight: the sum of its per-sample gradients differs from autograd's"):
+        gradext.batch_layer_grads(model, x, loss=squared, check="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_check_draws_the_same_random_numbers(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 9), nn.Dropout(0.5), nn.Linear(9, 8)).to(dtype).train()
+    x = torch.rand(16, 8, dtype=dtype)
+    torch.manual_seed(1)
+    expected = gradext.batch_layer_grads(model, x, loss=squared)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    checked = gradext.batch_layer_grads(model, x, loss=squared, check="sum")
+    assert torch.equal(torch.rand(3), after)
+    for name, value in expected.items():
+        assert torch.equal(checked[name], value)
+
+
+def test_a_loss_that_mixes_samples_is_found():
+    model, x = nn.Linear(5, 5), torch.rand(B, 5)
+
+    def centred(output, target):
+        return (output - output.mean(0)).square().sum(1)
+
+    with pytest.raises(CaptureError, match="samples mix"):
+        gradext.batch_layer_grads(model, x, loss=centred, check="sample")
+    with pytest.raises(ValueError, match=r"loss: expected a tensor of shape \(4,\), one value for each sample"):
+        gradext.batch_layer_grads(model, x, loss=lambda output, target: output.square().sum(1).mean())
+
+
+def test_wrapped_for_several_processes(tmp_path, loop):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5)).double(), torch.rand(B, 5).double()
+    expected = loop(copy.deepcopy(model), x, x, squared)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            grads = gradext.batch_layer_grads(wrapped, x, loss=squared, include_bias=True, check="sum")
+            for name, value in grads.items():
+                assert_close(value, expected[name.removeprefix("module.")])
+            wrapped(x).sum().backward()  # goes on as ever
+    finally:
+        torch.distributed.destroy_process_group()

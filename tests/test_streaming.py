@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradext
+
+
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    return output.flatten(1).square().sum(1)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10)).double()
+
+
+class Largest(TorchDispatchMode):
+    """The size in bytes of the largest tensor that any operation returned."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.nbytes = max(self.nbytes, value.nbytes)
+        return result
+
+
+def test_any_cut_gives_the_gradients_of_the_whole():
+    model, data = network(), torch.rand(57, 20, dtype=torch.float64)
+    expected = gradext.batch_layer_grads(model, data, loss=squared)
+    one = sum(p.numel() for name, p in model.named_parameters() if "weight" in name) * 8
+    for cut in (57,), (1, 56), (20, 0, 20, 17):
+        chunks = gradext.iter_layer_grads(model, data.split(cut), loss=squared, memory_budget=9 * one)
+        found = [{name: value.clone() for name, value in chunk.items()} for chunk in chunks]
+        assert len(found) > 4
+        for name, value in expected.items():
+            torch.testing.assert_close(torch.cat([chunk[name] for chunk in found]), value, rtol=1e-12, atol=1e-14)
+
+
+def test_targets_and_reduced_factors():
+    model, data = network(), torch.rand(50, 20, dtype=torch.float64)
+    target = torch.rand(50, 10, dtype=torch.float64)
+    expected = gradext.batch_layer_factors(model, data, loss="mse", target=target).norm()
+    pairs = zip(data.split(30), target.split(30), strict=True)
+    norms = gradext.iter_layer_grads(
+        model, pairs, paired=True, loss="mse", memory_budget=20_000, reduce=lambda factors: factors.norm()
+    )
+    norms = list(norms)
+    assert len(norms) > 2
+    torch.testing.assert_close(torch.cat(norms), expected)
+
+
+def test_named_inputs():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 4)
+
+        def forward(self, x, scale):
+            return self.a(x) * scale
+
+    model, x, scale = Named(), torch.rand(40, 5), torch.rand(40, 1)
+    expected = gradext.batch_layer_grads(model, {"scale": scale, "x": x}, loss=squared)["a.weight"]
+    chunks = gradext.iter_layer_grads(model, [{"scale": scale, "x": x}], loss=squared, memory_budget=3000)
+    torch.testing.assert_close(torch.cat([chunk["a.weight"].clone() for chunk in chunks]), expected)
+
+
+@pytest.mark.parametrize("reduce", [None, lambda factors: factors.norm()])
+def test_no_tensor_is_larger_than_the_budget_whatever_the_batch(reduce):
+    model, budget = network(), 200_000
+    for size in 100, 4000:
+        data = [torch.rand(size, 20, dtype=torch.float64)]
+        with Largest() as largest:
+            for _ in gradext.iter_layer_grads(model, data, loss=squared, memory_budget=budget, reduce=reduce):
+                pass
+        assert 0 < largest.nbytes <= budget
+
+
+def test_memory_is_reused_between_chunks():
+    model, data = network(), torch.rand(64, 20, dtype=torch.float64)
+    chunks = gradext.iter_layer_grads(model, [data], loss=squared, memory_budget=200_000)
+    pointers = {chunk["0.weight"].data_ptr() for chunk in chunks}
+    assert len(pointers) == 1
+
+
+def test_wrong_arguments_are_refused():
+    model, data = network(), [torch.rand(4, 20, dtype=torch.float64)]
+    with pytest.raises(ValueError, match=r"memory_budget: one sample needs about [\d,]+ bytes, more than.* 1,000;"):
+        list(gradext.iter_layer_grads(model, data, loss=squared, memory_budget=1000))
+    with pytest.raises(ValueError, match="out: iter_layer_grads keeps no graph"):
+        list(gradext.iter_layer_grads(model, data, out={"a": torch.zeros(1)}))
+
+
+def test_progress_is_shown_when_asked_for(capsys):
+    model, data = network(), torch.rand(30, 20, dtype=torch.float64).split(10)
+    list(gradext.iter_layer_grads(model, data, loss=squared))
+    assert capsys.readouterr().err == ""
+    list(gradext.iter_layer_grads(model, data, loss=squared, progress=True))
+    assert "30 samples" in capsys.readouterr().err
