@@ -176,7 +176,7 @@ class _StaticInput:
         with torch.no_grad():
             for leaf, new in zip(self._leaves, leaves, strict=True):
                 if isinstance(leaf, Tensor):
-                    leaf.copy_(new, non_blocking=True)
+                    leaf.copy_(new)
 
 
 def _kind(value):
