@@ -4,6 +4,7 @@ with them (norms, cosines, classifiers, projections, Fisher scores) without writ
 from ._version import __version__
 from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors
+from .graphs import make_graphed_layer_grads
 from .layer_grads import batch_layer_factors, batch_layer_grads
 from .layers import register_layer
 from .statistics import GradStatistics
@@ -23,5 +24,6 @@ __all__ = [
     "batch_layer_factors",
     "batch_layer_grads",
     "iter_layer_grads",
+    "make_graphed_layer_grads",
     "register_layer",
 ]

@@ -20,7 +20,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType
 from typing import NamedTuple
@@ -384,6 +385,8 @@ def _captured(
         stack.enter_context(_autocast_uncached())
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        shared = _SHARED_ROWS.get()
+        stack.callback(_SHARED_ROWS.reset, _SHARED_ROWS.set(None))  # a call inside the model has rows of its own
         args, kwargs = as_constant(args), as_constant(kwargs)
         frozen = [p for name, p in parameters.items() if name in owners and not p.requires_grad]
         with _registered_layers(mode, candidates, names), _thawed(frozen), mode:
@@ -399,7 +402,7 @@ def _captured(
             if not _layouts(record, batch):
                 missing |= dict.fromkeys(record.names, _no_batch(record, batch))
         records = _without(records, missing)
-        uses = _uses(mode, root, records, check_samples, create_graph) if records else []
+        uses = _uses(mode, root, records, shared, check_samples, create_graph) if records else []
         return Captured(uses, missing, batch)
 
 
@@ -417,6 +420,27 @@ def _without(records: list[_Record], missing: Iterable[str]) -> list[_Record]:
 # --- which rows are whose --------------------------------------------------------------------------------------------
 
 Layout = Callable[[Tensor], Tensor]  # to [B·n, ...], sample by sample
+
+
+class SampleRows:
+    """Which rows are whose, as a first call has proved; later ones of the same shapes take it from there unproved.
+
+    A CUDA graph cannot wait for a proof.
+    """
+
+    def __init__(self) -> None:
+        self.layouts: list[Layout] | None = None
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        token = _SHARED_ROWS.set(self)
+        try:
+            yield
+        finally:
+            _SHARED_ROWS.reset(token)
+
+
+_SHARED_ROWS: ContextVar[SampleRows | None] = ContextVar("gradext_sample_rows", default=None)
 
 
 def _batch_first(x: Tensor) -> Tensor:
@@ -462,13 +486,21 @@ def _no_batch(record: _Record, batch: int) -> CaptureError:
     )
 
 
-def _uses(mode: _Capture, root: Root, records: list[_Record], check_samples: bool, create_graph: bool) -> list[Use]:
+def _uses(
+    mode: _Capture,
+    root: Root,
+    records: list[_Record],
+    shared: SampleRows | None,
+    check_samples: bool,
+    create_graph: bool,
+) -> list[Use]:
     """The inputs and the deltas, the gradients of the summed losses with respect to every recorded output."""
     batch = root.gradient.shape[0]
-    layouts = [_layouts(record, batch) for record in records]
+    proved = shared is not None and shared.layouts is not None
+    layouts = [[layout] for layout in shared.layouts] if proved else [_layouts(record, batch) for record in records]
     # Another order than the usual one has to be proved; and where there are as many positions as samples, any order:
     # theirs could be exchanged, and the shapes would not tell.
-    check_samples = batch > 1 and (
+    check_samples = (batch > 1 and not proved) and (
         check_samples or any(_ambiguous(record, layout, batch) for record, layout in zip(records, layouts, strict=True))
     )
     edges = [record.edge for record in records]
@@ -499,6 +531,8 @@ def _uses(mode: _Capture, root: Root, records: list[_Record], check_samples: boo
                 [_consistent(record, layout, delta.detach(), part, half)]
                 for record, layout, delta, part in zip(records, layouts, deltas, parts, strict=True)
             ]
+    if shared is not None:
+        shared.layouts = [layout[0] for layout in layouts]
     return [
         Use(record.forms, record.gradient, layout[0](record.input), layout[0](delta))
         for record, layout, delta in zip(records, layouts, deltas, strict=True)

@@ -90,4 +90,9 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, backend in backends.BACKENDS.items():
         reason = backend.available()
         print(f"  {name:<13} {'works' if reason is None else f'no: {reason}'}")
+    print("choice: the first row that fits, and in it the first backend that works; elsewhere reference")
+    for row in backends.TABLE:
+        print(f"  {row.device:<5} {', '.join(row.operators):<18} {row.when:<32} {', '.join(row.backends)}: {row.why}")
+    if backends.DEFAULT:
+        print(f"  but GRADEXT_BACKEND={backends.DEFAULT} is taken for every call that names no backend")
     return 0

@@ -269,29 +269,16 @@ class GradFactors:
             raise ValueError(
                 f"other: expected factors of [O, I] = {list(self.shape[1:])}, but got {list(other.shape[1:])}"
             )
-        (B, O, I), C = self.shape, len(other)
-        delta, activation, other_delta, other_activation = widen(
-            self.delta, self.activation, other.delta, other.activation
-        )
-        if self.delta.ndim == 2 and other.delta.ndim == 2:
-            return (delta @ other_delta.mT) * (activation @ other_activation.mT)
-        T, S = self.positions, other.positions
-        if 0 in (B, C, T, S):
-            return delta.new_zeros(B, C)
-        rows = math.ceil(B / self._block_size())  # for each of which the other's gradients are formed again
-        if (B * C + B * T + rows * C * S) * O * I < B * C * T * S * (O + I):
-            blocks = ([row.flatten(1) @ column.flatten(1).mT for column in other._blocks()] for row in self._blocks())
-        else:
-            step = max(1, math.isqrt(BLOCK_ELEMENTS // max(1, T * S)))  # blocks of step · T by step · S numbers
-            columns = [other[c : c + step]._rows() for c in range(0, C, step)]
-            blocks = (
-                [
-                    ((d @ od.mT) * (a @ oa.mT)).unflatten(1, (-1, S)).unflatten(0, (-1, T)).sum((1, 3))
-                    for oa, od in columns
-                ]
-                for a, d in (self[b : b + step]._rows() for b in range(0, B, step))
-            )
-        return torch.cat([torch.cat(row, dim=1) for row in blocks])
+        if other.device != self.device:
+            raise ValueError(f"other: expected factors on {self.device}, but got them on {other.device}; use .to()")
+        first, second = self, other
+        if self.dtype != other.dtype:
+            dtype = accumulation_type(torch.promote_types(self.dtype, other.dtype))
+            first, second = self.to(dtype), other.to(dtype)
+        if first.delta.ndim == second.delta.ndim:
+            return ops.gram(first.delta, first.activation, second.delta, second.activation)
+        (activation, delta), (other_activation, other_delta) = first._explicit(), second._explicit()
+        return ops.gram(delta, activation, other_delta, other_activation)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """[B·T, I] and [B·T, O], in the type that sums are taken in."""

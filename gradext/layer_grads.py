@@ -83,15 +83,21 @@ def batch_layer_grads(
         model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph
     )
     given = _check_outs(out, found, parameters, dtype)
+    kinds = {name: None if name in given else dtype or parameters[name].dtype for name in found}
+    products = {
+        name: ops.Product(gradient.delta, gradient.activation, given.get(name), kinds[name])
+        for name, gradient in found.items()
+        if type(gradient) is GradFactors and gradient.weight_shape is None
+    }
+    written = dict(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
     grads: dict[str, Tensor] = {}
     for name, gradient in found.items():
-        kind = dtype or parameters[name].dtype
-        if isinstance(gradient, Tensor):
-            grads[name] = given[name].copy_(gradient) if name in given else gradient.to(kind)
+        if name in written:
+            grads[name] = written[name]
+        elif isinstance(gradient, Tensor):
+            grads[name] = given[name].copy_(gradient) if name in given else gradient.to(kinds[name])
         else:
-            grads[name] = gradient.materialize(
-                out=given.get(name), dtype=None if name in given else kind, backend=backend
-            )
+            grads[name] = gradient.materialize(out=given.get(name), dtype=kinds[name], backend=backend)
     return grads
 
 
@@ -146,6 +152,7 @@ def _gradients(
         if value is not None and value not in allowed:
             raise ValueError(f"{name}: expected None, {' or '.join(map(repr, allowed))}, but got {value!r}")
     candidates, pick = choose_layers(model, layers, any_type=fallback is not None)
+    _check_inference(candidates, create_graph)
     # Walking a model takes as long as a small layer's product: once for all that follows.
     modules = dict(model.named_modules())
     parameters = _named_parameters(modules)
@@ -230,6 +237,19 @@ def _check_device(parameters: dict[str, nn.Parameter], x: Tensor) -> None:
         raise ValueError(
             f"x: expected a tensor on the model's device {device}, but got one on {x.device}; use x.to(...)"
         )
+
+
+def _check_inference(candidates: dict[str, nn.Module], create_graph: bool) -> None:
+    if create_graph and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "create_graph: expected False under torch.inference_mode(), which keeps no graph; leave inference mode"
+        )
+    for name, module in candidates.items():
+        if any(parameter is not None and parameter.is_inference() for parameter in module._parameters.values()):
+            raise RuntimeError(
+                f"layer {name!r}: expected parameters that autograd can use, but they were made under "
+                "torch.inference_mode(); make the model outside of it, or replace them by their .clone()"
+            )
 
 
 def _joined(uses: list[GradFactors | Tensor]) -> GradFactors | Tensor:

@@ -8,14 +8,16 @@ Nothing here knows about modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends.reference import accumulation_type, widen
+from .backends.reference import EPILOGUES, accumulation_type, apply_epilogue, widen
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,6 +33,7 @@ def _call(operator: str, overload: str, *tensors: Tensor, **options):
     """
     if _is_plain((*tensors, options["out"]) if "out" in options else tensors):
         return _kernels[operator, overload](*tensors, **options)
+    _refuse_inference_tensors(tensors)
     return getattr(getattr(torch.ops.gradext, operator), overload)(*tensors, **options)
 
 
@@ -49,10 +52,22 @@ def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
+def _refuse_inference_tensors(tensors: tuple[Tensor, ...]) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if any(t.requires_grad for t in tensors) and any(t.is_inference() for t in tensors):
+        raise RuntimeError(
+            "expected tensors that autograd can save, since a gradient is wanted, but got one made under "
+            "torch.inference_mode(); make it outside of inference mode, or pass its .clone()"
+        )
+
+
 def outer(
     delta: Tensor,
     activation: Tensor,
     *,
+    epilogue: str | None = None,
+    operand: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -61,14 +76,69 @@ def outer(
 
     delta [B, (T,) O], activation [B, (T,) I] -> [B, O, I] of type ``dtype`` (default: of the inputs, or of ``out``).
     Writes B·O·I numbers, the floor of its cost; half precision accumulates in fp32. ``out`` may have any strides.
+
+    With an ``epilogue``, a name of `EPILOGUES`, the delta is that function of ``delta`` and ``operand`` (of delta's
+    shape, type and device), computed in the type that sums are kept in, and on a GPU without a pass of its own; where
+    a gradient is wanted, or under torch.compile, it is composed of torch's operators.
+
     Raises ValueError or TypeError for shapes, types and devices that do not fit, BackendError for a backend that does
-    not work here.
+    not work here; memory that runs out, as torch.OutOfMemoryError, MemoryError or torch's own RuntimeError, with the
+    size that was asked for.
     """
     name = "outer" if delta.ndim == 2 else "outer_sum"
+    if epilogue is not None or operand is not None:
+        _check_epilogue(epilogue, delta, operand)
+        tensors = (delta, activation, operand)
+        if _is_plain(tensors if out is None else (*tensors, out)):
+            options = {"dtype": dtype} if out is None else {"out": out}
+            kernel = _kernels[name, "default" if out is None else "out"]
+            result = kernel(delta, activation, **options, backend=backend, epilogue=epilogue, operand=operand)
+            return result if out is None else out
+        _refuse_inference_tensors(tensors)
+        check_factors(delta, activation)
+        dtype = dtype or delta.dtype
+        delta = apply_epilogue(epilogue, delta, operand)
+        activation = activation.to(delta.dtype)
     if out is None:
         return _call(name, "default", delta, activation, dtype=dtype, backend=backend)
     _call(name, "out", delta, activation, out=out, backend=backend)
     return out
+
+
+def epilogue_delta(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
+    """The delta that `outer` forms of its arguments, as a tensor, in the type that sums are kept in."""
+    _check_epilogue(epilogue, delta, operand)
+    return apply_epilogue(epilogue, delta, operand)
+
+
+class Product(NamedTuple):
+    """The arguments of one `outer` in a group."""
+
+    delta: Tensor
+    activation: Tensor
+    out: Tensor | None = None
+    dtype: torch.dtype | None = None
+    epilogue: str | None = None
+    operand: Tensor | None = None
+
+
+def outer_group(products: Sequence[Product], *, backend: str | None = None) -> list[Tensor]:
+    """`outer` of every product, in as few launches as the backend can: many layers of a small batch are one launch.
+
+    Raises as `outer`.
+    """
+    tensors = [t for p in products for t in (p.delta, p.activation, p.out, p.operand) if t is not None]
+    if len(products) < 2 or not _is_plain(tensors):
+        return [
+            outer(
+                p.delta, p.activation, epilogue=p.epilogue, operand=p.operand, out=p.out, dtype=p.dtype, backend=backend
+            )
+            for p in products
+        ]
+    for p in products:
+        if p.epilogue is not None or p.operand is not None:
+            _check_epilogue(p.epilogue, p.delta, p.operand)
+    return _outer_group(products, backend)
 
 
 def sq_norm(delta: Tensor, activation: Tensor, *, backend: str | None = None) -> Tensor:
@@ -84,6 +154,22 @@ def dot(delta: Tensor, activation: Tensor, reference: Tensor, *, backend: str | 
 def linear(delta: Tensor, activation: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """H linear functionals ``weight [H, O, I]`` of every per-sample gradient, ``⟨G[b], weight[h]⟩`` -> [B, H]."""
     return _call("linear", "default", delta, activation, weight, backend=backend)
+
+
+def gram(
+    delta: Tensor,
+    activation: Tensor,
+    other_delta: Tensor,
+    other_activation: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Inner products of two batches' gradients, ``K[b, c] = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)`` -> [B, C].
+
+    other_delta [C, (S,) O] and other_activation [C, (S,) I] have as many dimensions as the factors, and their type and
+    device. Neither batch of gradients is formed as a whole; for the cost see `GradFactors.gram`.
+    """
+    return _call("gram", "default", delta, activation, other_delta, other_activation, backend=backend)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -104,6 +190,35 @@ def check_factors(delta: Tensor, activation: Tensor) -> None:
         raise ValueError(
             f"delta, activation: expected one device for both, but got {delta.device} and {activation.device}"
         )
+
+
+def _check_epilogue(epilogue: str | None, delta: Tensor, operand: Tensor | None) -> None:
+    if epilogue is None:
+        raise ValueError("operand: expected an epilogue that uses it, but got epilogue=None")
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"epilogue: expected None or one of {', '.join(EPILOGUES)}, but got {epilogue!r}")
+    if operand is None:
+        raise ValueError(f"operand: expected a tensor of delta's shape for epilogue={epilogue!r}, but got None")
+    if operand.shape != delta.shape:
+        raise ValueError(f"operand: expected delta's shape {list(delta.shape)}, but got {list(operand.shape)}")
+    if operand.dtype != delta.dtype:
+        raise TypeError(f"operand: expected delta's type {delta.dtype}, but got {operand.dtype}; convert it with .to()")
+    if operand.device != delta.device:
+        raise ValueError(f"operand: expected delta's device {delta.device}, but got {operand.device}")
+
+
+def _check_other(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activation: Tensor) -> None:
+    check_factors(other_delta, other_activation)
+    expected = _gradient_shape(delta, activation)[1:]
+    if other_delta.ndim != delta.ndim or _gradient_shape(other_delta, other_activation)[1:] != expected:
+        raise ValueError(
+            f"other_delta, other_activation: expected {delta.ndim} dimensions, the last of sizes "
+            f"[O, I] = {list(expected)}, but got shapes {list(other_delta.shape)} and {list(other_activation.shape)}"
+        )
+    if other_delta.dtype != delta.dtype:
+        raise TypeError(f"other_delta: expected the factors' type {delta.dtype}, but got {other_delta.dtype}")
+    if other_delta.device != delta.device:
+        raise ValueError(f"other_delta: expected the factors' device {delta.device}, but got {other_delta.device}")
 
 
 def _check_operand(name: str, operand: Tensor, shape: str, expected: tuple[int, ...], delta: Tensor) -> None:
@@ -142,21 +257,69 @@ def _check_ndim(delta: Tensor, ndim: int) -> None:
         raise ValueError(f"delta: expected {ndim} dimensions, but got shape {list(delta.shape)}")
 
 
+_UNCHANGED = contextlib.nullcontext()
+
+
+def _autocast_off(device_type: str):
+    """Under autocast the products inside would be of half precision, whatever the operator's schema promises."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return _UNCHANGED
+    return torch.autocast(device_type, enabled=False)
+
+
+def _new_result(delta: Tensor, activation: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        dtype = delta.dtype
+    elif dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {DTYPES}, but got {dtype}")
+    B, O, I = _gradient_shape(delta, activation)
+    try:
+        if delta.device.type == "cpu":
+            return backends.cpu.empty(B, O, I, dtype)
+        return torch.empty(B, O, I, dtype=dtype, device=delta.device)
+    except (MemoryError, RuntimeError) as error:
+        asked = B * O * I * dtype.itemsize
+        if not _is_out_of_memory(error):
+            raise
+        raise type(error)(
+            f"out of memory on {delta.device}: the per-sample gradients [B, O, I] = [{B}, {O}, {I}] of {dtype} take "
+            f"{_readable(asked)}; use batch_layer_factors, which gives norms, inner products and the like without "
+            f"them, or smaller batches ({error})"
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator raises a bare RuntimeError, and so does a size beyond 64 bits."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "calculation overflowed" in str(error)
+
+
+def _readable(nbytes: int) -> str:
+    size, units = float(nbytes), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"
+
+
 def _outer_kernels(name: str, ndim: int):
     def check(delta, activation):
         check_factors(delta, activation)
         _check_ndim(delta, ndim)
 
-    def functional(delta, activation, *, dtype=None, backend=None):
-        check(delta, activation)
-        if dtype is not None and dtype not in DTYPES:
-            raise TypeError(f"dtype: expected one of {DTYPES}, but got {dtype}")
-        return backends.implementation("outer", backend, delta.device.type)(delta, activation, dtype=dtype)
+    def write(delta, activation, out, backend, epilogue, operand):
+        with _autocast_off(delta.device.type):
+            module = backends.choose("outer", backend, delta.device.type, backends.Call(delta, out))
+            return module.outer(delta, activation, out, epilogue=epilogue, operand=operand)
 
-    def into_out(delta, activation, *, out, backend=None):
+    def functional(delta, activation, *, dtype=None, backend=None, epilogue=None, operand=None):
+        check(delta, activation)
+        return write(delta, activation, _new_result(delta, activation, dtype), backend, epilogue, operand)
+
+    def into_out(delta, activation, *, out, backend=None, epilogue=None, operand=None):
         check(delta, activation)
         check_out(out, _gradient_shape(delta, activation), delta.device)
-        backends.implementation("outer", backend, delta.device.type)(delta, activation, out=out)
+        write(delta, activation, out, backend, epilogue, operand)
 
     def fake(delta, activation, *, dtype=None, backend=None):
         check(delta, activation)
@@ -177,6 +340,27 @@ def _outer_kernels(name: str, ndim: int):
     torch.library.register_autograd(f"gradext::{name}", _outer_backward, setup_context=_save_factors, lib=_library)
 
 
+def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tensor]:
+    results, groups = [], {}
+    for delta, activation, out, dtype, epilogue, operand in products:
+        check_factors(delta, activation)
+        if out is None:
+            out = _new_result(delta, activation, dtype)
+        else:
+            check_out(out, _gradient_shape(delta, activation), delta.device)
+        results.append(out)
+        module = backends.choose("outer", backend, delta.device.type, backends.Call(delta, out))
+        groups.setdefault(module, []).append((delta, activation, out, epilogue, operand))
+    for module, problems in groups.items():
+        with _autocast_off(problems[0][0].device.type):
+            if hasattr(module, "outer_group"):
+                module.outer_group(problems)
+            else:
+                for delta, activation, out, epilogue, operand in problems:
+                    module.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+    return results
+
+
 def _contraction_kernel(name: str, operand: str | None, shape: str, result_shape):
     def check(delta, activation, operands):
         check_factors(delta, activation)
@@ -188,14 +372,37 @@ def _contraction_kernel(name: str, operand: str | None, shape: str, result_shape
         # Backends get operands of the factors' type, or of the wider one that they accumulate in.
         wide = accumulation_type(delta.dtype)
         operands = [t if t.dtype in (delta.dtype, wide) else t.to(wide) for t in operands]
-        return backends.implementation(name, backend, delta.device.type)(delta, activation, *operands)
+        with _autocast_off(delta.device.type):
+            function = backends.implementation(name, backend, backends.Call(delta))
+            return function(delta, activation, *operands)
 
     def fake(delta, activation, *operands, backend=None):
         check(delta, activation, operands)
         return delta.new_empty(result_shape(delta, *operands), dtype=accumulation_type(delta.dtype))
 
     extra = f", Tensor {operand}" if operand else ""
-    _library.define(f"{name}(Tensor delta, Tensor activation{extra}, *, str? backend=None) -> Tensor")
+    _define(name, f"Tensor delta, Tensor activation{extra}", kernel, fake)
+
+
+def _gram_kernel():
+    def check(*factors):
+        check_factors(*factors[:2])
+        _check_other(*factors)
+
+    def kernel(*factors, backend=None):
+        check(*factors)
+        with _autocast_off(factors[0].device.type):
+            return backends.implementation("gram", backend, backends.Call(factors[0]))(*factors)
+
+    def fake(delta, activation, other_delta, other_activation, *, backend=None):
+        check(delta, activation, other_delta, other_activation)
+        return delta.new_empty(delta.shape[0], other_delta.shape[0], dtype=accumulation_type(delta.dtype))
+
+    _define("gram", "Tensor delta, Tensor activation, Tensor other_delta, Tensor other_activation", kernel, fake)
+
+
+def _define(name: str, tensors: str, kernel: Callable, fake: Callable) -> None:
+    _library.define(f"{name}({tensors}, *, str? backend=None) -> Tensor")
     _kernels[name, "default"] = kernel
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gradext::{name}", fake, lib=_library)
@@ -262,6 +469,30 @@ def _linear_backward(ctx, grad):
     return _as_saved(ctx, *grads)
 
 
+def _gram_backward(ctx, grad):
+    """K̄ [B, C]: δ̄_bt = Σ_cs K̄_bc (a_bt·a'_cs) δ'_cs, ā_bt = Σ_cs K̄_bc (δ_bt·δ'_cs) a'_cs, the others' by exchange.
+
+    The intermediates are of size BT·CS, as in the formula itself.
+    """
+    d, a, other_d, other_a = (t.unsqueeze(1) if t.ndim == 2 else t for t in widen(*ctx.saved_tensors))
+    (B, T), (C, S) = d.shape[:2], other_d.shape[:2]
+    d, a, other_d, other_a = (t.flatten(0, 1) for t in (d, a, other_d, other_a))
+
+    def weighted(product: Tensor) -> Tensor:  # [BT, CS]
+        return (product.reshape(B, T, C, S) * grad[:, None, :, None]).reshape(B * T, C * S)
+
+    needed = ctx.needs_input_grad
+    by_a = weighted(a @ other_a.mT) if needed[0] or needed[2] else None
+    by_d = weighted(d @ other_d.mT) if needed[1] or needed[3] else None
+    return _as_saved(
+        ctx,
+        by_a @ other_d if needed[0] else None,
+        by_d @ other_a if needed[1] else None,
+        by_a.mT @ d if needed[2] else None,
+        by_d.mT @ a if needed[3] else None,
+    )
+
+
 def _contract_linear(g: Tensor, long: Tensor, short: Tensor, W: Tensor, needed) -> tuple[Tensor | None, ...]:
     """g [N, H], long [N, O], short [N, I], W [H, O, I]: gradients of both factors and of W by one product each.
 
@@ -282,9 +513,11 @@ _outer_kernels("outer_sum", 3)
 _contraction_kernel("sq_norm", None, "", lambda delta: (delta.shape[0],))
 _contraction_kernel("dot", "reference", "[O, I]", lambda delta, reference: (delta.shape[0],))
 _contraction_kernel("linear", "weight", "[H, O, I]", lambda delta, weight: (delta.shape[0], weight.shape[0]))
+_gram_kernel()
 for _name, _backward in (
     ("sq_norm", _sq_norm_backward),
     ("dot", _dot_backward),
     ("linear", _linear_backward),
+    ("gram", _gram_backward),
 ):
     torch.library.register_autograd(f"gradext::{_name}", _backward, setup_context=_save_factors, lib=_library)

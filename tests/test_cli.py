@@ -7,6 +7,7 @@ import stat
 import numpy as np
 import pytest
 
+from gradext import backends
 from gradext.cli import main
 from gradext.novelty import demo
 
@@ -93,6 +94,20 @@ def test_info_says_what_works(capsys):
     assert re.search(r"^  reference +works$", text, re.M)
     assert re.search(r"^  cuda +(works|no: .{10,})$", text, re.M)
     assert re.search(r"^  torch +\d+\.\d+", text, re.M)
+
+
+def test_info_prints_the_choice_of_backends(capsys, monkeypatch):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "GRADEXT_BACKEND" not in text
+    lines = text.splitlines()[-len(backends.TABLE) :]
+    for line, row in zip(lines, backends.TABLE, strict=True):
+        assert line.split()[0] == row.device
+        assert row.when in line
+        assert line.endswith(f"{', '.join(row.backends)}: {row.why}")
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
+    assert main(["info"]) == 0
+    assert "GRADEXT_BACKEND=reference is taken" in capsys.readouterr().out
 
 
 def test_wrong_arguments_exit_with_two(capsys):

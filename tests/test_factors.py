@@ -158,6 +158,15 @@ def test_narrow_factors_lose_only_what_their_type_lost(name, dtype):
         torch.testing.assert_close(result.double(), exact, rtol=0, atol=8 * rounding * scale)
 
 
+def test_gram_of_two_types_is_taken_in_the_wider():
+    factors, other = make(4, 2, 5, 3), make(3, 1, 5, 3, seed=8)
+    for dtype in torch.float32, torch.bfloat16:
+        narrow = GradFactors(other.activation.to(dtype), other.delta.to(dtype))
+        exact = written(factors).flatten(1) @ written(narrow).flatten(1).mT
+        torch.testing.assert_close(factors.gram(narrow), exact)
+    assert other.to(torch.float16).gram(other.to(torch.bfloat16)).dtype == torch.float32
+
+
 def test_sketch_does_not_depend_on_the_batch_and_takes_any_seed():
     factors = make(9, 3, 5, 4)
     for seed in 0, -1, 2**40, 2**63 - 1, -(2**63), 2**70 + 1:
@@ -224,10 +233,10 @@ class Largest(TorchDispatchMode):
     ],
 )
 def test_gram_takes_the_cheaper_form_in_bounded_memory(monkeypatch, B, C, T, S, O, I, forms):
-    monkeypatch.setattr(factors_module, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(reference_backend, "BLOCK_ELEMENTS", 2000)
     factors, other = make(B, T, O, I), make(C, S, O, I, seed=1)
     with Largest() as seen:
-        factors.gram(other)
+        reference_backend.gram(factors.delta, factors.activation, other.delta, other.activation)
     by_positions = B * C * T * S * (O + I)
     rows = math.ceil(B / max(1, 2000 // (O * I)))
     by_gradients = (B * C + B * T + rows * C * S) * O * I
@@ -249,7 +258,7 @@ def test_sq_norm_takes_the_cheaper_form_in_bounded_memory(monkeypatch, T, O, I, 
 def test_what_passes_through_gradients_holds_few_of_them(monkeypatch):
     monkeypatch.setattr(factors_module, "BLOCK_ELEMENTS", 2000)
     factors = make(64, 4, 30, 40)
-    for name in "norm 3", "diag_fisher", "quadratic", "gram":
+    for name in "norm 3", "diag_fisher", "quadratic":
         method, _ = methods(64, 4, 30, 40)[name]
         with Largest() as seen:
             method(factors)
@@ -310,6 +319,8 @@ def test_wrong_arguments_are_refused_by_name():
             factors.norm(p)
     with pytest.raises(ValueError, match=r"other: expected factors of \[O, I\] = \[4, 5\], but got \[5, 4\]"):
         factors.gram(make(2, 3, 5, 4))
+    with pytest.raises(ValueError, match=r"other: expected factors on cpu, but got them on meta"):
+        factors.gram(factors.to("meta"))
     with pytest.raises(ValueError, match=r"left: expected shape \[4, any\]"):
         factors.project(random(5, 2), random(5, 2))
     with pytest.raises(ValueError, match=r"right: expected shape \[5, any\]"):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 from gradext import native, ops
-from gradext.backends import BACKENDS, choose, reference
+from gradext.backends import BACKENDS, Call, choose, reference
 from gradext.errors import BackendError
 from gradext.factors import GradFactors
 from gradext.losses import bce
@@ -96,7 +96,8 @@ def assert_right(name, inputs, value, **options):
 def test_kernels_are_the_default():
     """A GPU machine that silently ran plain torch would be the costliest failure."""
     if native.C is not None and native.C.build_config()["cuda"]:
-        assert choose(None, "cuda") is BACKENDS["cuda"]
+        call = Call(torch.empty(2, 3, device=DEVICE), torch.empty(2, 3, 4, device=DEVICE))
+        assert choose("outer", None, "cuda", call) is BACKENDS["cuda"]
         assert native.C.cuda_status()["device_count"] == torch.cuda.device_count()
     assert BACKENDS["triton"].available() is None
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -15,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradext
-from gradext import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
+from gradext import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError, backends
+from gradext.backends import reference
 
 B = 4
 
@@ -874,11 +878,51 @@ def test_wrong_backends(monkeypatch):
         gradext.batch_layer_grads(model, x, backend="quantum")
     with pytest.raises(BackendError, match=r"'cuda' does not (take tensors on cpu|work here)"):
         gradext.batch_layer_grads(model, x, backend="cuda")
-    monkeypatch.setenv("GRADEXT_BACKEND", "quantum")
+    monkeypatch.setattr(backends, "DEFAULT", "quantum")
     with pytest.raises(BackendError, match="quantum"):
         gradext.batch_layer_grads(model, x)
-    monkeypatch.setenv("GRADEXT_BACKEND", "reference")
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
     gradext.batch_layer_grads(model, x)
+
+
+def test_default_backend_comes_from_the_environment():
+    code = "import gradext.backends as b; print(b.DEFAULT)"
+    for value, expected in (("reference", "reference"), ("", "None")):
+        environment = {**os.environ, "GRADEXT_BACKEND": value}
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert run.stdout.strip() == expected
+
+
+def test_inference_mode_is_told_where_a_graph_is_wanted():
+    model, x = build("autoencoder")
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"create_graph: expected False under torch.inference_mode\(\)"):
+            gradext.batch_layer_grads(model, x, create_graph=True)
+        made = copy.deepcopy(model)
+    for options in {}, {"create_graph": True}:
+        with pytest.raises(RuntimeError, match=r"layer 'decoder.0': expected parameters.*make the model outside of it"):
+            gradext.batch_layer_factors(made, x, **options)
+    made.decoder = copy.deepcopy(model.decoder)
+    grads = gradext.batch_layer_grads(made, x, create_graph=True)
+    assert_close(grads["decoder.0.weight"], gradext.batch_layer_grads(model, x)["decoder.0.weight"], 1e-12)
+    assert grads["decoder.0.weight"].requires_grad
+
+
+def test_all_layers_are_one_call_of_a_backend_that_takes_groups(monkeypatch):
+    calls = []
+
+    def outer_group(problems):
+        calls.append(problems)
+        for delta, activation, out, epilogue, operand in problems:
+            reference.outer(delta, activation, out, None, epilogue, operand)
+
+    model, x = build("autoencoder")
+    expected = gradext.batch_layer_grads(model, x, layers="all")
+    monkeypatch.setattr(reference, "outer_group", outer_group, raising=False)
+    found = gradext.batch_layer_grads(model, x, layers="all", backend="reference")
+    assert [len(problems) for problems in calls] == [4]
+    for name, value in found.items():
+        assert_close(value, expected[name], 1e-12)
 
 
 # --- never a wrong number --------------------------------------------------------------------------------------------

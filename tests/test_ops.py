@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradext import ops
+from gradext import backends, ops
+from gradext.backends import reference
+from gradext.backends.reference import EPILOGUES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # B, T (None: no such dimension), O, I: ones and zeros everywhere, O < I and O > I, few and many positions.
@@ -41,10 +46,13 @@ PLAIN = {
     "sq_norm": lambda d, a: plain_outer(d, a).square().sum((1, 2)),
     "dot": lambda d, a, R: (plain_outer(d, a) * R).sum((1, 2)),
     "linear": lambda d, a, W: torch.einsum("boi,hoi->bh", plain_outer(d, a), W),
+    "gram": lambda d, a, od, oa: plain_outer(d, a).flatten(1) @ plain_outer(od, oa).flatten(1).mT,
 }
 
 
-def operands(name, O, I, dtype=torch.float64) -> tuple[Tensor, ...]:
+def operands(name, T, O, I, dtype=torch.float64) -> tuple[Tensor, ...]:
+    if name == "gram":  # with another batch and another number of positions
+        return factors(3, None if T is None else T + 1, O, I, dtype, seed=5)
     return {"dot": (operand(O, I, dtype=dtype),), "linear": (operand(3, O, I, dtype=dtype),)}.get(name, ())
 
 
@@ -56,7 +64,7 @@ def schema_name(name, T) -> str:
 @pytest.mark.parametrize("name", PLAIN)
 def test_equals_the_written_gradients_in_double_precision(name, shape, backend):
     delta, activation = factors(*shape)
-    extra = operands(name, *shape[2:])
+    extra = operands(name, *shape[1:])
     result = getattr(ops, name)(delta, activation, *extra, backend=backend)
     torch.testing.assert_close(result, PLAIN[name](delta, activation, *extra), rtol=1e-12, atol=1e-12)
 
@@ -65,7 +73,7 @@ def test_equals_the_written_gradients_in_double_precision(name, shape, backend):
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_plain_torch(name, shape, dtype, backend):
-    narrow = (*factors(*shape, dtype=dtype), *operands(name, *shape[2:], dtype=dtype))
+    narrow = (*factors(*shape, dtype=dtype), *operands(name, *shape[1:], dtype=dtype))
     exact = PLAIN[name](*(t.double() for t in narrow))
     plain = PLAIN[name](*narrow)
     result = getattr(ops, name)(*narrow, backend=backend)
@@ -94,7 +102,7 @@ def test_outer_converts_to_the_type_asked_for(dtype, result_type, T, backend):
 def test_sliced_and_transposed_inputs(name, backend):
     for T in None, 3:
         delta, activation = factors(4, T, 5, 6)
-        extra = operands(name, 5, 6)
+        extra = operands(name, T, 5, 6)
         strided = [torch.stack([t, t + 1], dim=-1)[..., 0] for t in (delta, activation, *extra)]
         turned = [t.mT.contiguous().mT for t in (delta, activation, *extra)]
         expected = getattr(ops, name)(delta, activation, *extra, backend=backend)
@@ -106,12 +114,12 @@ def test_opcheck(backend):
     for T in None, 3:
         for name in PLAIN:
             operator = getattr(torch.ops.gradext, schema_name(name, T))
-            inputs = tuple(t.requires_grad_() for t in (*factors(4, T, 5, 3), *operands(name, 5, 3)))
+            inputs = tuple(t.requires_grad_() for t in (*factors(4, T, 5, 3), *operands(name, T, 5, 3)))
             # One form of each operator is traced too, which is slow.
             traced = ("test_aot_dispatch_dynamic",) if T or name == "outer" else ()
             always = ("test_schema", "test_faketensor", "test_autograd_registration")
             torch.library.opcheck(operator.default, inputs, {"backend": backend}, test_utils=(*always, *traced))
-            inputs = (*factors(4, T, 5, 3, torch.bfloat16), *operands(name, 5, 3, torch.bfloat16))
+            inputs = (*factors(4, T, 5, 3, torch.bfloat16), *operands(name, T, 5, 3, torch.bfloat16))
             torch.library.opcheck(
                 operator.default, inputs, {"backend": backend}, test_utils=("test_schema", "test_faketensor")
             )
@@ -126,7 +134,7 @@ def test_opcheck(backend):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != (2, 40, 3, 4) and s != (2, 3, 30, 20)])
 @pytest.mark.parametrize("name", PLAIN)
 def test_first_and_second_derivatives(name, shape):
-    inputs = [t.requires_grad_() for t in (*factors(*shape), *operands(name, *shape[2:]))]
+    inputs = [t.requires_grad_() for t in (*factors(*shape), *operands(name, *shape[1:]))]
     function = getattr(ops, name)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
@@ -136,7 +144,8 @@ def test_first_and_second_derivatives(name, shape):
 def test_derivatives_in_half_precision_accumulate_in_single(name):
     """1,000 equal terms: a half-precision sum of them would stall or overflow."""
     shape = (2, 1000, 2, 2)
-    narrow = [t.requires_grad_() for t in (*factors(*shape, dtype=torch.float16), *operands(name, 2, 2, torch.float16))]
+    half = torch.float16
+    narrow = [t.requires_grad_() for t in (*factors(*shape, dtype=half), *operands(name, *shape[1:], half))]
     wide = [t.detach().double().requires_grad_() for t in narrow]
     found = torch.autograd.grad(getattr(ops, name)(*narrow).float().sum(), narrow)
     for gradient, exact in zip(found, torch.autograd.grad(PLAIN[name](*wide).sum(), wide), strict=True):
@@ -147,7 +156,7 @@ def test_derivatives_in_half_precision_accumulate_in_single(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_compiles_to_one_graph(name):
     for T in None, 3:
-        inputs = [t.requires_grad_() for t in (*factors(4, T, 5, 3), *operands(name, 5, 3))]
+        inputs = [t.requires_grad_() for t in (*factors(4, T, 5, 3), *operands(name, T, 5, 3))]
         function = getattr(ops, name)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*inputs), function(*inputs))
@@ -205,6 +214,15 @@ def test_what_does_not_fit_is_refused_with_names():
         torch.ops.gradext.outer(delta.unsqueeze(1), activation.unsqueeze(1))
     with pytest.raises(ValueError, match=r"out: expected shape \[4, 5, 3\]"):
         ops.outer(delta, activation, out=torch.empty(4, 3, 5))
+    other = factors(3, None, 5, 3)
+    with pytest.raises(ValueError, match=r"other_delta, other_activation: expected 2 dimensions.*\[O, I\] = \[5, 3\]"):
+        ops.gram(delta, activation, *factors(3, None, 5, 4))
+    with pytest.raises(ValueError, match="other_delta, other_activation: expected 2 dimensions"):
+        ops.gram(delta, activation, *factors(3, 2, 5, 3))
+    with pytest.raises(TypeError, match=r"other_delta: expected.*type torch.float64, but got torch.float32"):
+        ops.gram(delta, activation, *(t.float() for t in other))
+    with pytest.raises(ValueError, match="other_delta: expected the factors' device cpu, but got meta"):
+        ops.gram(delta, activation, *(t.to("meta") for t in other))
     with pytest.raises(ValueError, match="expanded"):
         ops.outer(delta, activation, out=torch.empty(1, 5, 3).expand(4, 5, 3))
 
@@ -230,6 +248,7 @@ def test_direct_calls_equal_dispatched_ones_and_hide_from_nobody():
         "gradext.sq_norm.default": lambda: ops.sq_norm(delta, activation),
         "gradext.dot.default": lambda: ops.dot(delta, activation, reference),
         "gradext.linear.default": lambda: ops.linear(delta, activation, reference[None]),
+        "gradext.gram.default": lambda: ops.gram(delta, activation, delta[:2], activation[:2]),
     }
     for name, call in calls.items():
         direct = call()
@@ -237,3 +256,334 @@ def test_direct_calls_equal_dispatched_ones_and_hide_from_nobody():
             dispatched = call()
         assert name in seen.names
         assert torch.equal(direct, dispatched)
+
+
+# --- epilogues -------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "elu": F.elu,
+    "softplus": F.softplus,
+}
+RESIDUALS = {
+    "residual": lambda d, z: d - z,
+    "sigmoid_residual": lambda d, z: torch.sigmoid(d) - z,
+    "mse_residual": lambda d, z: 2 * (d - z),
+}
+
+
+def upstream_through(activation, d: Tensor, z: Tensor) -> Tensor:
+    """What torch's own backward of the activation hands to the layer before it."""
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(activation(z), z, d)[0]
+
+
+def expected_delta(epilogue: str, d: Tensor, z: Tensor) -> Tensor:
+    if epilogue in RESIDUALS:
+        return RESIDUALS[epilogue](d, z)
+    return upstream_through(ACTIVATIONS[epilogue], d, z)
+
+
+def test_every_epilogue_is_known_here():
+    assert set(EPILOGUES) == {*RESIDUALS, *ACTIVATIONS}
+
+
+@pytest.mark.parametrize("T", [None, 3, 20])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_epilogues_equal_the_backward_of_their_activation(epilogue, T, backend):
+    delta, activation = factors(4, T, 5, 3)
+    z = 3 * operand(*delta.shape)
+    expected = plain_outer(expected_delta(epilogue, delta, z), activation)
+    for options in {}, {"out": torch.empty(4, 5, 3, dtype=torch.float64)}, {"out": torch.empty(4, 3, 5).double().mT}:
+        result = ops.outer(delta, activation, epilogue=epilogue, operand=z, backend=backend, **options)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+        assert "out" not in options or result is options["out"]
+    torch.testing.assert_close(ops.epilogue_delta(epilogue, delta, z), expected_delta(epilogue, delta, z))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_epilogues_treat_nan_and_zero_as_torch_does(epilogue):
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-30, 30.0, -30.0, 80.0, -80.0])
+    delta, z = (t.flatten() for t in torch.meshgrid(special, special, indexing="ij"))
+    expected = expected_delta(epilogue, delta, z)
+    torch.testing.assert_close(ops.epilogue_delta(epilogue, delta, z), expected, equal_nan=True, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_epilogues_of_half_precision_are_not_rounded_in_between(epilogue, dtype, backend):
+    delta, activation = factors(6, None, 40, 30, dtype)
+    z = operand(6, 40, dtype=dtype)
+    exact = plain_outer(expected_delta(epilogue, delta.double(), z.double()), activation.double())
+    for wanted in False, True:  # fused, and composed of differentiable operators
+        found = ops.outer(
+            delta.clone().requires_grad_(wanted),
+            activation,
+            epilogue=epilogue,
+            operand=z,
+            dtype=torch.float32,
+            backend=backend,
+        )
+        torch.testing.assert_close(found.detach().double(), exact, rtol=1e-5, atol=1e-6)
+        same = ops.outer(delta, activation.clone().requires_grad_(wanted), epilogue=epilogue, operand=z)
+        assert same.dtype == dtype
+        assert same.requires_grad == wanted
+
+
+@pytest.mark.parametrize("T", [None, 2])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_outer_with_epilogue_is_differentiable_twice_and_compiles(epilogue, T):
+    delta, activation = factors(2, T, 3, 2)
+    inputs = [t.requires_grad_() for t in (delta, activation, operand(*delta.shape))]
+
+    def function(delta, activation, z):
+        return ops.outer(delta, activation, epilogue=epilogue, operand=z)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    if T is None:
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+        plain = [t.detach() for t in inputs]
+        torch.testing.assert_close(compiled(*plain), function(*plain))
+
+
+def test_wrong_epilogues():
+    delta, activation = factors(4, None, 5, 3)
+    z = operand(4, 5)
+    for function in (
+        lambda **options: ops.outer(delta, activation, **options),
+        lambda **options: ops.outer_group([ops.Product(delta, activation, **options)] * 2),
+    ):
+        with pytest.raises(ValueError, match=r"epilogue: expected None or one of residual, .*but got 'swish'"):
+            function(epilogue="swish", operand=z)
+        with pytest.raises(ValueError, match=r"operand: expected a tensor of delta's shape.*but got None"):
+            function(epilogue="relu")
+        with pytest.raises(ValueError, match=r"operand: expected an epilogue that uses it"):
+            function(operand=z)
+        with pytest.raises(ValueError, match=r"operand: expected delta's shape \[4, 5\], but got \[4, 3\]"):
+            function(epilogue="relu", operand=activation)
+        with pytest.raises(TypeError, match=r"operand: expected delta's type torch.float64, but got torch.float32"):
+            function(epilogue="relu", operand=z.float())
+        with pytest.raises(ValueError, match=r"operand: expected delta's device cpu, but got meta"):
+            function(epilogue="relu", operand=z.to("meta"))
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def products() -> list[ops.Product]:
+    """Of several shapes, types and positions, with and without an out and an epilogue."""
+    given = torch.empty(4, 3, 5, dtype=torch.float64).mT
+    return [
+        ops.Product(*factors(4, None, 5, 3)),
+        ops.Product(*factors(4, None, 5, 3), out=given),
+        ops.Product(*factors(2, 3, 7, 2), dtype=torch.float32),
+        ops.Product(*factors(4, None, 2, 9, torch.bfloat16), epilogue="relu", operand=operand(4, 2).bfloat16()),
+        ops.Product(*factors(0, None, 2, 9)),
+    ]
+
+
+def test_a_group_equals_its_products(backend):
+    found = ops.outer_group(products(), backend=backend)
+    for result, (delta, activation, out, dtype, epilogue, z) in zip(found, products(), strict=True):
+        expected = ops.outer(delta, activation, epilogue=epilogue, operand=z, dtype=dtype, backend=backend)
+        assert torch.equal(result, expected)
+        assert result.dtype == expected.dtype
+        assert out is None or result.stride() == out.stride()
+    assert ops.outer_group([]) == []
+
+
+def test_a_group_is_one_call_of_a_backend_that_has_it(monkeypatch):
+    calls = []
+
+    def outer_group(problems):
+        calls.append(len(problems))
+        for delta, activation, out, epilogue, z in problems:
+            reference.outer(delta, activation, out, None, epilogue, z)
+
+    monkeypatch.setattr(reference, "outer_group", outer_group, raising=False)
+    found = ops.outer_group(products(), backend="reference")
+    assert calls == [len(products())]
+    for result, product in zip(found, products(), strict=True):
+        expected = plain_outer(
+            product.delta if product.epilogue is None else torch.where(product.operand > 0, product.delta, 0),
+            product.activation,
+        )
+        torch.testing.assert_close(result, expected.to(result.dtype))
+    wanted = [p._replace(delta=p.delta.requires_grad_()) for p in products() if p.out is None]
+    assert all(result.requires_grad for result in ops.outer_group(wanted, backend="reference"))
+    assert len(calls) == 1
+
+
+# --- memory, inference mode, autocast --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1 << 20, 1 << 24])  # 2^60 bytes; and more than 64 bits can count
+def test_memory_that_runs_out_is_told(rows, backend):
+    delta, activation = torch.ones(1, 1).expand(rows, 1 << 20), torch.ones(1, 1).expand(rows, 1 << 18)
+    message = rf"\[{rows}, 1048576, 262144\] of torch.float32 take {rows >> 20} EiB; use batch_layer_factors"
+    small = torch.ones(2, 3)
+    for call in (
+        lambda: ops.outer(delta, activation, backend=backend),
+        lambda: ops.outer_group([ops.Product(small, small), ops.Product(delta, activation)], backend=backend),
+    ):
+        with pytest.raises((MemoryError, RuntimeError), match=message):
+            call()
+        assert torch.equal(ops.outer(small, small, backend=backend), torch.ones(2, 3, 3))
+    assert ops.sq_norm(delta[:4], activation[:4], backend=backend).tolist() == [2.0**38] * 4
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_devices_own_error_keeps_its_class(kind, monkeypatch):
+    """With the meta device in place of a GPU."""
+    delta, activation = (t.to("meta") for t in factors(4, None, 512, 1024, torch.bfloat16))
+
+    def empty(*size, **options):
+        raise kind("CUDA error" if kind is RuntimeError else "CUDA out of memory. Tried to allocate 4.00 MiB")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    out_of_memory = r"out of memory on meta: .*\[4, 512, 1024\] of torch.bfloat16 take 4 MiB; use batch_layer_factors"
+    with pytest.raises(kind, match="^CUDA error$" if kind is RuntimeError else out_of_memory) as raised:
+        ops.outer(delta, activation)
+    assert type(raised.value) is kind
+
+
+def test_inference_tensors_are_refused_where_a_gradient_is_wanted():
+    with torch.inference_mode():
+        made = factors(4, None, 5, 3)
+    delta, activation = factors(4, None, 5, 3)
+    delta.requires_grad_()
+    assert torch.equal(ops.outer(*made), ops.outer(delta, activation))
+    for call in (
+        lambda a: ops.outer(delta, a),
+        lambda a: ops.sq_norm(delta, a),
+        lambda a: ops.gram(delta, a, delta, a),
+        lambda a: ops.outer(delta, a, epilogue="relu", operand=delta),
+    ):
+        with pytest.raises(RuntimeError, match=r"made under torch.inference_mode\(\).*pass its .clone\(\)"):
+            call(made[1])
+        assert call(made[1].clone()).requires_grad
+    with torch.inference_mode():
+        assert not ops.outer(delta, made[1]).requires_grad
+
+
+@pytest.mark.parametrize("T", [None, 3])
+@pytest.mark.parametrize("name", PLAIN)
+def test_autocast_changes_nothing(name, T, backend):
+    inputs = (*factors(4, T, 50, 30, torch.float32), *operands(name, T, 50, 30, torch.float32))
+    expected = getattr(ops, name)(*inputs, backend=backend)
+    half = torch.empty(4, 50, 30, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = getattr(ops, name)(*inputs, backend=backend)
+        differentiable = getattr(ops, name)(inputs[0].clone().requires_grad_(), *inputs[1:], backend=backend)
+        if name == "outer":
+            pair = [ops.Product(*inputs), ops.Product(*inputs, out=half)]
+            grouped, converted = ops.outer_group(pair, backend=backend)
+            assert torch.equal(grouped, expected)
+            assert torch.equal(converted, expected.bfloat16())
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(differentiable, expected, rtol=1e-5, atol=1e-5 * expected.abs().amax().item())
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+class Works:
+    """A backend in name only."""
+
+    def __init__(self, working=True):
+        self.available = lambda: None if working else "not here"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The name of the backend chosen for a call, with all of them working, or all but some."""
+
+    def chosen(operator, device, T, dtype=torch.float32, result=None, by_columns=False, missing=(), size=(4, 30, 20)):
+        modules = {name: Works(name not in missing) for name in backends.BACKENDS}
+        modules["triton"]._on_tensor_cores = backends.triton._on_tensor_cores
+        monkeypatch.setattr(backends, "BACKENDS", modules)
+        monkeypatch.setattr(backends, "reference", modules["reference"])
+        monkeypatch.setattr(backends, "_working", {})
+        delta, _ = factors(size[0], T, *size[1:], dtype)
+        out = torch.empty(size, dtype=result or dtype)
+        call = backends.Call(delta, (out.mT.contiguous().mT if by_columns else out) if operator == "outer" else None)
+        module = backends.choose(operator, None, device, call)
+        monkeypatch.undo()
+        return next(name for name, value in modules.items() if value is module)
+
+    return chosen
+
+
+def test_table_on_cuda(table):
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for T in None, 1, 8:
+        for dtype in DTYPES:
+            assert table("outer", "cuda", T, dtype) == "cuda"
+        assert table("outer", "cuda", T, missing=["cuda"]) == "triton"
+        assert table("outer", "cuda", T, missing=["cuda", "triton"]) == "reference"
+        assert table("outer", "cuda", T, by_columns=True) == "triton"
+    for dtype in single, double:
+        assert table("outer", "cuda", 9, dtype) == "reference"
+        assert table("outer", "cuda", 9, dtype, result=half) == "triton"
+        assert table("outer", "cuda", 9, dtype, result=half, missing=["triton"]) == "reference"
+        for operator in "dot", "linear", "gram":
+            assert table(operator, "cuda", 3, dtype) == "reference"
+        for T in None, 3:
+            assert table("sq_norm", "cuda", T, dtype) == "cuda"
+    assert table("outer", "cuda", 9, half) == "triton"
+    assert table("sq_norm", "cuda", None, half) == "cuda"
+    assert table("sq_norm", "cuda", 3, half) == "triton"
+    assert table("sq_norm", "cuda", 3, half, missing=["triton"]) == "cuda"
+    for operator in "dot", "linear", "gram":
+        assert table(operator, "cuda", None, half) == "triton"
+        assert table(operator, "cuda", None, half, missing=["triton"]) == "reference"
+
+
+def test_table_follows_the_tf32_flag(table):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        found = [table("sq_norm", "cuda", 3), table("dot", "cuda", None), table("dot", "cuda", None, torch.float64)]
+    finally:
+        matmul.allow_tf32 = before
+    assert found == ["triton", "triton", "reference"]
+
+
+def test_table_on_other_devices(table):
+    for T in None, 1, 11:
+        assert table("outer", "cpu", T) == "cpu"
+        assert table("outer", "cpu", T, missing=["cpu"]) == "reference"
+    assert table("outer", "cpu", 12) == "reference"
+    assert table("outer", "cpu", None, by_columns=True) == "reference"
+    for operator in "sq_norm", "dot", "linear", "gram":
+        assert table(operator, "cpu", None) == "reference"
+    assert table("outer", "mps", None) == "reference"
+
+
+def test_small_results_on_the_cpu_follow_the_threshold(table, monkeypatch):
+    assert table("outer", "cpu", None, size=(1, 1, 1)) == "cpu"  # off until measured
+    assert table("outer", "cpu", None, size=(0, 1, 1)) == "cpu"
+    monkeypatch.setattr(backends, "_working", {("cpu", "reference"): backends.cpu})
+    call = backends.Call(torch.ones(2, 3), torch.ones(2, 3, 5, dtype=torch.bfloat16))
+    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", 2 * 2 * 3 * 5 + 1)
+    assert backends.choose("outer", None, "cpu", call) is reference
+    assert backends.choose("outer", None, "cpu", call._replace(delta=torch.ones(2, 2, 3))) is backends.cpu
+    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", 2 * 2 * 3 * 5)
+    assert backends.choose("outer", None, "cpu", call) is backends.cpu
+
+
+def test_table_ends_every_choice_it_begins():
+    for operator in PLAIN:
+        for device in "cuda", "cpu":
+            rows = [row for row in backends.TABLE if operator in row.operators and row.device == device]
+            assert all(row.when != "else" for row in rows[:-1])
+            assert not rows or rows[-1].when == "else"
+            assert all(row.backends[-1] == "reference" and set(row.backends) <= set(backends.BACKENDS) for row in rows)

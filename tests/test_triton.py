@@ -290,11 +290,12 @@ def test_gpu_chooses_triton_before_plain_torch(fresh):
     fresh.setattr(backends, "_working", {})
     fresh.setattr(backends.cuda, "available", lambda: "not built")
     fresh.setattr(backend, "available", lambda: None)
-    assert backends.choose(None, "cuda") is backend
-    assert backends.choose("triton", "cuda") is backend
+    call = backends.Call(torch.empty(2, 3), torch.empty(2, 3, 4))
+    assert backends.choose("outer", None, "cuda", call) is backend
+    assert backends.choose("outer", "triton", "cuda", call) is backend
     fresh.setattr(backends, "_working", {})
     fresh.setattr(backend, "available", lambda: "no")
-    assert backends.choose(None, "cuda") is backends.reference
+    assert backends.choose("outer", None, "cuda", call) is backends.reference
 
 
 def test_import_leaves_triton_alone():

@@ -1,4 +1,4 @@
-"""One file for each implementation of the operators in `gradext.ops`; `choose` picks one by device or by name.
+"""One file for each implementation of the operators in `gradext.ops`, and the `TABLE` that chooses among them.
 
 A backend is a module with ``available() -> str | None`` (None: it works here; else the reason why not) and the
 operators that it does better than `reference`, from which every other operator comes. It takes tensors of the device
@@ -8,29 +8,129 @@ type of its own name, or of those that its ``device_types()`` names.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
 
 from ..errors import BackendError
 from . import cpu, cuda, reference, triton
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
-# For each device type, which to try, best first.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_working: dict[str, ModuleType] = {}
+
+# The backend for every call that names none. Read once: a look-up takes as long as the rest of a choice.
+DEFAULT = os.environ.get("GRADEXT_BACKEND") or None
+# Results of fewer bytes, T = 1, on the CPU go to torch.mul, whose call costs less. 0: none do, until that is measured.
+CPU_TORCH_BELOW = 0
 
 
-def choose(name: str | None, device_type: str) -> ModuleType:
-    """The backend called ``name``, or the best one that works for the device (or ``GRADEXT_BACKEND``) if None.
+class Call(NamedTuple):
+    """What the table may ask of a call, computed only where a row asks: a choice takes about 1 µs."""
+
+    delta: Tensor  # [B, (T,) O]
+    out: Tensor | None = None  # the result [B, O, I] of `outer`
+
+    @property
+    def positions(self) -> int:
+        return 1 if self.delta.ndim == 2 else self.delta.shape[1]
+
+    @property
+    def by_columns(self) -> bool:
+        """Neighbours in a row of the result are no neighbours in memory."""
+        return self.out.stride(2) != 1 and self.out.shape[2] > 1
+
+    @property
+    def converts(self) -> bool:
+        """The result is rounded to another type than that of the sums."""
+        return self.out.dtype != self.delta.dtype or self.delta.dtype.itemsize == 2
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        return triton._on_tensor_cores(self.delta.dtype)
+
+
+class Row(NamedTuple):
+    operators: tuple[str, ...]
+    device: str
+    when: str
+    fits: Callable[[Call], bool]
+    backends: tuple[str, ...]  # best first: the first that works here is taken
+    why: str
+
+
+_FUNCTIONALS = ("dot", "linear", "gram")
+# For an operator and a device, the first row that fits; where none does, `reference`.
+TABLE = (
+    Row(
+        ("outer",), "cuda", "T > 8, one type, fp32 or fp64", lambda c: c.positions > 8 and not c.converts,
+        ("reference",), "bound by arithmetic that cuBLAS does best (torch.bmm)",
+    ),
+    Row(
+        ("outer",), "cuda", "T > 8", lambda c: c.positions > 8,
+        ("triton", "reference"), "tensor cores, and the conversion fused: torch.bmm would write the result twice",
+    ),
+    Row(
+        ("outer",), "cuda", "out stored by columns", lambda c: c.by_columns,
+        ("triton", "reference"), "the compiled kernel writes along rows; Triton's exchanges the factors",
+    ),
+    Row(
+        ("outer",), "cuda", "else", lambda c: True,
+        ("cuda", "triton", "reference"), "bound by writing BOI numbers, in 16-byte streaming stores",
+    ),
+    Row(
+        ("sq_norm",), "cuda", "T > 1, half precision or TF32", lambda c: c.positions > 1 and c.on_tensor_cores,
+        ("triton", "cuda", "reference"), "both Gram matrices or gradients on tensor cores, never written",
+    ),
+    Row(
+        ("sq_norm",), "cuda", "else", lambda c: True,
+        ("cuda", "triton", "reference"), "T = 1: one pass over the factors; T > 1: nothing but [B] is written",
+    ),
+    Row(
+        _FUNCTIONALS, "cuda", "half precision or TF32", lambda c: c.on_tensor_cores,
+        ("triton", "reference"), "tensor cores outrun the memory that an intermediate would pass through: fused",
+    ),
+    Row(
+        _FUNCTIONALS, "cuda", "else", lambda c: True,
+        ("reference",), "bound by arithmetic that cuBLAS does best",
+    ),
+    Row(
+        ("outer",), "cpu", "T >= 12", lambda c: c.positions >= 12,
+        ("reference",), "bound by arithmetic that torch.bmm blocks better (measured: they meet between T = 8 and 20)",
+    ),
+    Row(
+        ("outer",), "cpu", "out stored by columns", lambda c: c.by_columns,
+        ("reference",), "the compiled kernel writes along rows",
+    ),
+    Row(
+        ("outer",), "cpu", f"T = 1, fewer than {CPU_TORCH_BELOW} bytes",
+        lambda c: CPU_TORCH_BELOW > 0 and c.positions == 1 and c.out.nbytes < CPU_TORCH_BELOW,
+        ("reference",), "inside the cache, where a call costs more than its stores",
+    ),
+    Row(
+        ("outer",), "cpu", "else", lambda c: True,
+        ("cpu", "reference"), "bound by writing BOI numbers, in streaming stores",
+    ),
+)  # fmt: skip
+
+_rows: dict[tuple[str, str], list[Row]] = {}
+for _row in TABLE:
+    for _operator in _row.operators:
+        _rows.setdefault((_operator, _row.device), []).append(_row)
+_working: dict[tuple[str, ...], ModuleType] = {}
+
+
+def choose(operator: str, name: str | None, device_type: str, call: Call) -> ModuleType:
+    """The backend called ``name`` (or `DEFAULT`), or if both are None the one that the table chooses.
 
     Raises BackendError if the one asked for is unknown, does not work here, or is for another device.
     """
-    name = name or os.environ.get("GRADEXT_BACKEND") or None
+    name = name or DEFAULT
     if name is None:
-        found = _working.get(device_type)
-        if found is None:
-            names = PREFERENCE.get(device_type, ("reference",))
-            found = _working[device_type] = next(BACKENDS[n] for n in names if BACKENDS[n].available() is None)
-        return found
+        for row in _rows.get((operator, device_type), ()):
+            if row.fits(call):
+                return first_working(row.backends)
+        return reference
     if name not in BACKENDS:
         raise BackendError(f"backend: expected one of {sorted(BACKENDS)} or None, but got {name!r}")
     reason = BACKENDS[name].available()
@@ -41,12 +141,19 @@ def choose(name: str | None, device_type: str) -> ModuleType:
     return BACKENDS[name]
 
 
+def first_working(names: tuple[str, ...]) -> ModuleType:
+    found = _working.get(names)
+    if found is None:
+        found = _working[names] = next(BACKENDS[name] for name in names if BACKENDS[name].available() is None)
+    return found
+
+
 def _device_types(name: str) -> tuple[str, ...]:
     device_types = getattr(BACKENDS[name], "device_types", None)
     return (name,) if device_types is None else device_types()
 
 
-def implementation(operator: str, name: str | None, device_type: str):
+def implementation(operator: str, name: str | None, call: Call) -> Callable:
     """The function that computes ``operator`` on the backend that `choose` gives."""
-    backend = choose(name, device_type)
+    backend = choose(operator, name, call.delta.device.type, call)
     return getattr(backend, operator, None) or getattr(reference, operator)

@@ -6,6 +6,9 @@ gradient, [B, O, I]. Half-precision inputs are widened to fp32 first; they are s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -26,17 +29,69 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(accumulation_type(t.dtype)) for t in tensors)
 
 
-def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]."""
+def _silu_backward(upstream: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)  # torch's own formula; its operator has no derivative
+    return upstream * s * (1 + z * (1 - s))
+
+
+_aten = torch.ops.aten
+# How a delta comes from two tensors of its shape: the residuals of the usual losses, and ``upstream · act'(z)`` with z
+# the layer's output before the activation, by torch's own backward where it has one that is differentiable.
+EPILOGUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "residual": lambda output, target: output - target,
+    "sigmoid_residual": lambda logit, target: torch.sigmoid(logit) - target,
+    "mse_residual": lambda output, target: 2 * (output - target),
+    "relu": lambda upstream, z: _aten.threshold_backward(upstream, z, 0),
+    "leaky_relu": lambda upstream, z: _aten.leaky_relu_backward(upstream, z, 0.01, False),
+    "sigmoid": lambda upstream, z: _aten.sigmoid_backward(upstream, torch.sigmoid(z)),
+    "tanh": lambda upstream, z: _aten.tanh_backward(upstream, torch.tanh(z)),
+    "gelu": lambda upstream, z: _aten.gelu_backward(upstream, z),
+    "silu": _silu_backward,
+    "elu": lambda upstream, z: _aten.elu_backward(upstream, 1, 1, 1, False, z),
+    "softplus": lambda upstream, z: upstream * torch.sigmoid(z),
+}
+
+
+def apply_epilogue(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
+    """``EPILOGUES[epilogue](delta, operand)`` in the type that sums are taken in."""
+    return EPILOGUES[epilogue](*widen(delta, operand))
+
+
+def outer(
+    delta: Tensor,
+    activation: Tensor,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    epilogue: str | None = None,
+    operand: Tensor | None = None,
+) -> Tensor:
+    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; BTOI operations.
+
+    With an epilogue the delta is ``EPILOGUES[epilogue](delta, operand)``.
+    """
     dtype = out.dtype if out is not None else dtype or delta.dtype
     delta, activation = widen(delta, activation)
+    if epilogue is not None:
+        delta = apply_epilogue(epilogue, delta, operand)
     if delta.ndim == 2:
         delta, activation = delta.unsqueeze(-1), activation.unsqueeze(-2)
         if out is not None:
             return torch.mul(delta, activation, out=out)
         return (delta * activation).to(dtype)
-    result = torch.bmm(delta.transpose(1, 2), activation)
-    return result.to(dtype) if out is None else out.copy_(result)
+    if out is None:
+        return torch.bmm(delta.mT, activation).to(dtype)
+    if dtype == delta.dtype:
+        return torch.bmm(delta.mT, activation, out=out)
+    # A whole product of another type would need twice the memory: in blocks it stays in the cache.
+    step = _samples_a_block(out.shape[1] * out.shape[2])
+    for b in range(0, out.shape[0], step):
+        out[b : b + step].copy_(torch.bmm(delta[b : b + step].mT, activation[b : b + step]))
+    return out
+
+
+def _samples_a_block(elements: int) -> int:
+    """How many samples of so many elements make a block."""
+    return max(1, BLOCK_ELEMENTS // max(1, elements))
 
 
 def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
@@ -53,7 +108,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
     B, T, O = delta.shape
     I = activation.shape[2]
     by_gram = T * (O + I) <= O * I
-    step = max(1, BLOCK_ELEMENTS // max(1, T * T if by_gram else O * I))
+    step = _samples_a_block(T * T if by_gram else O * I)
     result = delta.new_zeros(B)
     for b in range(0, B, step):
         d, a = delta[b : b + step], activation[b : b + step]
@@ -92,12 +147,12 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         if T * H <= T + H:
             rows = linear(delta.flatten(0, 1), activation.flatten(0, 1), weight)
             return rows.reshape(B, T, H).sum(1)
-        step, flat = max(1, BLOCK_ELEMENTS // max(1, O * I)), weight.reshape(H, O * I).mT
+        step, flat = _samples_a_block(O * I), weight.reshape(H, O * I).mT
         blocks = [
             torch.bmm(delta[b : b + step].mT, activation[b : b + step]).flatten(1) @ flat for b in range(0, B, step)
         ]
         return torch.cat(blocks) if blocks else delta.new_zeros(B, H)
-    step = max(1, BLOCK_ELEMENTS // max(1, H * min(O, I)))
+    step = _samples_a_block(H * min(O, I))
     result = delta.new_empty(B, H)
     for b in range(0, B, step):
         d, a = delta[b : b + step], activation[b : b + step]
@@ -107,3 +162,42 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
             rows = (a @ weight.reshape(H * O, I).mT).unflatten(1, (H, O))
             result[b : b + step] = torch.linalg.vecdot(rows, d.unsqueeze(1))
     return result
+
+
+def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activation: Tensor) -> Tensor:
+    """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)``, the others [C, (S,) O] and [C, (S,) I] -> [B, C].
+
+    T = S = 1: BC(O + I) operations. Else BCTS(O + I), or through n blocks of gradients BCOI + (BT + nCS)OI, whichever
+    is fewer, in blocks of samples.
+    """
+    d, a, other_d, other_a = widen(delta, activation, other_delta, other_activation)
+    if d.ndim == 2:
+        return (d @ other_d.mT) * (a @ other_a.mT)
+    (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
+    if 0 in (B, C, T, S):
+        return d.new_zeros(B, C)
+    step = _samples_a_block(O * I)
+    n = math.ceil(B / step)  # for each of which the other's gradients are formed again
+    if (B * C + B * T + n * C * S) * O * I < B * C * T * S * (O + I):
+        rows = (_flat_outer(*row) for row in _by_blocks(d, a, step))
+        blocks = ([row @ _flat_outer(*other).mT for other in _by_blocks(other_d, other_a, step)] for row in rows)
+    else:
+        step = max(1, math.isqrt(BLOCK_ELEMENTS // max(1, T * S)))  # blocks of step · T by step · S numbers
+        rows = _by_blocks(d, a, step)
+        blocks = ([_gram_by_positions(*row, *other) for other in _by_blocks(other_d, other_a, step)] for row in rows)
+    return torch.cat([torch.cat(row, dim=1) for row in blocks])
+
+
+def _by_blocks(delta: Tensor, activation: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(delta.split(step), activation.split(step), strict=True)
+
+
+def _flat_outer(delta: Tensor, activation: Tensor) -> Tensor:
+    """The gradients, [B, O·I]."""
+    return torch.bmm(delta.mT, activation).flatten(1)
+
+
+def _gram_by_positions(d: Tensor, a: Tensor, other_d: Tensor, other_a: Tensor) -> Tensor:
+    (B, T), (C, S) = d.shape[:2], other_d.shape[:2]
+    product = (d.flatten(0, 1) @ other_d.flatten(0, 1).mT) * (a.flatten(0, 1) @ other_a.flatten(0, 1).mT)
+    return product.view(B, T, C, S).sum((1, 3))

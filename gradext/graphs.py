@@ -1,0 +1,225 @@
+"""A whole call as one CUDA graph: for small batches, whose kernels take less time than their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .capture import SampleRows
+from .factors import LayerFactors
+from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
+from .losses import per_sample_loss, resolve
+
+
+def make_graphed_layer_grads(
+    model: nn.Module,
+    sample_x: Tensor | tuple | Mapping,
+    *,
+    target: Tensor | None = None,
+    num_warmup_iters: int = 3,
+    pool=None,
+    reduce: Callable[[LayerFactors], object] | None = None,
+    **options,
+) -> GraphedLayerGrads:
+    """`gradext.batch_layer_grads` of one model and one shape of input, recorded as a CUDA graph and replayed.
+
+    ``graphed = make_graphed_layer_grads(model, sample_x, loss="bce")`` and then ``graphed(x)`` give what
+    ``batch_layer_grads(model, x, loss="bce")`` gives, forward, backward and products by a single launch. As with
+    `torch.cuda.make_graphed_callables`, the results are the graph's own tensors, **which the next call overwrites**:
+    clone what is to be kept. Weights and buffers may change in place (an optimizer's step, `load_state_dict`).
+
+    What Python decides is decided at the recording: hooks, a callable ``loss``, ``reduce``, branches on values,
+    autocast, the training mode. Dropout draws anew at each replay, from the GPU's default generator. The checks that
+    would wait for the GPU (``check``, ``check_finite``, samples that mix) and the choice of ``loss="auto"`` are made
+    once, on the sample.
+
+    Args:
+        model: on a GPU, in the mode that it is to run in.
+        sample_x: an input of the types and shapes of all that will follow: tensor, tuple or dict.
+        target: as for `batch_layer_grads`; if given, every call takes one.
+        num_warmup_iters: calls on a side stream before the recording, in which libraries set themselves up.
+        pool: the memory pool to share with other graphs that never run at the same time (`torch.cuda.graph`).
+        reduce: a function of the `LayerFactors`, recorded in place of the products, such as ``lambda f: f.norm()``:
+            no gradient is written.
+        options: of `batch_layer_grads`, or with ``reduce`` of `batch_layer_factors`, except ``create_graph``.
+
+    Raises:
+        ValueError, TypeError: a model that is not on one GPU; in a call, an input of another structure, shape, type
+            or device than the sample's. Otherwise as `batch_layer_grads`, on the sample.
+        RuntimeError: in a call, after a weight moved to other memory or the model changed its mode or its modules.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
+    if num_warmup_iters < 1:
+        raise ValueError(f"num_warmup_iters: expected at least 1, but got {num_warmup_iters!r}")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        found = ", ".join(sorted(map(str, devices))) or "no device: it holds no tensors"
+        raise ValueError(
+            f"model: expected all parameters and buffers on one GPU, whose work a CUDA graph records, but they are on "
+            f"{found}; use model.to('cuda'), or batch_layer_grads itself"
+        )
+    recorder = CudaGraphRecorder(devices.pop(), num_warmup_iters, pool)
+    return GraphedLayerGrads(model, sample_x, recorder, target=target, reduce=reduce, **options)
+
+
+class Recorder(Protocol):
+    def capture(self, function: Callable[[], object]) -> object:
+        """Call ``function`` and return its result, of which each `replay` writes the tensors anew."""
+
+    def replay(self) -> None: ...
+
+
+class CudaGraphRecorder:
+    def __init__(self, device: torch.device, num_warmup_iters: int, pool):
+        self._device, self._num_warmup_iters, self._pool = device, num_warmup_iters, pool
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, function: Callable[[], object]) -> object:
+        with torch.cuda.device(self._device):
+            # Handles, workspaces and compiled kernels come into being at first use, which must not be recorded.
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(self._num_warmup_iters):
+                    function()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self._graph, pool=self._pool):  # registers the default generator by itself
+                return function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class GraphedLayerGrads:
+    """A recorded call of a model, ``graphed(x, target=None)``; made by `make_graphed_layer_grads`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample_x: Tensor | tuple | Mapping,
+        recorder: Recorder,
+        *,
+        target: Tensor | None = None,
+        reduce: Callable[[LayerFactors], object] | None = None,
+        loss="auto",
+        check: str | None = None,
+        check_finite: bool = False,
+        **options,
+    ):
+        if options.get("create_graph"):
+            raise ValueError("create_graph: expected False, since a replay builds no graph; use batch_layer_grads")
+        self._x, self._target = _StaticInput("x", as_call(sample_x)), _StaticInput("target", target)
+        args, kwargs = self._x.value
+        x, target = kwargs or args, self._target.value
+        choice = {name: options[name] for name in ("layers", "include_bias", "fallback") if name in options}
+        if loss == "auto":
+            loss = _resolve(model, x, target, choice)
+        # What waits for the GPU to judge the values cannot be recorded.
+        rows = SampleRows()
+        with rows.shared():
+            batch_layer_factors(model, x, target=target, loss=loss, check=check, check_finite=check_finite, **choice)
+
+        def call():
+            with rows.shared():
+                if reduce is None:
+                    return batch_layer_grads(model, x, target=target, loss=loss, **options)
+                return reduce(batch_layer_factors(model, x, target=target, loss=loss, **options))
+
+        self._recorder = recorder
+        self._results = recorder.capture(call)
+        self._assumptions = _Assumptions(model)
+
+    def __call__(self, x: Tensor | tuple | Mapping, target: Tensor | None = None):
+        self._assumptions.check()
+        self._x.copy_from(as_call(x))
+        self._target.copy_from(target)
+        self._recorder.replay()
+        return self._results
+
+
+def _resolve(model, x, target, choice: dict) -> str:
+    """The loss that ``"auto"`` means, which the model's output and its graph decide."""
+    found = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        found.append(resolve("auto", output, target))
+        return per_sample_loss(found[-1], output, target)
+
+    batch_layer_factors(model, x, loss=loss, target=target, **choice)
+    return found[-1]
+
+
+class _StaticInput:
+    """Tensors that stay where they are, in the structure that they came in; other values are constants."""
+
+    def __init__(self, name: str, sample):
+        self._name = name
+        # Under inference mode they could not be written to later, outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.value = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sample)
+        self._leaves, self._structure = pytree.tree_flatten(self.value)
+
+    def copy_from(self, value) -> None:
+        leaves, structure = pytree.tree_flatten(value)
+        if structure != self._structure:
+            raise ValueError(f"{self._name}: expected the structure of the sample that was recorded, but got another")
+        for leaf, new in zip(self._leaves, leaves, strict=True):
+            if _kind(leaf) != _kind(new):
+                raise ValueError(
+                    f"{self._name}: expected {_describe(leaf)} as in the sample that was recorded, but got "
+                    f"{_describe(new)}; record another graph for it, or call batch_layer_grads"
+                )
+        with torch.no_grad():
+            for leaf, new in zip(self._leaves, leaves, strict=True):
+                if isinstance(leaf, Tensor):
+                    leaf.copy_(new)
+
+
+def _kind(value):
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
+
+
+def _describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype} on {value.device}"
+    return repr(value)
+
+
+class _Assumptions:
+    """What the graph takes for granted: which modules there are, in which mode, and where their tensors lie."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.named_modules(prefix="model"))
+        self._modules = [(name, module, module.training, dict(module._modules)) for name, module in modules]
+        self._tensors = [
+            (f"{name}.{key}", tensors, key, tensor.data_ptr())
+            for name, module in modules
+            for tensors in (module._parameters, module._buffers)
+            for key, tensor in tensors.items()
+            if tensor is not None
+        ]
+
+    def check(self) -> None:
+        for name, module, training, children in self._modules:
+            if module.training is not training:
+                modes = ("train()", "eval()") if training else ("eval()", "train()")
+                raise RuntimeError(
+                    f"{name}: expected {modes[0]} as at the recording, but the module is in {modes[1]}; "
+                    "set the mode again, or record another graph"
+                )
+            if module._modules != children:
+                raise RuntimeError(f"{name}: expected the modules of the recording, but they changed; {_AGAIN}")
+        for name, tensors, key, address in self._tensors:
+            tensor = tensors.get(key)
+            if tensor is None or tensor.data_ptr() != address:
+                raise RuntimeError(
+                    f"{name}: expected the memory that was recorded, but the tensor was replaced; {_AGAIN}, or change "
+                    "it in place (copy_, load_state_dict)"
+                )
+
+
+_AGAIN = "record the graph again by make_graphed_layer_grads"
