@@ -9,8 +9,8 @@ from .tiles import row_products, zeros_like_sum
 # sample or of several. First for rows that 16 elements do not divide, whose loads need an address for each element;
 # then for those that 16 divides; then, of those, for samples of one position that fill the GPU with LARGE such tiles.
 TILES = {
-    2: (((64, 16), 8, 3), ((64, 64), 8, 2), ((128, 64), 8, 3)),
-    4: (((64, 32), 8, 2), ((64, 32), 8, 2), ((128, 32), 8, 3)),
+    2: (((64, 16), 4, 2), ((64, 32), 4, 3), ((128, 64), 8, 3)),
+    4: (((64, 32), 8, 2), ((64, 16), 4, 3), ((128, 32), 8, 3)),
 }
 LARGE = 128
 
