@@ -181,7 +181,7 @@ def _outer_dot(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | Non
 
     (B, O, I), T = out.shape, d.shape[1]
     size, precision = d.element_size(), _precision(d.dtype)
-    if epilogue is not None and size == 2:  # the delta is fp32: three products in TF32 round it nowhere
+    if epilogue is not None and size == 2:  # the delta is fp32, as exact in three products in TF32
         size, precision = 4, "tf32x3"
     (block_o, block_i, block_t), warps, stages = kernels.DOT_TILES[size]
     _launch(

@@ -29,7 +29,7 @@ FLAT_LIMIT = 1 << 24  # of O and of I, for `divide`
 ONE_BY_ONE = 8
 # (BLOCK_O, BLOCK_I, BLOCK_T), warps, stages of `outer_dot` by bytes per element of the factors, or of the delta that an
 # epilogue makes.
-DOT_TILES = {2: ((128, 128, 32), 8, 3), 4: ((128, 64, 16), 8, 2), 8: ((32, 32, 16), 4, 3)}
+DOT_TILES = {2: ((128, 128, 32), 8, 3), 4: ((64, 64, 16), 8, 2), 8: ((32, 32, 16), 4, 3)}
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def outer_tiles(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def outer_group(
     problems, programs, EPILOGUES: tl.constexpr, BLOCKS_O: tl.constexpr, BLOCKS_I: tl.constexpr,
 ):  # fmt: skip
