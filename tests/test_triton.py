@@ -54,60 +54,107 @@ GPUS = (80, 90, 100)
 TYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
-# What each call is to launch: name -> (kernel, operator, shapes of its operands, type of out).
+EPILOGUES = (
+    "residual", "sigmoid_residual", "mse_residual",
+    "relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu", "elu", "softplus",
+)  # fmt: skip
+# What each call is to launch: name -> (kernel, operator, shapes of its operands, options).
 CALLS = {
-    "outer aligned": ("outer_tiles", "outer", [(64, 400), (64, 784)], None),
-    "outer of few rows": ("outer_tiles", "outer", [(64, 16), (64, 784)], None),
-    "outer of fewer rows": ("outer_tiles", "outer", [(64, 8), (64, 784)], None),
-    "outer to bf16": ("outer_tiles", "outer", [(64, 400), (64, 784)], torch.bfloat16),
-    "outer to fp32": ("outer_tiles", "outer", [(64, 400), (64, 784)], torch.float32),
-    "outer of 4 positions": ("outer_tiles", "outer", [(64, 4, 400), (64, 4, 784)], None),
-    "outer odd": ("outer_flat", "outer", [(63, 401), (63, 785)], None),
-    "outer narrow": ("outer_flat", "outer", [(63, 10), (63, 32)], None),
-    "outer odd to bf16": ("outer_flat", "outer", [(63, 401), (63, 785)], torch.bfloat16),
-    "outer odd of 4 positions": ("outer_flat", "outer", [(63, 4, 401), (63, 4, 785)], None),
-    "outer of 64 positions": ("outer_dot", "outer", [(64, 64, 400), (64, 64, 784)], torch.float16),
-    "norm": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 784)], None),
-    "norm short": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 384)], None),
-    "norm odd": ("sq_norm_rows", "sq_norm", [(64, 401), (64, 785)], None),
-    "norm of 11 positions": ("sq_norm_gram", "sq_norm", [(64, 11, 400), (64, 11, 784)], None),
-    "norm odd of 11 positions": ("sq_norm_gram", "sq_norm", [(64, 11, 401), (64, 11, 785)], None),
-    "norm of 27 positions": ("sq_norm_gram", "sq_norm", [(64, 27, 400), (64, 27, 784)], None),
-    "norm odd of 27 positions": ("sq_norm_gram", "sq_norm", [(64, 27, 401), (64, 27, 785)], None),
-    "norm of 96 positions": ("sq_norm_gram", "sq_norm", [(64, 96, 400), (64, 96, 784)], None),
-    "norm odd of 97 positions": ("sq_norm_gram", "sq_norm", [(64, 97, 401), (64, 97, 785)], None),
-    "norm of 4096 positions": ("sq_norm_gradient", "sq_norm", [(4, 4096, 400), (4, 4096, 784)], None),
-    "norm odd of 4096 positions": ("sq_norm_gradient", "sq_norm", [(4, 4096, 401), (4, 4096, 785)], None),
-    "linear": ("bilinear", "linear", [(64, 400), (64, 784), (100, 400, 784)], None),
-    "linear short": ("bilinear", "linear", [(64, 784), (64, 20), (100, 784, 20)], None),
-    "linear odd": ("bilinear", "linear", [(64, 785), (64, 401), (100, 785, 401)], None),
-    "linear of many positions": ("bilinear", "linear", [(64, 9, 400), (64, 9, 784), (1, 400, 784)], None),
-}
+    "outer aligned": ("outer_tiles", "outer", [(64, 400), (64, 784)], {}),
+    "outer of few rows": ("outer_tiles", "outer", [(64, 16), (64, 784)], {}),
+    "outer of fewer rows": ("outer_tiles", "outer", [(64, 8), (64, 784)], {}),
+    "outer to bf16": ("outer_tiles", "outer", [(64, 400), (64, 784)], {"dtype": torch.bfloat16}),
+    "outer to fp32": ("outer_tiles", "outer", [(64, 400), (64, 784)], {"dtype": torch.float32}),
+    "outer of 4 positions": ("outer_tiles", "outer", [(64, 4, 400), (64, 4, 784)], {}),
+    "outer odd": ("outer_flat", "outer", [(63, 401), (63, 785)], {}),
+    "outer narrow": ("outer_flat", "outer", [(63, 10), (63, 32)], {}),
+    "outer odd to bf16": ("outer_flat", "outer", [(63, 401), (63, 785)], {"dtype": torch.bfloat16}),
+    "outer odd of 4 positions": ("outer_flat", "outer", [(63, 4, 401), (63, 4, 785)], {}),
+    "outer of 64 positions": ("outer_dot", "outer", [(64, 64, 400), (64, 64, 784)], {"dtype": torch.float16}),
+    "outer of short rows": ("outer_flat", "outer", [(64, 33), (64, 1)], {}),
+    "outer of short rows, gelu": ("outer_flat", "outer", [(64, 33), (64, 1)], {"epilogue": "gelu"}),
+    "outer odd, gelu": ("outer_flat", "outer", [(63, 401), (63, 785)], {"epilogue": "gelu"}),
+    "outer odd of 4 positions, gelu": ("outer_flat", "outer", [(63, 4, 401), (63, 4, 785)], {"epilogue": "gelu"}),
+    "outer of 64 positions, gelu": (
+        "outer_dot", "outer", [(64, 64, 400), (64, 64, 784)], {"dtype": torch.float16, "epilogue": "gelu"}
+    ),
+    "outer odd of 65 positions, gelu": (
+        "outer_dot", "outer", [(64, 65, 400), (64, 65, 784)], {"dtype": torch.float16, "epilogue": "gelu"}
+    ),
+    **{
+        f"outer {epilogue}": ("outer_tiles", "outer", [(64, 400), (64, 784)], {"epilogue": epilogue})
+        for epilogue in EPILOGUES
+    },
+    "group": ("outer_group", "outer_group", [(64, 400), (64, 784), (64, 784), (64, 400), (64, 16), (64, 256)], {}),
+    "group of 8": ("outer_group", "outer_group", [(64, 400), (64, 784)] * 8, {"epilogue": "gelu"}),
+    "norm": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 784)], {}),
+    "norm short": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 384)], {}),
+    "norm odd": ("sq_norm_rows", "sq_norm", [(64, 401), (64, 785)], {}),
+    "norm of 11 positions": ("sq_norm_gram", "sq_norm", [(64, 11, 400), (64, 11, 784)], {}),
+    "norm odd of 11 positions": ("sq_norm_gram", "sq_norm", [(64, 11, 401), (64, 11, 785)], {}),
+    "norm of 27 positions": ("sq_norm_gram", "sq_norm", [(64, 27, 400), (64, 27, 784)], {}),
+    "norm odd of 27 positions": ("sq_norm_gram", "sq_norm", [(64, 27, 401), (64, 27, 785)], {}),
+    "norm of 96 positions": ("sq_norm_gram", "sq_norm", [(64, 96, 400), (64, 96, 784)], {}),
+    "norm odd of 97 positions": ("sq_norm_gram", "sq_norm", [(64, 97, 401), (64, 97, 785)], {}),
+    "norm of 4096 positions": ("sq_norm_gradient", "sq_norm", [(4, 4096, 400), (4, 4096, 784)], {}),
+    "norm odd of 4096 positions": ("sq_norm_gradient", "sq_norm", [(4, 4096, 401), (4, 4096, 785)], {}),
+    "linear": ("bilinear", "linear", [(64, 400), (64, 784), (100, 400, 784)], {}),
+    "linear short": ("bilinear", "linear", [(64, 784), (64, 20), (100, 784, 20)], {}),
+    "linear odd": ("bilinear", "linear", [(64, 785), (64, 401), (100, 785, 401)], {}),
+    "linear of many positions": ("bilinear", "linear", [(64, 9, 400), (64, 9, 784), (1, 400, 784)], {}),
+    "gram": ("gram", "gram", [(2048, 400), (2048, 784), (2000, 400), (2000, 784)], {}),
+    "gram odd": ("gram", "gram", [(2047, 401), (2047, 785), (2001, 401), (2001, 785)], {}),
+    "gram small": ("gram", "gram", [(64, 400), (64, 784), (32, 400), (32, 784)], {}),
+    "gram small odd": ("gram", "gram", [(63, 401), (63, 785), (31, 401), (31, 785)], {}),
+    "gram of 5 positions": ("gram", "gram", [(512, 5, 400), (512, 5, 784), (512, 16, 400), (512, 16, 784)], {}),
+    "gram odd of 9 positions": ("gram", "gram", [(9, 9, 401), (9, 9, 785), (9, 3, 401), (9, 3, 785)], {}),
+    "gram of 100 positions": ("gram", "gram", [(9, 100, 4096), (9, 100, 4096), (9, 90, 4096), (9, 90, 4096)], {}),
+    "gram of itself": ("gram", "gram", [(2048, 400), (2048, 784)], {}),
+}  # fmt: skip
 QUICK = {
-    (90, "fp32"): ("outer aligned", "outer odd", "norm", "norm odd of 27 positions", "linear"),
-    (90, "bf16"): ("outer aligned", "outer odd", "norm odd of 97 positions", "linear short"),
+    (90, "fp32"): ("outer aligned", "outer odd", "outer gelu", "group", "norm", "norm odd of 27 positions", "linear"),
+    (90, "bf16"): ("outer aligned", "outer odd", "norm odd of 97 positions", "linear short", "gram", "gram odd"),
     (90, "fp64"): ("outer aligned", "outer odd", "linear"),
-    (90, "tf32"): ("norm of 27 positions",),
+    (90, "tf32"): ("norm of 27 positions", "gram of 5 positions"),
     (80, "fp32"): ("outer odd", "norm odd of 4096 positions"),
-    (80, "bf16"): ("outer of few rows", "outer of 64 positions", "linear odd"),
+    (80, "bf16"): ("outer of few rows", "outer of 64 positions", "linear odd", "gram of itself"),
     (100, "fp32"): ("outer odd", "norm of 4096 positions"),
-    (100, "bf16"): ("outer aligned", "norm odd of 4096 positions", "linear"),
+    (100, "bf16"): ("outer aligned", "outer of 64 positions, gelu", "norm odd of 4096 positions", "linear"),
+    (100, "fp16"): ("outer of short rows, gelu", "gram odd of 9 positions"),
 }
+# Consumer cards have no more shared memory for a block: sm_86, sm_89 and sm_120.
+SHARED_MEMORY = 99 * 1024
+
+
+def calls(dtype: str) -> list[str]:
+    """The calls that launch a kernel in this type."""
+    return [call for call, (kernel, *_) in CALLS.items() if kernel != "gram" or dtype not in ("fp32", "fp64")]
 
 
 def compilations():
     for gpu in GPUS:
         for dtype in TYPES:
-            for call in CALLS:
+            for call in calls(dtype):
                 marks = () if call in QUICK.get((gpu, dtype), ()) else pytest.mark.slow
                 yield pytest.param(gpu, dtype, call, marks=marks, id=f"sm_{gpu}-{dtype}-{call.replace(' ', '-')}")
 
 
 def call_operator(call: str, dtype: str) -> None:
-    _, operator, shapes, out_dtype = CALLS[call]
+    _, operator, shapes, options = CALLS[call]
     operands = [torch.empty(shape, dtype=TYPES[dtype]) for shape in shapes]
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    getattr(backend, operator)(*operands, **({} if out_dtype is None else {"dtype": out_dtype}))
+    epilogue, operand = options.get("epilogue"), torch.empty_like(operands[0])
+    if operator == "outer_group":
+        pairs = zip(operands[::2], operands[1::2], strict=True)
+        backend.outer_group(
+            [(d, a, d.new_empty(*d.shape, a.shape[1]), epilogue, torch.empty_like(d)) for d, a in pairs]
+        )
+    elif operator == "gram" and len(operands) == 2:
+        backend.gram(*operands, *operands)
+    elif epilogue is not None:
+        backend.outer(*operands, **options, operand=operand)
+    else:
+        getattr(backend, operator)(*operands, **options)
 
 
 @pytest.fixture
@@ -125,7 +172,7 @@ def jit():
 
 @pytest.fixture
 def compiled(jit, monkeypatch, tmp_path):
-    """A function that makes a call for a GPU, and returns each (kernel, PTX, ptxas report) instead of launching it."""
+    """A function that makes a call for a GPU, and returns each (name, kernel, ptxas report) instead of launching it."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -155,7 +202,7 @@ def compiled(jit, monkeypatch, tmp_path):
             self.device_caches.pop(f"sm_{gpu}", None)
             with contextlib.redirect_stdout(io.StringIO()) as report:
                 kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-            kernels.append((self.__name__, kernel.asm["ptx"], report.getvalue()))
+            kernels.append((self.__name__, kernel, report.getvalue()))
 
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(gpu))
         monkeypatch.setattr(jit, "run", compile_only)
@@ -167,16 +214,17 @@ def compiled(jit, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("gpu", "dtype", "call"), list(compilations()))
 def test_compiles_without_spills(compiled, gpu, dtype, call):
-    expected = CALLS[call][0]
+    expected, *_, options = CALLS[call]
     kernels = compiled(gpu, dtype, call)
     assert [name for name, _, _ in kernels] == [expected]
-    [(_, ptx, report)] = kernels
-    report = " ".join(report.split())
+    [(_, kernel, report)] = kernels
+    ptx, report = kernel.asm["ptx"], " ".join(report.split())
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills.groups() == ("0", "0"), report
     assert int(re.search(r"Used (\d+) registers", report)[1]) <= 255
+    assert kernel.metadata.shared <= SHARED_MEMORY
 
-    if expected in ("outer_tiles", "outer_flat", "outer_dot"):
+    if expected.startswith("outer"):
         stores = re.findall(r"st\.global(\S*)", ptx)
         assert all(".cs" in store for store in stores), "streaming stores"
         wide = [store for store in stores if store.endswith((".v4.b32", ".v2.b64", ".v8.b32", ".v4.b64"))]
@@ -186,34 +234,38 @@ def test_compiles_without_spills(compiled, gpu, dtype, call):
             assert len(stores) <= vectors + elements
         else:
             assert wide == stores
-    if expected in ("outer_dot", "sq_norm_gram", "sq_norm_gradient", "bilinear"):
+    if expected in ("outer_dot", "sq_norm_gram", "sq_norm_gradient", "bilinear", "gram"):
         tensor_cores = re.search(r"(mma\.sync|wgmma|tcgen05\.mma)", ptx) is not None
         assert tensor_cores or dtype in ("fp32", "fp64")
-        assert ("tf32" in ptx) == (dtype == "tf32"), "TF32 where it was asked for, and only there"
+        # An fp32 delta of half-precision tensors is split into parts that TF32 holds.
+        split = "epilogue" in options and dtype in ("bf16", "fp16")
+        assert ("tf32" in ptx) == (dtype == "tf32" or split), "TF32 where it was asked for, and only there"
 
 
 def flat_stores_per_thread(call: str, dtype: str) -> tuple[int, int]:
     """How many 16-byte vectors and how many elements each thread of `outer_flat` stores."""
     from gradext.kernels import outer as kernels
 
-    _, _, shapes, out_dtype = CALLS[call]
-    size = (out_dtype or TYPES[dtype]).itemsize
-    elements = kernels.FLAT[size] // (1 if len(shapes[0]) == 2 else 2) // (32 * kernels.WARPS)
+    _, _, shapes, options = CALLS[call]
+    size = options.get("dtype", TYPES[dtype]).itemsize
+    halved = len(shapes[0]) == 3 or shapes[1][-1] * size < 16
+    elements = kernels.FLAT[size] // (2 if halved else 1) // (32 * kernels.WARPS)
     return elements * size // 16, elements
 
 
 def test_calls_cover_the_tile_tables(jit, monkeypatch):
     """Every configuration of every table is launched by some call above, so that the slow tests compile them all."""
-    from gradext.kernels import bilinear, outer, sq_norm
+    from gradext.kernels import bilinear, gram, outer, sq_norm
 
     launched = set()
 
     def record(self, *arguments, grid, warmup, num_warps, num_stages, **constants):
-        launched.add((self.__name__, *(value for name, value in constants.items() if name != "PRECISION"), num_warps))
+        blocks = (value for name, value in constants.items() if name.startswith(("BLOCK", "ROWS", "COLUMNS", "VECTOR")))
+        launched.add((self.__name__, *blocks, num_warps))
 
     monkeypatch.setattr(jit, "run", record)
     for dtype in TYPES:
-        for call in CALLS:
+        for call in calls(dtype):
             call_operator(call, dtype)
 
     def configurations(kernel):
@@ -237,6 +289,9 @@ def test_calls_cover_the_tile_tables(jit, monkeypatch):
     }
     assert {(r, h * n, k, w) for r, h, n, k, w in configurations("bilinear")} == {
         (*blocks, warps) for blocks, warps, _ in bilinear.TILES.values()
+    }
+    assert {(b * t, c * s, k, w) for b, t, c, s, k, w in configurations("gram")} == {
+        (rows, rows, k, warps) for table in gram.TILES.values() for (rows, k), warps, _ in table
     }
 
 

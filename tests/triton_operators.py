@@ -18,8 +18,8 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # (B, T or None, O, I): ones, odd sizes, tiles with edges, sizes that 16 divides; T below, at and beyond a tile.
 SHAPES = [
-    (1, None, 1, 1), (3, None, 5, 7), (2, None, 33, 129), (2, None, 40, 272), (7, None, 10, 16), (2, 1, 6, 35),
-    (3, 2, 17, 9), (2, 5, 34, 48), (2, 33, 20, 35), (2, 70, 20, 18), (1, 16, 1, 3),
+    (1, None, 1, 1), (3, None, 5, 7), (2, None, 33, 129), (2, None, 33, 256), (7, None, 10, 16), (2, 1, 6, 35),
+    (3, 2, 17, 9), (2, 5, 32, 144), (2, 33, 20, 35), (2, 70, 20, 18), (1, 16, 1, 3),
 ]  # fmt: skip
 
 
@@ -49,18 +49,20 @@ def factors(B, T, O, I, dtype=torch.float32, seed=0):
 
 
 def check(operator, *operands, **options):
-    """The error is at most twice that of plain torch in the same type, plus roundings of the largest sum of terms."""
     value = getattr(ops, operator)(*operands, backend="triton", **options)
     plain = getattr(reference, operator)
-    exact = plain(*(x.double() for x in operands))
-    expected = plain(*operands, **options)
+    exact, terms = plain(*(x.double() for x in operands)), plain(*(x.double().abs() for x in operands))
+    compare(value, plain(*operands, **options), exact, terms, reference.accumulation_type(operands[0].dtype))
+
+
+def compare(value, expected, exact, terms, accumulation_type):
+    """The error is at most twice that of plain torch in the same type, plus roundings of the largest sum of terms."""
     assert value.shape == expected.shape
     assert value.dtype == expected.dtype
     if value.numel() == 0:
         return
     assert torch.isfinite(value).all()
-    terms = plain(*(x.double().abs() for x in operands))
-    precision = torch.finfo(reference.accumulation_type(operands[0].dtype)).eps
+    precision = torch.finfo(accumulation_type).eps
     allowed = 2 * (expected.double() - exact).abs().max() + 4 * precision * terms.max()
     if INTERPRETED and value.dtype == torch.bfloat16:  # the interpreter cuts what hardware rounds
         allowed = allowed + torch.finfo(torch.bfloat16).eps * exact.abs().max()
@@ -153,6 +155,9 @@ def test_offsets_beyond_32_bits():
     check("outer", delta, activation)
     check("sq_norm", delta, activation)
     check("linear", delta, activation, torch.ones(2, 4, 4, dtype=torch.float16, device=DEVICE))
+    check_gram(delta, activation, activation, delta)
+    value = triton.outer(activation.clone(), activation, epilogue="residual", operand=delta)
+    check_epilogue("residual", activation, activation, delta, value)
     out = memory.as_strided((3, 2, 2), (stride, 2, 1))
     ops.outer(delta[:, :2].clone(), activation[:, :2].clone(), out=out, backend="triton")
     assert out[2, 1, 1] == 9 * 6
@@ -164,6 +169,200 @@ def test_mixed_types():
     *_, gradient, weight = factors(3, None, 6, 20)
     check("dot", delta, activation, gradient)
     check("linear", delta, activation, weight)
+
+
+# --- epilogues -------------------------------------------------------------------------------------------------------
+
+F = torch.nn.functional
+ACTIVATIONS = {
+    "relu": F.relu, "leaky_relu": F.leaky_relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu,
+    "silu": F.silu, "elu": F.elu, "softplus": F.softplus,
+}  # fmt: skip
+RESIDUALS = {
+    "residual": lambda d, z: d - z,
+    "sigmoid_residual": lambda d, z: torch.sigmoid(d) - z,
+    "mse_residual": lambda d, z: 2 * (d - z),
+}
+EPILOGUES = (*RESIDUALS, *ACTIVATIONS)
+
+
+def apply(epilogue, d, z):
+    """The delta by torch's own backward, in the type of d."""
+    if epilogue in RESIDUALS:
+        return RESIDUALS[epilogue](d, z)
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(ACTIVATIONS[epilogue](z), z, d)[0]
+
+
+def record_launches(monkeypatch) -> list[str]:
+    """The names of the kernels launched from now on."""
+    launched, launch = [], triton._launch
+
+    def record(kernel, *arguments, **options):
+        launched.append(kernel.__name__)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(triton, "_launch", record)
+    return launched
+
+
+def check_epilogue(epilogue, delta, activation, operand, value, dtype=None):
+    """``value`` is the outer product of the delta that the epilogue makes: not rounded in between."""
+    wide = reference.widen(delta, activation, operand)
+    plain = reference.outer(apply(epilogue, wide[0], wide[2]), wide[1], dtype=dtype or delta.dtype)
+    exact_delta = apply(epilogue, delta.double(), operand.double())
+    exact, terms = (
+        reference.outer(d, a)
+        for d, a in ((exact_delta, activation.double()), (exact_delta.abs(), activation.double().abs()))
+    )
+    compare(value, plain, exact, terms, wide[0].dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_epilogues(epilogue, dtype, monkeypatch):
+    """By tiles, in a flat range, in a flat range of short rows, and by matrix products."""
+    launched = record_launches(monkeypatch)
+    for T, O, I in ((None, 33, 256), (None, 9, 21), (None, 9, 1), (20, 18, 35)):
+        delta, activation, *_ = factors(2, T, O, I, dtype)
+        operand = factors(2, T, O, I, dtype, seed=1)[0]
+        out_type = dtype if T is None else torch.float16
+        value = triton.outer(delta, activation, dtype=out_type, epilogue=epilogue, operand=operand)
+        check_epilogue(epilogue, delta, activation, operand, value, dtype=out_type)
+    assert launched == ["outer_tiles", "outer_flat", "outer_flat", "outer_dot"]
+
+
+@pytest.mark.parametrize("T", [None, 3, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_epilogue_of_any_strides_and_types(T, dtype):
+    delta, activation, *_ = factors(3, T, 10, 16, dtype)
+    operand = factors(3, T, 30, 1, dtype, seed=1)[0][..., 2:22:2]
+    for out in (
+        torch.empty(3, 10, 16, device=DEVICE, dtype=dtype),
+        torch.empty(3, 10, 16, device=DEVICE, dtype=torch.float16),
+        torch.empty(3, 16, 10, device=DEVICE).mT,
+        torch.empty(3, 20, 40, device=DEVICE)[:, ::2, 3:19],
+    ):
+        assert triton.outer(delta, activation, out=out, epilogue="silu", operand=operand) is out
+        check_epilogue("silu", delta, activation, operand, out, dtype=out.dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("epilogue", ACTIVATIONS)
+def test_epilogue_of_what_is_not_finite(epilogue, dtype):
+    """As torch's own backward; but ELU's of a NaN, which torch passes on or not by its place in the tensor."""
+    nan, inf = float("nan"), float("inf")
+    z = torch.tensor([0.0, 200.0, -200.0, inf, -inf, 1.0, -1.0, 1.0, -1.0, 3.0, *([] if epilogue == "elu" else [nan])])
+    d = torch.tensor([2.0, 2.0, 2.0, 2.0, 2.0, nan, nan, inf, -inf, 2.0, 2.0])[: len(z)]
+    expected = apply(epilogue, d.double(), z.double())
+    d, z = (x.to(DEVICE, dtype).unsqueeze(0) for x in (d, z))
+    value = triton.outer(d, torch.ones(1, 1, device=DEVICE, dtype=dtype), epilogue=epilogue, operand=z)
+    torch.testing.assert_close(value.flatten().double().cpu(), expected, equal_nan=True, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_short_rows(dtype):
+    """Rows of fewer than 16 bytes, more samples than programs; and rows longer than 2¹⁵."""
+    for B, O, I in ((300, 5, 3), (41, 1, 1), (50, 40, 2), (2, 1, 50_001)):
+        check("outer", *factors(B, None, O, I, dtype)[:2])
+    check("outer", *factors(30, 3, 7, 3, dtype)[:2])
+
+
+# --- several problems ------------------------------------------------------------------------------------------------
+
+
+def test_group(monkeypatch):
+    """Problems that go by tiles share a launch, whatever their types; the others run beside them."""
+    launched = record_launches(monkeypatch)
+    problems = []
+    for B, T, O, I, dtype, epilogue in (
+        (2, None, 33, 256, torch.float32, None),
+        (3, None, 12, 128, torch.float32, "gelu"),
+        (2, None, 9, 21, torch.float32, "relu"),  # odd
+        (2, None, 32, 240, torch.bfloat16, "residual"),
+        (0, None, 32, 256, torch.float32, None),
+        (2, 3, 32, 64, torch.float64, None),
+        (2, 20, 32, 64, torch.float16, None),  # many positions
+    ):
+        delta, activation, *_ = factors(B, T, O, I, dtype)
+        operand = None if epilogue is None else factors(B, T, O, I, dtype, seed=1)[0]
+        problems.append((delta, activation, delta.new_empty(B, O, I), epilogue, operand))
+    assert triton.outer_group(problems) is None
+    assert sorted(launched) == ["outer_dot", "outer_flat", "outer_group"]
+    for delta, activation, out, epilogue, operand in problems:
+        if epilogue is None:
+            expected = reference.outer(delta.double(), activation.double()).to(out.dtype)
+            torch.testing.assert_close(out, expected)
+        else:
+            check_epilogue(epilogue, delta, activation, operand, out)
+
+    launched.clear()
+    delta, activation, *_ = factors(1, None, 16, 128)
+    outs = torch.empty(9, 1, 16, 128, device=DEVICE)
+    triton.outer_group([(delta, n * activation, out, None, None) for n, out in enumerate(outs)])
+    assert launched == ["outer_group", "outer_tiles"]  # 8 and 1
+    torch.testing.assert_close(outs, torch.stack([n * reference.outer(delta, activation) for n in range(9)]))
+    triton.outer_group([])
+
+
+# --- Gram matrices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tf32():
+    """Lets fp32 run on tensor cores."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    yield
+    matmul.allow_tf32 = before
+
+
+def check_gram(delta, activation, other_delta, other_activation):
+    def plain(d, a, other_d, other_a):
+        return reference.outer(d, a).flatten(1) @ reference.outer(other_d, other_a).flatten(1).mT
+
+    operands = (delta, activation, other_delta, other_activation)
+    value = triton.gram(*operands)
+    exact, terms = plain(*(x.double() for x in operands)), plain(*(x.double().abs() for x in operands))
+    compare(value, plain(*reference.widen(*operands)), exact, terms, reference.accumulation_type(delta.dtype))
+
+
+# (B, T, C, S, O, I): one position, a power of 2 of them, not one, more than a tile's rows; one side of one position.
+GRAMS = [
+    (1, None, 1, None, 1, 1), (5, None, 3, None, 33, 17), (70, None, 65, None, 16, 35), (3, 4, 2, 4, 20, 9),
+    (9, 5, 14, 3, 12, 33), (2, 1, 3, 7, 40, 50), (2, 66, 1, 70, 170, 150), (30, 3, 1, 1, 5, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", GRAMS, ids=str)
+def test_gram(shape, dtype, tf32):
+    B, T, C, S, O, I = shape
+    check_gram(*factors(B, T, O, I, dtype)[:2], *factors(C, S, O, I, dtype, seed=1)[:2])
+
+
+@pytest.mark.parametrize(("B", "T", "side"), [(150, None, 64), (20, 6, 8)])
+def test_gram_of_itself(B, T, side):
+    """The same tensors: tiles below the diagonal are mirrored, not computed."""
+    delta, activation, *_ = factors(B, T, 20, 33, torch.float16)
+    check_gram(delta, activation, delta, activation)
+    value = triton.gram(delta, activation, delta, activation)
+    other = triton.gram(delta, activation, delta.clone(), activation)
+    tile = torch.arange(B, device=DEVICE) // side
+    above = tile[:, None] < tile
+    assert torch.equal(value[above], value.mT[above])
+    assert torch.equal(value[above], other[above])
+
+
+def test_gram_of_any_strides_and_of_nothing():
+    delta, activation, *_ = factors(6, 3, 20, 21, torch.bfloat16)
+    operands = delta[::2, :, 1::2], activation[:3].movedim(0, 2).contiguous().movedim(2, 0)
+    others = delta[:1, :, ::2].expand(4, 3, 10), activation[:4].flip(2)
+    check_gram(*operands, *others)
+    assert triton.gram(*(x[:0] for x in operands), *others).shape == (0, 4)
+    assert triton.gram(*operands, *(x[:0] for x in others)).shape == (3, 0)
+    assert (triton.gram(*(x[:, :0] for x in operands), *others) == 0).all()
+    assert (triton.gram(operands[0][..., :0], operands[1], others[0][..., :0], others[1]) == 0).all()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one program takes 2 ms under the interpreter")

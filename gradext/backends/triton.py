@@ -41,9 +41,9 @@ def available() -> str | None:
     return None
 
 
-def _launch(kernel, programs: int, arguments: tuple, *, warps: int, stages: int, **constants) -> None:
+def _launch(kernel, programs: int, arguments: tuple, *, on: Tensor, warps: int, stages: int, **constants) -> None:
     # Triton launches on the current device, which need not be the tensors' own.
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(on):
         kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 
@@ -56,9 +56,9 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, T, O] and [B, T, I], with T = 1 made explicit."""
-    return (delta.unsqueeze(1), activation.unsqueeze(1)) if delta.ndim == 2 else (delta, activation)
+def _positions(*tensors: Tensor) -> list[Tensor]:
+    """[B, T, features], with T = 1 made explicit."""
+    return [x.unsqueeze(1) if x.ndim == 2 else x for x in tensors]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -78,67 +78,135 @@ def _on_tensor_cores(dtype: torch.dtype) -> bool:
 # --- outer products --------------------------------------------------------------------------------------------------
 
 
-def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def outer(
+    delta: Tensor,
+    activation: Tensor,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    epilogue: str | None = None,
+    operand: Tensor | None = None,
+) -> Tensor:
     """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; the conversion to out's type is fused.
 
-    Many positions in fp32 or fp64 without a conversion are `torch.bmm`, which Triton's product at best matches there.
+    With an epilogue the delta is ``EPILOGUES[epilogue](delta, operand)``, operand [B, (T,) O], computed on the way and
+    not rounded before the product. Many positions in fp32 or fp64 without a conversion are `torch.bmm`, which Triton's
+    product at best matches there.
+    """
+    if out is None:
+        out = delta.new_empty(delta.shape[0], delta.shape[-1], activation.shape[-1], dtype=dtype)
+    outer_group([(delta, activation, out, epilogue, operand)])
+    return out
+
+
+def outer_group(problems: list[tuple[Tensor, Tensor, Tensor, str | None, Tensor | None]]) -> None:
+    """`outer` of each (delta, activation, out, epilogue, operand), written into its out.
+
+    The problems that go by tiles (few positions, and rows of out that 16 elements divide) share launches, up to GROUP
+    each, whatever their sizes, types and epilogues. Every other problem has its own.
     """
     from ..kernels import outer as kernels
 
-    d, a = _positions(delta, activation)
-    (B, T, O), I = d.shape, a.shape[2]
-    if out is None:
-        out = delta.new_empty(B, O, I, dtype=dtype)
-    if out.numel() == 0:
-        return out
-    if T > kernels.ONE_BY_ONE and out.dtype == delta.dtype and delta.element_size() > 2:
-        return torch.bmm(d.mT, a, out=out)
-    result = out
-    if out.stride(1) < out.stride(2):  # stored by columns: the transposed gradient is the one stored by rows
-        d, a, out, O, I = a, d, out.mT, I, O
+    tiled: dict[torch.device, list[tuple]] = {}
+    for delta, activation, out, epilogue, operand in problems:
+        if out.numel() == 0:
+            continue
+        d, a = _positions(delta, activation)
+        z = d if epilogue is None else _positions(operand)[0]  # not read without an epilogue
+        by_columns = out.stride(1) < out.stride(2)
+        many = d.shape[1] > kernels.ONE_BY_ONE
+        by_library = many and out.dtype == d.dtype and d.element_size() > 2
+        if epilogue is not None and (by_columns or by_library):  # no kernel computes the delta
+            d, z, a = plain.widen(d, z, a)
+            d, epilogue = plain.EPILOGUES[epilogue](d, z), None
+        if by_columns:  # the transposed gradient is the one stored by rows
+            d, a, out, z = a, d, out.mT, a
+        if by_library:
+            torch.bmm(d.mT, a, out=out)
+        elif many:
+            _outer_dot(d, z, a, out, epilogue)
+        elif _prefers_flat(out):
+            _outer_flat(d, z, a, out, epilogue)
+        else:
+            tiled.setdefault(out.device, []).append((d, z, a, out, epilogue))
+    for group in tiled.values():
+        for first in range(0, len(group), kernels.GROUP):
+            _outer_tiles(group[first : first + kernels.GROUP])
 
-    if T > kernels.ONE_BY_ONE:
-        (block_o, block_i, block_t), warps, stages = kernels.DOT_TILES[delta.element_size()]
-        _launch(
-            kernels.outer_dot,
-            B * _cdiv(O, block_o) * _cdiv(I, block_i),
-            (d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()),
-            warps=warps,
-            stages=stages,
-            PRECISION=_precision(delta.dtype),
-            BLOCK_T=block_t,
-            BLOCK_O=block_o,
-            BLOCK_I=block_i,
-        )
-        return result
 
-    block_o, block_i = min(kernels.TILE_O, max(8, _power_of_2(O))), kernels.TILE_I[out.element_size()]
-    tiles = _cdiv(O, block_o) * _cdiv(I, block_i)
-    if _prefers_flat(out, tiles * block_o * block_i):
-        block = kernels.FLAT[out.element_size()] // (1 if T == 1 else 2)
-        _launch(
-            kernels.outer_flat,
-            _cdiv(out.numel(), block),
-            (d, a, out, T, out.numel(), O, I, (1 << 31) // O + 1, (1 << 31) // I + 1, *d.stride(), *a.stride()),
-            warps=kernels.WARPS,
-            stages=1,
-            VECTOR=16 // out.element_size(),
-            BLOCK=block,
-        )
+def _outer_tiles(group: list[tuple]) -> None:
+    from ..kernels import outer as kernels
+    from ..kernels.epilogues import CODES
+
+    problems, programs, constants = [], [], []
+    for d, z, a, out, epilogue in group:
+        (B, O, I), T = out.shape, d.shape[1]
+        block_o, block_i = _outer_blocks(out)
+        problems.append((d, z, a, out, T, O, I, *d.stride(), *z.stride(), *a.stride(), *out.stride()))
+        programs.append(B * _cdiv(O, block_o) * _cdiv(I, block_i))
+        constants.append((CODES[epilogue], block_o, block_i))
+    options = {"on": group[0][0], "warps": kernels.WARPS, "stages": 1}
+    if len(group) == 1:
+        [problem], [constant] = problems, constants
+        options |= zip(("EPILOGUE", "BLOCK_O", "BLOCK_I"), constant, strict=True)
+        _launch(kernels.outer_tiles, programs[0], problem, **options)
     else:
-        _launch(
-            kernels.outer_tiles,
-            B * tiles,
-            (d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()),
-            warps=kernels.WARPS,
-            stages=1,
-            BLOCK_O=block_o,
-            BLOCK_I=block_i,
-        )
-    return result
+        options |= zip(("EPILOGUES", "BLOCKS_O", "BLOCKS_I"), zip(*constants, strict=True), strict=True)
+        _launch(kernels.outer_group, sum(programs), (tuple(problems), tuple(programs)), **options)
 
 
-def _prefers_flat(out: Tensor, tiled: int) -> bool:
+def _outer_flat(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | None) -> None:
+    from ..kernels import outer as kernels
+    from ..kernels.epilogues import CODES
+
+    (_, O, I), T, size = out.shape, d.shape[1], out.element_size()
+    short = I * size < 16
+    block = kernels.FLAT[size] // (1 if T == 1 and not short else 2)
+    magic_o, magic_i = (1 << 50) // O + 1, (1 << 50) // I + 1
+    _launch(
+        kernels.outer_flat,
+        _cdiv(out.numel(), block),
+        (d, z, a, out, T, out.numel(), O, I, magic_o, magic_i, *d.stride(), *z.stride(), *a.stride()),
+        on=d,
+        warps=kernels.WARPS,
+        stages=1,
+        EPILOGUE=CODES[epilogue],
+        VECTOR=1 if short else 16 // size,
+        BLOCK=block,
+    )
+
+
+def _outer_dot(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | None) -> None:
+    from ..kernels import outer as kernels
+    from ..kernels.epilogues import CODES
+
+    (B, O, I), T = out.shape, d.shape[1]
+    size, precision = d.element_size(), _precision(d.dtype)
+    if epilogue is not None and size == 2:  # the delta is fp32, as exact in three products in TF32
+        size, precision = 4, "tf32x3"
+    (block_o, block_i, block_t), warps, stages = kernels.DOT_TILES[size]
+    _launch(
+        kernels.outer_dot,
+        B * _cdiv(O, block_o) * _cdiv(I, block_i),
+        (d, z, a, out, T, O, I, *d.stride(), *z.stride(), *a.stride(), *out.stride()),
+        on=d,
+        warps=warps,
+        stages=stages,
+        EPILOGUE=CODES[epilogue],
+        PRECISION=precision,
+        BLOCK_T=block_t,
+        BLOCK_O=block_o,
+        BLOCK_I=block_i,
+    )
+
+
+def _outer_blocks(out: Tensor) -> tuple[int, int]:
+    """(BLOCK_O, BLOCK_I) of `outer_tiles`."""
+    from ..kernels import outer as kernels
+
+    return min(kernels.TILE_O, max(8, _power_of_2(out.shape[1]))), kernels.TILE_I[out.element_size()]
+
+
+def _prefers_flat(out: Tensor) -> bool:
     """Whether `outer_flat` can write ``out`` and is the faster: tiles would store no 16 bytes, or mostly their edges.
 
     16 elements is what Triton needs to know a row to be divided by, before it stores 16 bytes at once.
@@ -146,14 +214,9 @@ def _prefers_flat(out: Tensor, tiled: int) -> bool:
     from ..kernels import outer as kernels
 
     _, O, I = out.shape
-    block = kernels.FLAT[out.element_size()]
-    possible = (
-        out.is_contiguous()
-        and I * out.element_size() >= 16
-        and I * (I + block) < 1 << 31
-        and O * (O + block // I + 2) < 1 << 31
-    )
-    return possible and (I % 16 != 0 or tiled > 2 * O * I)
+    block_o, block_i = _outer_blocks(out)
+    tiled = _cdiv(O, block_o) * block_o * _cdiv(I, block_i) * block_i
+    return out.is_contiguous() and max(O, I) <= kernels.FLAT_LIMIT and (I % 16 != 0 or tiled > 2 * O * I)
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -178,6 +241,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
                 kernels.sq_norm_rows,
                 _cdiv(B, rows),
                 (d, a, norms, B, O, I, *d.stride(), *a.stride()),
+                on=d,
                 warps=kernels.WARPS,
                 stages=3,
                 ROWS=rows,
@@ -205,6 +269,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
             kernel,
             B * tiles,
             (delta, activation, shares, T, O, I, *delta.stride(), *activation.stride()),
+            on=delta,
             warps=warps,
             stages=stages,
             PRECISION=_precision(delta.dtype),
@@ -265,6 +330,7 @@ def _bilinear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
             kernels.bilinear,
             _cdiv(B * T, block_r) * _cdiv(H, block_h) * tiles_n,
             (longer, shorter, weight, shares, B * T, T, H, K, N, *longer.stride(), *shorter.stride(), *weight.stride()),
+            on=delta,
             warps=warps,
             stages=stages,
             PRECISION=_precision(operand_type),
@@ -274,3 +340,56 @@ def _bilinear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
             BLOCK_K=block_k,
         )
     return shares.sum((0, 2))
+
+
+def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activation: Tensor) -> Tensor:
+    """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)`` -> [B, C].
+
+    On tensor cores fused: reading and writing two products [BT, CS] would take longer than the arithmetic, and far
+    more memory. Half of it where both batches are the same. In full fp32 and fp64, and where the gradients themselves
+    need fewer multiply-adds, plain products.
+    """
+    from ..kernels import gram as kernels
+
+    if not _on_tensor_cores(delta.dtype):
+        return plain.gram(delta, activation, other_delta, other_activation)
+    d, a, other_d, other_a = _positions(delta, activation, other_delta, other_activation)
+    (B, T, O), (C, S, I) = d.shape, other_a.shape
+    unaligned, small, large = kernels.TILES[delta.element_size()]
+    side = large[0][0]
+    if O % 16 != 0 or I % 16 != 0:
+        (block, block_k), warps, stages = unaligned
+    elif T > 1 or S > 1 or _cdiv(B, side) * _cdiv(C, side) < kernels.LARGE:
+        (block, block_k), warps, stages = small
+    else:
+        (block, block_k), warps, stages = large
+    block_t, block_s = min(block, _power_of_2(T)), min(block, _power_of_2(S))
+    products = B * _cdiv(T, block_t) * block_t * C * _cdiv(S, block_s) * block_s * (O + I)
+    if products > (B * T + C * S + B * C) * O * I:
+        return plain.gram(delta, activation, other_delta, other_activation)
+
+    result = delta.new_empty(B, C, dtype=accumulation_type(delta.dtype))
+    if result.numel() > 0:
+        block_b, block_c = block // block_t, block // block_s
+        strides = (stride for x in (d, a, other_d, other_a) for stride in x.stride())
+        _launch(
+            kernels.gram,
+            _cdiv(B, block_b) * _cdiv(C, block_c),
+            (d, a, other_d, other_a, result, B, C, T, S, O, I, *strides),
+            on=delta,
+            warps=warps,
+            stages=stages,
+            SYMMETRIC=_is_same(d, other_d) and _is_same(a, other_a),
+            PRECISION=_precision(delta.dtype),
+            BLOCK_B=block_b,
+            BLOCK_T=block_t,
+            BLOCK_C=block_c,
+            BLOCK_S=block_s,
+            BLOCK_K=block_k,
+        )
+    return result
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether both tensors are the same elements in memory."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()

@@ -1,58 +1,65 @@
-"""Per-sample outer products written at the speed of memory: three kernels for one formula.
+"""Per-sample outer products written at the speed of memory: four kernels for one formula.
 
-`outer_tiles` for rows that a 16-byte store divides, `outer_flat` for rows that it does not, `outer_dot` for many
-positions. All stores are streaming (".cs"): nothing reads the result again before it has left the cache.
+`outer_tiles` for rows that a 16-byte store divides, `outer_group` for several such problems at once, `outer_flat` for
+rows that it does not divide, `outer_dot` for many positions. In each the delta may be computed on the way, from what
+is stored and an operand of its shape ("z" in the names of strides): without an EPILOGUE the operand is not read,
+and any pointer will do. All stores are streaming (".cs"): nothing reads the result again before it has left the cache.
+
+Elements are still stored one by one where rows that 16 bytes do not divide are not those of one contiguous ``out``
+that begins at a multiple of 16 bytes, and by `outer_dot` for rows that 16 elements do not divide.
 """
 
 import triton
 import triton.language as tl
 
+from .epilogues import load_delta, widen
 from .tiles import accumulate_gradient, zeros_like_sum
 
 WARPS = 4  # of `outer_tiles` and `outer_flat`
 # A tile is 16 KB, by bytes per element of out: a warp writes 512 bytes of one row at once.
 TILE_O = 32
 TILE_I = {2: 256, 4: 128, 8: 64}
+# Problems in a launch of `outer_group`, which holds a copy of the code for each.
+GROUP = 8
 # Elements of out in a program of `outer_flat`, which keeps a pointer for each; half as many for several positions.
 FLAT = {2: 4096, 4: 2048, 8: 1024}
+FLAT_LIMIT = 1 << 24  # of O and of I, for `divide`
 # Up to this many positions are added one by one, which costs less than the writing (by its peaks, an H200 does 24
 # multiply-adds while it writes one fp32 element); beyond, matrix products take over.
 ONE_BY_ONE = 8
-# (BLOCK_O, BLOCK_I, BLOCK_T), warps, stages of `outer_dot` by bytes per element of the factors.
-DOT_TILES = {2: ((128, 128, 32), 8, 3), 4: ((128, 64, 16), 4, 3), 8: ((32, 32, 16), 4, 3)}
+# (BLOCK_O, BLOCK_I, BLOCK_T), warps, stages of `outer_dot` by bytes per element of the factors, or of the delta that an
+# epilogue makes.
+DOT_TILES = {2: ((128, 128, 32), 8, 3), 4: ((64, 64, 16), 8, 2), 8: ((32, 32, 16), 4, 3)}
 
 
 @triton.jit
-def outer_tiles(
-    delta_ptr, activation_ptr, out_ptr, T, O, I,
-    stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai, stride_ob, stride_oo, stride_oi,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+def write_tile(
+    program, delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
+    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+    stride_ob, stride_oo, stride_oi,
+    EPILOGUE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """out[b, o, i] = Σ_t delta[b, t, o] activation[b, t, i], a tile [BLOCK_O, BLOCK_I] of one sample per program.
-
-    delta [B, T, O], activation [B, T, I], out [B, O, I], any strides and types. Few positions: T multiply-adds per
-    element, in fp32 (fp64 for fp64). I/O: write B·O·I; read B·T·O and B·T·I, again for each tile but from the L2.
-    Grid: B · tiles.
-    """
-    # B may exceed 65535, so everything is on the first axis of the grid.
+    """What ``program`` of `outer_tiles` does."""
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tl.cdiv(O, BLOCK_O) * tiles_i
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    b = (program // tiles).to(tl.int64)
+    tile = program % tiles
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    delta_ptr += b * stride_db
-    activation_ptr += b * stride_ab
     offsets_o = o.to(tl.int64)
     offsets_i = i.to(tl.int64)
+    deltas_ptr = delta_ptr + b * stride_db + offsets_o * stride_do
+    operands_ptr = operand_ptr + b * stride_zb + offsets_o * stride_zo
+    activations_ptr = activation_ptr + b * stride_ab + offsets_i * stride_ai
 
     gradient = zeros_like_sum(delta_ptr, BLOCK_O, BLOCK_I)
     for _ in range(T):
-        delta = tl.load(delta_ptr + offsets_o * stride_do, mask=o < O, other=0.0).to(gradient.dtype)
-        activation = tl.load(activation_ptr + offsets_i * stride_ai, mask=i < I, other=0.0).to(gradient.dtype)
+        delta = widen(load_delta(deltas_ptr, operands_ptr, o < O, EPILOGUE))
+        activation = widen(tl.load(activations_ptr, mask=i < I, other=0.0))
         gradient += delta[:, None] * activation[None, :]
-        delta_ptr += stride_dt
-        activation_ptr += stride_at
+        deltas_ptr += stride_dt
+        operands_ptr += stride_zt
+        activations_ptr += stride_at
 
     out = out_ptr + b * stride_ob + offsets_o[:, None] * stride_oo + offsets_i[None, :] * stride_oi
     value = gradient.to(out_ptr.dtype.element_ty)
@@ -60,26 +67,64 @@ def outer_tiles(
 
 
 @triton.jit
-def divide(n, magic):
-    """n // d for n · d < 2³¹ and magic = 2³¹ // d + 1: a multiplication and a shift, not some twenty instructions.
+def outer_tiles(
+    delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
+    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+    stride_ob, stride_oo, stride_oi,
+    EPILOGUE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """out[b, o, i] = Σ_t delta[b, t, o] activation[b, t, i], a tile [BLOCK_O, BLOCK_I] of one sample per program.
 
-    magic · d exceeds 2³¹ by at most d, so that n · magic / 2³¹ exceeds n / d by at most n / 2³¹ < 1 / d.
+    delta and operand [B, T, O], activation [B, T, I], out [B, O, I], any strides and types. Few positions: T
+    multiply-adds per element, in fp32 (fp64 for fp64). I/O: write B·O·I; read B·T·O and B·T·I, again for each tile but
+    from the L2. Grid: B · tiles.
     """
-    return ((n.to(tl.int64) * magic) >> 31).to(tl.int32)
+    # B may exceed 65535, so everything is on the first axis of the grid.
+    write_tile(
+        tl.program_id(0), delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
+        stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+        stride_ob, stride_oo, stride_oi, EPILOGUE, BLOCK_O, BLOCK_I,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["programs"])
+def outer_group(
+    problems, programs, EPILOGUES: tl.constexpr, BLOCKS_O: tl.constexpr, BLOCKS_I: tl.constexpr,
+):  # fmt: skip
+    """Several problems of `outer_tiles` in one launch. Grid: the sum of ``programs``, of which each problem has one.
+
+    problems[n] holds the arguments of `outer_tiles`, and EPILOGUES[n], BLOCKS_O[n] and BLOCKS_I[n] its constants.
+    """
+    program = tl.program_id(0)
+    for n in tl.static_range(len(problems)):
+        if (program >= 0) & (program < programs[n]):
+            write_tile(program, *problems[n], EPILOGUES[n], BLOCKS_O[n], BLOCKS_I[n])
+        program -= programs[n]
+
+
+@triton.jit
+def divide(n, magic):
+    """n // d for n < d + 2¹² and d <= 2²⁴, with magic = 2⁵⁰ // d + 1, without the some twenty instructions of `//`.
+
+    magic · d exceeds 2⁵⁰ by at most d, so that n · magic / 2⁵⁰ exceeds n / d by at most n / 2⁵⁰ < 1 / d; and the
+    product stays below 2⁶³.
+    """
+    return ((n.to(tl.int64) * magic) >> 50).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["magic_O", "magic_I"])
 def outer_flat(
-    delta_ptr, activation_ptr, out_ptr, T, total, O, I, magic_O, magic_I,
-    stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    delta_ptr, operand_ptr, activation_ptr, out_ptr, T, total, O, I, magic_O, magic_I,
+    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+    EPILOGUE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `outer_tiles` for a contiguous out [B, O, I] of ``total`` elements, taken as one flat range.
 
     Where I is odd, rows begin anywhere, and a tile of rows could only be stored element by element. A flat range of
-    BLOCK elements begins at a multiple of 16 bytes, and is stored in vectors of VECTOR elements, 16 bytes. A vector
-    lies in one row or, since VECTOR <= I, in two; rows and columns cost one division per vector. Needs
-    I · (I + BLOCK) and O · (O + BLOCK / I + 2) below 2³¹, for `divide`. I/O: as `outer_tiles`. Grid: total / BLOCK.
+    BLOCK elements begins at a multiple of 16 bytes, and is stored in vectors of 16 bytes. VECTOR elements lie in one
+    row or, since VECTOR <= I, in two, and rows and columns cost one division for all of them: a whole vector of 16
+    bytes, or 1 element where a row is shorter than that. O, I <= FLAT_LIMIT, for `divide`.
+    I/O: as `outer_tiles`. Grid: total / BLOCK.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     start_row = start // I  # rows of all samples counted through
@@ -88,6 +133,7 @@ def outer_flat(
     start_i = (start - start_row * I).to(tl.int32)
 
     delta_ptr += start_b * stride_db
+    operand_ptr += start_b * stride_zb
     activation_ptr += start_b * stride_ab
 
     # [BLOCK / VECTOR, 1]: where each vector begins, with b counted from start_b, and the row after that one.
@@ -107,20 +153,25 @@ def outer_flat(
     # [BLOCK / VECTOR, VECTOR]: each element.
     lane = tl.arange(0, VECTOR)[None, :]
     column = i + lane
-    wraps = column >= I
+    wraps = (column >= I) & (VECTOR > 1)
     column = tl.where(wraps, column - I, column)
     loads = tl.where(wraps, next_exists, exists)
 
-    offsets = b.to(tl.int64) * stride_db + o.to(tl.int64) * stride_do
-    next_offsets = next_b.to(tl.int64) * stride_db + next_o.to(tl.int64) * stride_do
+    deltas = b.to(tl.int64) * stride_db + o.to(tl.int64) * stride_do
+    operands = b.to(tl.int64) * stride_zb + o.to(tl.int64) * stride_zo
+    next_deltas = next_b.to(tl.int64) * stride_db + next_o.to(tl.int64) * stride_do
+    next_operands = next_b.to(tl.int64) * stride_zb + next_o.to(tl.int64) * stride_zo
     columns = tl.where(wraps, next_b, b).to(tl.int64) * stride_ab + column.to(tl.int64) * stride_ai
     gradient = zeros_like_sum(delta_ptr, BLOCK // VECTOR, VECTOR)
     for _ in range(T):
-        delta = tl.load(delta_ptr + offsets, mask=exists, other=0.0)
-        next_delta = tl.load(delta_ptr + next_offsets, mask=next_exists, other=0.0)
+        delta = load_delta(delta_ptr + deltas, operand_ptr + operands, exists, EPILOGUE)
+        if VECTOR > 1:
+            next_delta = load_delta(delta_ptr + next_deltas, operand_ptr + next_operands, next_exists, EPILOGUE)
+            delta = tl.where(wraps, next_delta, delta)
         activation = tl.load(activation_ptr + columns, mask=loads, other=0.0)
-        gradient += tl.where(wraps, next_delta, delta).to(gradient.dtype) * activation.to(gradient.dtype)
+        gradient += widen(delta) * widen(activation)
         delta_ptr += stride_dt
+        operand_ptr += stride_zt
         activation_ptr += stride_at
 
     out = out_ptr + start + first + lane
@@ -134,9 +185,11 @@ def outer_flat(
 
 @triton.jit
 def outer_dot(
-    delta_ptr, activation_ptr, out_ptr, T, O, I,
-    stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai, stride_ob, stride_oo, stride_oi,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
+    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+    stride_ob, stride_oo, stride_oi,
+    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """As `outer_tiles` for many positions: matrix products over BLOCK_T positions at a time. Grid: B · tiles."""
     tiles_i = tl.cdiv(I, BLOCK_I)
@@ -146,8 +199,9 @@ def outer_dot(
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     gradient = accumulate_gradient(
-        delta_ptr + b * stride_db, activation_ptr + b * stride_ab, T, o, O, i, I,
-        stride_dt, stride_do, stride_at, stride_ai, PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
+        delta_ptr + b * stride_db, operand_ptr + b * stride_zb, activation_ptr + b * stride_ab, T, o, O, i, I,
+        stride_dt, stride_do, stride_zt, stride_zo, stride_at, stride_ai,
+        EPILOGUE, PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
     )  # fmt: skip
     offsets = o.to(tl.int64)[:, None] * stride_oo + i.to(tl.int64)[None, :] * stride_oi
     value = gradient.to(out_ptr.dtype.element_ty)

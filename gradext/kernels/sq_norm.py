@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiles import accumulate_gradient, load_tile, zeros_like_sum
+from .epilogues import NONE
+from .tiles import accumulate_gradient, load_tile, row_products, zeros_like_sum
 
 # (ROWS, COLUMNS) of `sq_norm_rows` for features up to and beyond SHORT.
 WARPS = 4
@@ -48,20 +49,6 @@ def sq_norm_rows(
 
 
 @triton.jit
-def gram_tile(
-    pointer, s, t, T, K, stride_t, stride_k, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """x_s · x_t for the positions s and t of one sample, x [T, K] -> [BLOCK_T, BLOCK_T]."""
-    gram = zeros_like_sum(pointer, BLOCK_T, BLOCK_T)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        left = load_tile(pointer, s, T, stride_t, k, K, stride_k)
-        right = load_tile(pointer, t, T, stride_t, k, K, stride_k)
-        gram = tl.dot(left, tl.trans(right), gram, input_precision=PRECISION, out_dtype=gram.dtype)
-    return gram
-
-
-@triton.jit
 def sq_norm_gram(
     delta_ptr, activation_ptr, out_ptr, T, O, I,
     stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai,
@@ -80,12 +67,20 @@ def sq_norm_gram(
     delta_ptr += b * stride_db
     activation_ptr += b * stride_ab
     s = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    deltas_s = delta_ptr + s.to(tl.int64) * stride_dt
+    activations_s = activation_ptr + s.to(tl.int64) * stride_at
 
     share = tl.sum(zeros_like_sum(delta_ptr, BLOCK_T, 1), axis=1)
     for other in range(0, tile + 1):
         t = other * BLOCK_T + tl.arange(0, BLOCK_T)
-        deltas = gram_tile(delta_ptr, s, t, T, O, stride_dt, stride_do, PRECISION, BLOCK_T, BLOCK_K)
-        activations = gram_tile(activation_ptr, s, t, T, I, stride_at, stride_ai, PRECISION, BLOCK_T, BLOCK_K)
+        deltas_t = delta_ptr + t.to(tl.int64) * stride_dt
+        activations_t = activation_ptr + t.to(tl.int64) * stride_at
+        deltas = row_products(
+            deltas_s, s < T, stride_do, deltas_t, t < T, stride_do, O, PRECISION, BLOCK_T, BLOCK_T, BLOCK_K
+        )
+        activations = row_products(
+            activations_s, s < T, stride_ai, activations_t, t < T, stride_ai, I, PRECISION, BLOCK_T, BLOCK_T, BLOCK_K
+        )
         share += tl.where(other == tile, 1.0, 2.0).to(share.dtype) * tl.sum(deltas * activations, axis=1)
     tl.store(out_ptr + b * tiles + tile, tl.sum(share))
 
@@ -109,7 +104,7 @@ def sq_norm_gradient(
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     gradient = accumulate_gradient(
-        delta_ptr + b * stride_db, activation_ptr + b * stride_ab, T, o, O, i, I,
-        stride_dt, stride_do, stride_at, stride_ai, PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
+        delta_ptr + b * stride_db, delta_ptr, activation_ptr + b * stride_ab, T, o, O, i, I,
+        stride_dt, stride_do, 0, 0, stride_at, stride_ai, NONE, PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
     )  # fmt: skip
     tl.store(out_ptr + b * tiles + tile, tl.sum(gradient * gradient))

@@ -1,7 +1,9 @@
-"""What the kernels share: masked loads of a tile with 64-bit offsets, and the type that they accumulate in."""
+"""What the kernels share: masked loads of a tile with 64-bit offsets, and sums of products in a wide type."""
 
 import triton
 import triton.language as tl
+
+from .epilogues import load_delta
 
 
 @triton.jit
@@ -23,15 +25,38 @@ def zeros_like_sum(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def accumulate_gradient(
-    delta_ptr, activation_ptr, T, o, O, i, I,
-    stride_dt, stride_do, stride_at, stride_ai,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    delta_ptr, operand_ptr, activation_ptr, T, o, O, i, I,
+    stride_dt, stride_do, stride_zt, stride_zo, stride_at, stride_ai,
+    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Σ_t δ_t[o] a_t[i]ᵀ of one sample -> [BLOCK_O, BLOCK_I], by matrix products over BLOCK_T positions."""
     gradient = zeros_like_sum(delta_ptr, BLOCK_O, BLOCK_I)
+    deltas_ptr = delta_ptr + o.to(tl.int64)[:, None] * stride_do
+    operands_ptr = operand_ptr + o.to(tl.int64)[:, None] * stride_zo
     for first in range(0, T, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        deltas = load_tile(delta_ptr, o, O, stride_do, t, T, stride_dt)
-        activations = load_tile(activation_ptr, t, T, stride_at, i, I, stride_ai)
+        offsets = t.to(tl.int64)[None, :]
+        mask = (o < O)[:, None] & (t < T)[None, :]
+        deltas = load_delta(deltas_ptr + offsets * stride_dt, operands_ptr + offsets * stride_zt, mask, EPILOGUE)
+        # Positions beyond T add nothing: whatever the epilogue makes of them meets an activation of 0.
+        activations = load_tile(activation_ptr, t, T, stride_at, i, I, stride_ai).to(deltas.dtype)
         gradient = tl.dot(deltas, activations, gradient, input_precision=PRECISION, out_dtype=gradient.dtype)
     return gradient
+
+
+@triton.jit
+def row_products(
+    left_ptr, left_exists, left_stride, right_ptr, right_exists, right_stride, K,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x_r · y_c of the rows that begin at left_ptr [ROWS] and right_ptr [COLUMNS] -> [ROWS, COLUMNS]."""
+    products = zeros_like_sum(left_ptr, ROWS, COLUMNS)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        offsets = k.to(tl.int64)[None, :]
+        exists = (k < K)[None, :]
+        left = tl.load(left_ptr[:, None] + offsets * left_stride, mask=left_exists[:, None] & exists, other=0.0)
+        right = tl.load(right_ptr[:, None] + offsets * right_stride, mask=right_exists[:, None] & exists, other=0.0)
+        products = tl.dot(left, tl.trans(right), products, input_precision=PRECISION, out_dtype=products.dtype)
+    return products
