@@ -79,7 +79,12 @@ def arch_flags(archs: list[str]) -> list[str]:
     if archs == ["native"]:
         return ["-arch=native"]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX for GPUs to come
+    return [*flags, f"-gencode=arch=compute_{ptx_arch(archs)},code=compute_{ptx_arch(archs)}"]
+
+
+def ptx_arch(archs: list[str]) -> str:
+    """The target of the PTX, for GPUs to come."""
+    return archs[-1]
 
 
 class BuildNative(build_ext):
@@ -92,10 +97,11 @@ class BuildNative(build_ext):
         macros = [("GRADEXT_VERSION", VERSION), ("GRADEXT_SOURCE_HASH", source_hash())]
         if nvcc:
             macros += [("GRADEXT_WITH_CUDA", "1"), ("GRADEXT_CUDA_ARCHS", "_".join(archs))]
+            macros += [] if archs == ["native"] else [("GRADEXT_CUDA_PTX", ptx_arch(archs))]
 
         jobs = []
-        if nvcc:
-            jobs.append(lambda: self.compile_cuda(nvcc, archs))
+        for name in ("outer", "sq_norm", "device") if nvcc else ():
+            jobs.append(lambda name=name: self.compile_cuda(nvcc, archs, name))
         jobs.append(lambda: self.compile_cpp("csrc/bindings.cpp", macros))
         jobs.append(lambda: self.compile_cpp("csrc/cpu/outer_kernel.cpp", [("GRADEXT_ISA", "baseline")]))
         if platform.machine() in ("x86_64", "AMD64"):
@@ -141,15 +147,15 @@ class BuildNative(build_ext):
             depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
         )
 
-    def compile_cuda(self, nvcc: str, archs: list[str]) -> list[str]:
-        target = Path(self.build_temp) / "outer_cuda.o"
+    def compile_cuda(self, nvcc: str, archs: list[str], name: str) -> list[str]:
+        target = Path(self.build_temp) / "cuda" / f"{name}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [nvcc, "-O3", "-std=c++17", "--threads", "0", *arch_flags(archs)]
         command += [
             "-Xcompiler",
             "-fPIC,-fvisibility=hidden,-O3",
             "-c",
-            "csrc/cuda/outer.cu",
+            f"csrc/cuda/{name}.cu",
             "-o",
             str(target),
         ]

@@ -6,7 +6,9 @@
 #include <string>
 
 #include "cpu/workspace.h"
+#include "device.h"
 #include "outer.h"
+#include "sq_norm.h"
 
 #define GRADEXT_STRING_(x) #x
 #define GRADEXT_STRING(x) GRADEXT_STRING_(x)
@@ -40,6 +42,56 @@ OuterParams outer_params(std::uintptr_t delta, std::uintptr_t activation, std::u
           out_o,
           static_cast<DType>(in_dtype),
           static_cast<DType>(out_dtype)};
+}
+
+// The integers of one problem for the GPU, in a tuple: a function may take many of them.
+class Fields {
+ public:
+  Fields(const py::tuple& fields, std::size_t expected) : fields_(fields) {
+    if (fields.size() != expected)
+      throw std::invalid_argument("gradext: expected a tuple of " + std::to_string(expected) + " integers, but got " +
+                                  std::to_string(fields.size()));
+  }
+  std::int64_t next() {
+    const std::int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(fields_.ptr(), next_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  void* pointer() { return reinterpret_cast<void*>(static_cast<std::uintptr_t>(next())); }
+  DType dtype() { return static_cast<DType>(next()); }
+
+ private:
+  const py::tuple& fields_;
+  py::ssize_t next_ = 0;
+};
+
+// (delta, activation, out, B, T, O, I, strides of delta, activation and out, in_dtype, out_dtype, operand, its
+// strides, epilogue)
+OuterParams outer_params(const py::tuple& problem) {
+  Fields fields(problem, 22);
+  OuterParams p{};
+  p.delta = fields.pointer(), p.activation = fields.pointer(), p.out = fields.pointer();
+  p.B = fields.next(), p.T = fields.next(), p.O = fields.next(), p.I = fields.next();
+  p.delta_b = fields.next(), p.delta_t = fields.next(), p.delta_o = fields.next();
+  p.activation_b = fields.next(), p.activation_t = fields.next(), p.activation_i = fields.next();
+  p.out_b = fields.next(), p.out_o = fields.next();
+  p.in_dtype = fields.dtype(), p.out_dtype = fields.dtype();
+  p.operand = fields.pointer();
+  p.operand_b = fields.next(), p.operand_t = fields.next(), p.operand_o = fields.next();
+  p.epilogue = static_cast<gradext::Epilogue>(fields.next());
+  return p;
+}
+
+// (delta, activation, out, B, T, O, I, strides of delta and activation, dtype)
+gradext::SqNormParams sq_norm_params(const py::tuple& problem) {
+  Fields fields(problem, 14);
+  gradext::SqNormParams p{};
+  p.delta = fields.pointer(), p.activation = fields.pointer(), p.out = fields.pointer();
+  p.B = fields.next(), p.T = fields.next(), p.O = fields.next(), p.I = fields.next();
+  p.delta_b = fields.next(), p.delta_t = fields.next(), p.delta_o = fields.next();
+  p.activation_b = fields.next(), p.activation_t = fields.next(), p.activation_i = fields.next();
+  p.dtype = fields.dtype();
+  return p;
 }
 
 class HostBuffer {
@@ -89,6 +141,11 @@ py::dict build_config() {
   config["cuda"] = false;
   config["cuda_version"] = py::none();
 #endif
+#if defined(GRADEXT_CUDA_PTX)
+  config["cuda_ptx"] = GRADEXT_STRING(GRADEXT_CUDA_PTX);
+#else
+  config["cuda_ptx"] = py::none();
+#endif
   config["cuda_archs"] = archs;
   config["cpu_isa"] = gradext::cpu_isa();
   return config;
@@ -128,7 +185,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("out"), py::arg("bytes"), py::arg("threads"), without_gil);
   m.def("default_stream_from", &gradext::default_stream_from);
 
-  py::class_<HostBuffer>(m, "HostBuffer", py::buffer_protocol())
+  py::class_<HostBuffer>(m, "HostBuffer", py::buffer_protocol(), py::module_local())
       .def(py::init<std::size_t>(), py::arg("nbytes"))
       .def_buffer([](HostBuffer& self) {
         return py::buffer_info(static_cast<unsigned char*>(self.data()), static_cast<py::ssize_t>(self.bytes()));
@@ -144,30 +201,47 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
 
+  py::dict epilogues;
+  for (const char* name : gradext::kEpilogueNames) epilogues[name] = py::len(epilogues);
+  m.attr("EPILOGUES") = epilogues;
+
 #if defined(GRADEXT_WITH_CUDA)
   m.def(
       "outer_cuda",
-      [](std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B, std::int64_t T,
-         std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
-         std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
-         std::int64_t out_o, int in_dtype, int out_dtype, int device, std::uintptr_t stream) {
-        gradext::outer_cuda(outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
-                                         activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
-                            device, stream);
+      [](const std::vector<py::tuple>& problems, int device, std::uintptr_t stream) {
+        std::vector<OuterParams> params;
+        for (const py::tuple& problem : problems) params.push_back(outer_params(problem));
+        const py::gil_scoped_release without_gil;
+        gradext::outer_cuda(params, device, stream);
       },
-      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"), py::arg("I"),
-      py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"), py::arg("activation_t"),
-      py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"), py::arg("in_dtype"), py::arg("out_dtype"),
-      py::arg("device"), py::arg("stream"), without_gil);
+      py::arg("problems"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "sq_norm_plan",
+      [](std::int64_t B, std::int64_t T, std::int64_t O, std::int64_t I, int device) {
+        const gradext::SqNormPlan plan = gradext::sq_norm_plan_for(B, T, O, I, device);
+        return py::make_tuple(plan.gram_tile, plan.splits);
+      },
+      py::arg("B"), py::arg("T"), py::arg("O"), py::arg("I"), py::arg("device"));
+  m.def(
+      "sq_norm_cuda",
+      [](const py::tuple& problem, int gram_tile, std::int64_t splits, std::uintptr_t shares, int device,
+         std::uintptr_t stream) {
+        const gradext::SqNormParams params = sq_norm_params(problem);
+        const py::gil_scoped_release without_gil;
+        gradext::sq_norm_cuda(params, {gram_tile, splits}, reinterpret_cast<void*>(shares), device, stream);
+      },
+      py::arg("problem"), py::arg("gram_tile"), py::arg("splits"), py::arg("shares"), py::arg("device"),
+      py::arg("stream"));
 #endif
   m.def("cuda_status", [] {
 #if defined(GRADEXT_WITH_CUDA)
     const gradext::CudaStatus status = gradext::cuda_status();
 #else
-    const gradext::CudaStatus status{0, 0, 0, "gradext was built without CUDA: install it again where nvcc is found"};
+    const gradext::CudaStatus status{0, 0, {}, "gradext was built without CUDA: install it again where nvcc is found"};
 #endif
     py::dict result;
-    result["device_count"] = status.device_count;
+    result["device_count"] = status.capabilities.size();
+    result["capabilities"] = status.capabilities;
     result["driver_version"] = status.driver_version;
     result["runtime_version"] = status.runtime_version;
     result["reason"] = status.reason.empty() ? py::object(py::none()) : py::str(status.reason);

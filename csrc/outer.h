@@ -6,12 +6,32 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <utility>
+#include <vector>
+
+#include "dtype.h"
 
 namespace gradext {
 
-enum class DType : int { f32, f64, f16, bf16 };
+// What takes delta's place in the product, a function of d = delta and z = operand. Behind the residuals: upstream d
+// times the derivative of an activation at its input z.
+enum class Epilogue : int {
+  none,
+  residual,          // d - z
+  sigmoid_residual,  // sigmoid(d) - z
+  mse_residual,      // 2 (d - z)
+  relu,
+  leaky_relu,  // of slope 0.01
+  sigmoid,
+  tanh,
+  gelu,  // by the error function
+  silu,
+  elu,       // of alpha 1
+  softplus,  // of beta 1
+};
+inline constexpr const char* kEpilogueNames[] = {
+    "none", "residual", "sigmoid_residual", "mse_residual", "relu", "leaky_relu", "sigmoid", "tanh", "gelu",
+    "silu", "elu",      "softplus"};
 
 // All strides are in elements, may be zero or negative, and need not be those of a dense tensor.
 struct OuterParams {
@@ -22,15 +42,18 @@ struct OuterParams {
   std::int64_t delta_b, delta_t, delta_o;
   std::int64_t activation_b, activation_t, activation_i;
   std::int64_t out_b, out_o;
-  DType in_dtype;  // of delta and activation
+  DType in_dtype;  // of delta, activation and operand
   DType out_dtype;
+  const void* operand = nullptr;  // [B, T, O], read where there is an epilogue
+  std::int64_t operand_b = 0, operand_t = 0, operand_o = 0;
+  Epilogue epilogue = Epilogue::none;  // outer_cuda alone knows others
 };
 
 // One input feature leaves rows of one element, the worst shape for both devices; the same memory seen as one
-// row of O elements is the best. The roles of delta and activation are symmetric, so this is only a change of
-// names.
+// row of O elements is the best. The roles of delta and activation are symmetric but for the epilogue, so this is
+// only a change of names.
 inline OuterParams with_long_rows(OuterParams p) {
-  if (p.I == 1 && p.out_o == 1) {
+  if (p.I == 1 && p.out_o == 1 && p.epilogue == Epilogue::none) {
     std::swap(p.delta, p.activation);
     std::swap(p.delta_b, p.activation_b);
     std::swap(p.delta_t, p.activation_t);
@@ -56,16 +79,8 @@ std::int64_t default_stream_from();
 // The instruction set that outer_cpu chose for this machine.
 const char* cpu_isa();
 
-// f32 -> f32, f16, bf16; f16 -> f16, f32; bf16 -> bf16, f32; f64 -> f64. Asynchronous on `stream` (a
-// cudaStream_t).
-void outer_cuda(const OuterParams& p, int device, std::uintptr_t stream);
-
-struct CudaStatus {
-  int device_count;
-  int driver_version;   // 13000 is 13.0; 0 without a driver
-  int runtime_version;  // of the CUDA runtime that is linked in
-  std::string reason;   // why no device can be used; empty where one can
-};
-CudaStatus cuda_status() noexcept;
+// f32 -> f32, f16, bf16; f16 -> f16, f32; bf16 -> bf16, f32; f64 -> f64, one such pair for all problems. Those of T = 1
+// share launches, the others have one each. Asynchronous on `stream` (a cudaStream_t).
+void outer_cuda(const std::vector<OuterParams>& problems, int device, std::uintptr_t stream);
 
 }  // namespace gradext

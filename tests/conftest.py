@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -69,6 +72,24 @@ def oracle(request):
 @pytest.fixture
 def loop():
     return loop_grads
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The CUDA compiler, as setup.py finds it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
+    if not found:
+        pytest.skip("nvcc is neither in CUDA_HOME nor on PATH")
+    return found
+
+
+@pytest.fixture(scope="session")
+def cuda_includes(nvcc) -> list[str]:
+    """The folders of the CUDA toolkit's headers."""
+    plan = subprocess.run([nvcc, "-dryrun", "-o", "a.out", "a.o"], capture_output=True, text=True, check=True).stderr
+    words = " ".join(line for line in plan.splitlines() if "INCLUDES=" in line).replace('"', " ").split()
+    return [word.removeprefix("-I") for word in words if os.path.isdir(word.removeprefix("-I"))]
 
 
 @pytest.fixture(params=[name for name, module in BACKENDS.items() if name in ("cpu", "reference")])

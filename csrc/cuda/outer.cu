@@ -1,44 +1,13 @@
 // The CUDA outer product: kernels, and the launch that chooses among them.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-
 #include "../outer.h"
+#include "epilogue.cuh"
+#include "launch.cuh"
+#include "tile.cuh"
 
 namespace gradext {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr std::int64_t kMaxBlocks = 2147483647;
-
-template <class In>
-using Sum = std::conditional_t<std::is_same_v<In, double>, double, float>;  // what a sum is kept in
-
-template <class To, class From>
-__device__ __forceinline__ To convert(From x) {
-  return static_cast<To>(x);
-}
-template <>
-__device__ __forceinline__ float convert<float, __half>(__half x) {
-  return __half2float(x);
-}
-template <>
-__device__ __forceinline__ float convert<float, __nv_bfloat16>(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-template <>
-__device__ __forceinline__ __half convert<__half, float>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 convert<__nv_bfloat16, float>(float x) {
-  return __float2bfloat16_rn(x);
-}
+constexpr const char* kOperation = "outer_cuda";
 
 // 16 bytes of the output, the widest store there is; written past the cache, as nothing here reads them
 // again.
@@ -50,12 +19,6 @@ union Chunk {
   uint4 all;
 };
 
-// A 64-bit division takes some hundred instructions, a 32-bit one twenty; nearly all sizes fit.
-__device__ __forceinline__ std::int64_t divide(std::int64_t a, std::int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
-  return a / b;
-}
-
 template <class Out>
 __device__ __forceinline__ void store_one(Out* to, Out value) {
   __stcs(to, value);
@@ -66,7 +29,11 @@ __device__ __forceinline__ void store_one(Out* to, Out value) {
 // rows, the least number of rows that fills whole chunks. So a thread takes one position within the period,
 // loads its activations once, and steps from period to period: per store it loads one delta (two where the
 // chunk lies across rows), and it divides only before the loop.
-struct RunPlan {
+struct Runs {
+  const void *delta, *activation, *operand;
+  void* out;
+  std::int64_t I;
+  std::int64_t delta_b, delta_o, activation_b, activation_i, operand_b, operand_o, out_b, out_o;
   std::int64_t runs, rows;  // runs in all; rows in each
   std::int64_t runs_per_sample;
   std::int64_t period;         // rows
@@ -74,129 +41,178 @@ struct RunPlan {
   std::int64_t column_tiles;   // blocks side by side in a period
   std::int64_t steps;          // periods that one thread takes
   std::int64_t row_tiles;      // blocks below one another in a run
-  std::int64_t tiles;          // column_tiles * row_tiles * runs / blockDim.z, rounded up
+  std::int64_t tiles;          // column_tiles * row_tiles * runs / z, rounded up
+  unsigned x, y, z;            // threads of a block: chunks within the period, periods, runs
+  Epilogue epilogue;
 };
 
-// Block: x = chunk within the period, y = period, z = run.
-template <class In, class Out>
-__global__ void __launch_bounds__(kThreads, 3) outer_runs(OuterParams p, RunPlan plan) {
+// What the thread (x, y, z) writes of a tile: one block's share.
+template <class In, class Out, bool kFused>
+__device__ __forceinline__ void write_runs(const Runs& p, std::int64_t tile, unsigned x, unsigned y, unsigned z) {
   constexpr int kSize = Chunk<Out>::kSize;
   using Real = Sum<In>;
-  const std::int64_t length = plan.rows * p.I;
-  for (std::int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    const std::int64_t run_tile = divide(tile, plan.column_tiles * plan.row_tiles);
-    const std::int64_t within = tile - run_tile * plan.column_tiles * plan.row_tiles;
-    const std::int64_t row_tile = divide(within, plan.column_tiles);
-    const std::int64_t column_tile = within - row_tile * plan.column_tiles;
+  const std::int64_t length = p.rows * p.I;
+  const std::int64_t run_tile = divide(tile, p.column_tiles * p.row_tiles);
+  const std::int64_t within = tile - run_tile * p.column_tiles * p.row_tiles;
+  const std::int64_t row_tile = divide(within, p.column_tiles);
+  const std::int64_t column_tile = within - row_tile * p.column_tiles;
 
-    const std::int64_t run = run_tile * blockDim.z + threadIdx.z;
-    if (run >= plan.runs) continue;
-    const std::int64_t b = divide(run, plan.runs_per_sample);
-    const std::int64_t first_row = run - b * plan.runs_per_sample;
-    const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b + first_row * p.delta_o;
-    const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b;
-    Out* out = static_cast<Out*>(p.out) + b * p.out_b + first_row * p.out_o;
+  const std::int64_t run = run_tile * p.z + z;
+  if (run >= p.runs) return;
+  const std::int64_t b = divide(run, p.runs_per_sample);
+  const std::int64_t first_row = run - b * p.runs_per_sample;
+  const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b + first_row * p.delta_o;
+  const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b;
+  Out* out = static_cast<Out*>(p.out) + b * p.out_b + first_row * p.out_o;
+  const In* operand = nullptr;
+  if constexpr (kFused) operand = static_cast<const In*>(p.operand) + b * p.operand_b + first_row * p.operand_o;
 
-    // Elements in front of the first 16-byte boundary, and the whole chunks behind it.
-    const int misplaced = static_cast<int>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(Out));
-    const std::int64_t head = min(static_cast<std::int64_t>(misplaced == 0 ? 0 : kSize - misplaced), length);
-    const std::int64_t chunks = (length - head) / kSize;
+  // Elements in front of the first 16-byte boundary, and the whole chunks behind it.
+  const int misplaced = static_cast<int>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(Out));
+  const std::int64_t head = min(static_cast<std::int64_t>(misplaced == 0 ? 0 : kSize - misplaced), length);
+  const std::int64_t chunks = (length - head) / kSize;
 
-    if (within == 0) {  // the first block of a run writes its ends, too short for a chunk
-      const std::int64_t tail = head + chunks * kSize;
-      const std::int64_t ends = head + length - tail;
-      for (std::int64_t k = threadIdx.y * blockDim.x + threadIdx.x; k < ends; k += blockDim.x * blockDim.y) {
-        const std::int64_t e = k < head ? k : tail + k - head;
-        const std::int64_t o = divide(e, p.I);
-        store_one(out + e, convert<Out>(convert<Real>(delta[o * p.delta_o]) *
-                                        convert<Real>(activation[(e - o * p.I) * p.activation_i])));
+  if (within == 0) {  // the first block of a run writes its ends, too short for a chunk
+    const std::int64_t tail = head + chunks * kSize;
+    const std::int64_t ends = head + length - tail;
+    for (std::int64_t k = y * p.x + x; k < ends; k += p.x * p.y) {
+      const std::int64_t e = k < head ? k : tail + k - head;
+      const std::int64_t o = divide(e, p.I);
+      Real d = convert<Real>(delta[o * p.delta_o]);
+      if constexpr (kFused) d = apply(p.epilogue, d, convert<Real>(operand[o * p.operand_o]));
+      store_one(out + e, convert<Out>(d * convert<Real>(activation[(e - o * p.I) * p.activation_i])));
+    }
+  }
+
+  const std::int64_t position = column_tile * p.x + x;
+  const std::int64_t period = row_tile * p.steps * p.y + y;
+  std::int64_t chunk = period * p.period_chunks + position;
+  if (position >= p.period_chunks || chunk >= chunks) return;
+
+  Real a[kSize];
+  int below[kSize];  // rows between the chunk's first element and this one
+  const std::int64_t e = head + position * kSize;
+  const std::int64_t o = divide(e, p.I);
+  std::int64_t i = e - o * p.I;
+  int row = 0;
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) {
+    a[k] = convert<Real>(activation[i * p.activation_i]);
+    below[k] = row;
+    if (++i == p.I) i = 0, ++row;
+  }
+
+  const In* d = delta + (period * p.period + o) * p.delta_o;
+  const In* z0 = nullptr;
+  if constexpr (kFused) z0 = operand + (period * p.period + o) * p.operand_o;
+  Out* to = out + head + chunk * kSize;
+  const std::int64_t next_delta = p.period * p.y * p.delta_o;
+  const std::int64_t next_operand = p.period * p.y * p.operand_o;
+  const std::int64_t next_chunk = p.period_chunks * p.y;
+#pragma unroll(kFused ? 1 : 4)
+  for (std::int64_t step = 0; step < p.steps; ++step) {
+    if (chunk >= chunks) break;
+    Chunk<Out> c;
+    if constexpr (kFused) {
+      // Once for each row, not for each element: an epilogue costs more than the rest.
+#pragma unroll 1
+      for (int r = 0; r <= below[kSize - 1]; ++r) {
+        const Real d0 = apply(p.epilogue, convert<Real>(d[r * p.delta_o]), convert<Real>(z0[r * p.operand_o]));
+#pragma unroll
+        for (int k = 0; k < kSize; ++k)
+          if (below[k] == r) c.element[k] = convert<Out>(d0 * a[k]);
       }
-    }
-
-    const std::int64_t position = column_tile * blockDim.x + threadIdx.x;
-    const std::int64_t period = row_tile * plan.steps * blockDim.y + threadIdx.y;
-    std::int64_t chunk = period * plan.period_chunks + position;
-    if (position >= plan.period_chunks || chunk >= chunks) continue;
-
-    Real a[kSize];
-    int below[kSize];  // rows between the chunk's first element and this one
-    const std::int64_t e = head + position * kSize;
-    const std::int64_t o = divide(e, p.I);
-    std::int64_t i = e - o * p.I;
-    int row = 0;
+      z0 += next_operand;
+    } else if (below[kSize - 1] == 0) {
+      const Real d0 = convert<Real>(*d);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      a[k] = convert<Real>(activation[i * p.activation_i]);
-      below[k] = row;
-      if (++i == p.I) i = 0, ++row;
-    }
-
-    const In* d = delta + (period * plan.period + o) * p.delta_o;
-    Out* to = out + head + chunk * kSize;
-    const std::int64_t next_delta = plan.period * blockDim.y * p.delta_o;
-    const std::int64_t next_chunk = plan.period_chunks * blockDim.y;
-#pragma unroll 4
-    for (std::int64_t step = 0; step < plan.steps; ++step) {
-      if (chunk >= chunks) break;
-      Chunk<Out> c;
-      if (below[kSize - 1] == 0) {
-        const Real d0 = convert<Real>(*d);
+      for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(d0 * a[k]);
+    } else {
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(d0 * a[k]);
-      } else {
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(convert<Real>(d[below[k] * p.delta_o]) * a[k]);
-      }
-      __stcs(reinterpret_cast<uint4*>(to), c.all);
-      d += next_delta;
-      to += next_chunk * kSize;
-      chunk += next_chunk;
+      for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(convert<Real>(d[below[k] * p.delta_o]) * a[k]);
     }
+    __stcs(reinterpret_cast<uint4*>(to), c.all);
+    d += next_delta;
+    to += next_chunk * kSize;
+    chunk += next_chunk;
   }
 }
 
-// T > 1 (and T = 0). A block makes a 64 x 64 tile of one sample's output, a thread 4 x 4 of it, from slices
-// of 16 rows of delta and activation in shared memory. Only the output is written.
-constexpr int kTile = 64, kSlice = 16, kPatch = 4;
+// One problem without an epilogue.
+template <class In, class Out>
+__global__ void __launch_bounds__(kThreads, 3) outer_runs(const __grid_constant__ Runs p) {
+  for (std::int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
+    write_runs<In, Out, false>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
+}
+
+// Several problems, or one with an epilogue. All cross as one argument, which may take 4 KB before CUDA 12.1.
+constexpr int kGroup = 16;
+struct Group {
+  Runs problem[kGroup];
+  int problems;
+};
+static_assert(sizeof(Group) <= 4096);
 
 template <class In, class Out>
-__global__ void __launch_bounds__(kThreads) outer_sum(OuterParams p, std::int64_t tiles_o, std::int64_t tiles_i) {
+__global__ void __launch_bounds__(kThreads, 3) outer_group(const __grid_constant__ Group group) {
+  std::int64_t before = 0;  // tiles of the problems before this one
+  int problem = 0;
+  for (std::int64_t tile = blockIdx.x;; tile += gridDim.x) {
+    while (problem < group.problems && tile - before >= group.problem[problem].tiles)
+      before += group.problem[problem++].tiles;
+    if (problem == group.problems) return;
+    const Runs& p = group.problem[problem];
+    const unsigned x = threadIdx.x % p.x, row = threadIdx.x / p.x, y = row % p.y, z = row / p.y;
+    if (z >= p.z) continue;
+    if (p.epilogue == Epilogue::none)
+      write_runs<In, Out, false>(p, tile - before, x, y, z);
+    else
+      write_runs<In, Out, true>(p, tile - before, x, y, z);
+  }
+}
+
+// T > 1 (and T = 0). A block makes a 64 x 64 tile of one sample's output. Only the output is written.
+constexpr int kPatch = 4, kTile = kSide * kPatch;
+
+// delta under its epilogue, [T, O].
+template <class In>
+struct Fused {
+  static constexpr int kUnroll = 1;  // the epilogues are long
+  Strided<In> delta, operand;
+  Epilogue epilogue;
+
+  __device__ bool by_columns() const { return delta.by_columns(); }
+  __device__ Sum<In> operator()(std::int64_t t, std::int64_t o) const {
+    return apply(epilogue, delta(t, o), operand(t, o));
+  }
+};
+
+template <class In, class Out, bool kFused>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>, 1>)
+    outer_sum(const __grid_constant__ OuterParams p, std::int64_t tiles_o, std::int64_t tiles_i) {
   using Real = Sum<In>;
-  __shared__ Real deltas[kSlice][kTile];
-  __shared__ Real activations[kSlice][kTile];
+  __shared__ Slices<Real, kPatch> slices;
   const int thread = static_cast<int>(threadIdx.x);
-  const int patch_o = thread / (kTile / kPatch) * kPatch, patch_i = thread % (kTile / kPatch) * kPatch;
 
   for (std::int64_t tile = blockIdx.x; tile < p.B * tiles_o * tiles_i; tile += gridDim.x) {
     const std::int64_t row_of_tiles = divide(tile, tiles_i);
     const std::int64_t b = divide(row_of_tiles, tiles_o);
     const std::int64_t o0 = (row_of_tiles - b * tiles_o) * kTile, i0 = (tile - row_of_tiles * tiles_i) * kTile;
-    const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b;
-    const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b;
-
-    Real sum[kPatch][kPatch] = {};
-    for (std::int64_t t0 = 0; t0 < p.T; t0 += kSlice) {
-      const int slice = static_cast<int>(min(p.T - t0, static_cast<std::int64_t>(kSlice)));
-      __syncthreads();  // the last slice has been read
-      for (int k = thread; k < slice * kTile; k += kThreads) {
-        const int t = k / kTile, n = k % kTile;
-        deltas[t][n] = o0 + n < p.O ? convert<Real>(delta[(t0 + t) * p.delta_t + (o0 + n) * p.delta_o]) : Real(0);
-        activations[t][n] =
-            i0 + n < p.I ? convert<Real>(activation[(t0 + t) * p.activation_t + (i0 + n) * p.activation_i]) : Real(0);
-      }
-      __syncthreads();
-      for (int t = 0; t < slice; ++t) {
-#pragma unroll
-        for (int y = 0; y < kPatch; ++y)
-#pragma unroll
-          for (int x = 0; x < kPatch; ++x) sum[y][x] += deltas[t][patch_o + y] * activations[t][patch_i + x];
-      }
+    const Strided<In> delta{static_cast<const In*>(p.delta) + b * p.delta_b, p.delta_t, p.delta_o};
+    const Strided<In> activation{static_cast<const In*>(p.activation) + b * p.activation_b, p.activation_t,
+                                 p.activation_i};
+    Real sum[kPatch][kPatch];
+    if constexpr (kFused) {
+      const Strided<In> operand{static_cast<const In*>(p.operand) + b * p.operand_b, p.operand_t, p.operand_o};
+      multiply_tile(Fused<In>{delta, operand, p.epilogue}, o0, p.O, activation, i0, p.I, p.T, slices, sum);
+    } else {
+      multiply_tile(delta, o0, p.O, activation, i0, p.I, p.T, slices, sum);
     }
 
-    const std::int64_t i = i0 + patch_i;
+    const std::int64_t i = i0 + thread % kSide * kPatch;
 #pragma unroll
     for (int y = 0; y < kPatch; ++y) {
-      const std::int64_t o = o0 + patch_o + y;
+      const std::int64_t o = o0 + thread / kSide * kPatch + y;
       if (o >= p.O) break;
       Out* to = static_cast<Out*>(p.out) + b * p.out_b + o * p.out_o + i;
       // Four elements are 8, 16 or 32 bytes: one store, or two of 16 bytes.
@@ -225,155 +241,92 @@ __global__ void __launch_bounds__(kThreads) outer_sum(OuterParams p, std::int64_
   }
 }
 
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 std::int64_t common_divisor(std::int64_t a, std::int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-template <class In, class Out>
-void launch(const OuterParams& p, cudaStream_t stream) {
-  if (p.T != 1) {
-    const std::int64_t tiles_o = divide_up(p.O, kTile), tiles_i = divide_up(p.I, kTile);
-    const auto blocks = static_cast<unsigned>(std::min(p.B * tiles_o * tiles_i, kMaxBlocks));
-    outer_sum<In, Out><<<blocks, kThreads, 0, stream>>>(p, tiles_o, tiles_i);
-    return;
-  }
-  constexpr std::int64_t kSize = 16 / sizeof(Out);
+Runs plan_runs(const OuterParams& p, std::int64_t element_size) {
+  const std::int64_t kSize = 16 / element_size;
   const bool joined = p.O == 1 || p.out_o == p.I;
-  RunPlan plan{};
-  plan.runs_per_sample = joined ? 1 : p.O;
-  plan.rows = joined ? p.O : 1;
-  plan.runs = p.B * plan.runs_per_sample;
-  plan.period = kSize / common_divisor(kSize, p.I);
-  plan.period_chunks = plan.period * p.I / kSize;
-  const std::int64_t periods = divide_up(plan.rows, plan.period);
+  Runs r{};
+  r.delta = p.delta, r.activation = p.activation, r.operand = p.operand, r.out = p.out, r.I = p.I;
+  r.delta_b = p.delta_b, r.delta_o = p.delta_o, r.activation_b = p.activation_b, r.activation_i = p.activation_i;
+  r.operand_b = p.operand_b, r.operand_o = p.operand_o, r.out_b = p.out_b, r.out_o = p.out_o;
+  r.epilogue = p.epilogue;
+  r.runs_per_sample = joined ? 1 : p.O;
+  r.rows = joined ? p.O : 1;
+  r.runs = p.B * r.runs_per_sample;
+  r.period = kSize / common_divisor(kSize, p.I);
+  r.period_chunks = r.period * p.I / kSize;
+  const std::int64_t periods = divide_up(r.rows, r.period);
 
   // x takes a period in blocks as even as can be, y what x leaves of the threads, z what the run leaves.
-  plan.column_tiles = divide_up(plan.period_chunks, kThreads);
-  dim3 block;
-  block.x = static_cast<unsigned>(divide_up(plan.period_chunks, plan.column_tiles));
-  block.y = static_cast<unsigned>(std::min<std::int64_t>(periods, kThreads / block.x));
-  block.z = static_cast<unsigned>(std::min<std::int64_t>(plan.runs, std::min(kThreads / (block.x * block.y), 64u)));
+  r.column_tiles = divide_up(r.period_chunks, kThreads);
+  r.x = static_cast<unsigned>(divide_up(r.period_chunks, r.column_tiles));
+  r.y = static_cast<unsigned>(std::min<std::int64_t>(periods, kThreads / r.x));
+  r.z = static_cast<unsigned>(std::min<std::int64_t>(r.runs, std::min(kThreads / (r.x * r.y), 64u)));
 
   // More steps a thread spread its preparation over more stores, as long as every multiprocessor keeps
   // several blocks.
   constexpr std::int64_t kEnoughBlocks = 8192, kMaxSteps = 16;
-  const std::int64_t rows_of_blocks = divide_up(periods, block.y);
-  const std::int64_t others = plan.column_tiles * divide_up(plan.runs, block.z);
-  plan.steps =
-      std::clamp<std::int64_t>(rows_of_blocks * others / kEnoughBlocks, 1, std::min(kMaxSteps, rows_of_blocks));
-  plan.row_tiles = divide_up(rows_of_blocks, plan.steps);
-  plan.tiles = others * plan.row_tiles;
-  outer_runs<In, Out><<<static_cast<unsigned>(std::min(plan.tiles, kMaxBlocks)), block, 0, stream>>>(p, plan);
+  const std::int64_t rows_of_blocks = divide_up(periods, r.y);
+  const std::int64_t others = r.column_tiles * divide_up(r.runs, r.z);
+  r.steps = std::clamp<std::int64_t>(rows_of_blocks * others / kEnoughBlocks, 1, std::min(kMaxSteps, rows_of_blocks));
+  r.row_tiles = divide_up(rows_of_blocks, r.steps);
+  r.tiles = others * r.row_tiles;
+  return r;
 }
 
-std::string version_name(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
-// What the user can do about an error, where that is known.
-std::string advice(cudaError_t error) {
-  switch (error) {
-    case cudaErrorNoKernelImageForDevice:
-      return "; gradext was not built for this GPU: install it again with GRADEXT_CUDA_ARCHS=native on this "
-             "machine";
-    case cudaErrorInsufficientDriver:
-      return "; the NVIDIA driver is missing or older than the CUDA runtime that gradext was built with: "
-             "update it, or "
-             "build gradext with an older CUDA toolkit";
-    default:
-      return "";
+template <class In, class Out>
+void launch_outer(const std::vector<OuterParams>& problems, int device, cudaStream_t stream) {
+  Group group{};
+  std::int64_t tiles = 0;
+  const auto launch_group = [&](const OuterParams& last) {
+    if (group.problems == 0) return;
+    const Runs& first = group.problem[0];
+    const cudaError_t error = group.problems == 1 && first.epilogue == Epilogue::none
+                                  ? launch(outer_runs<In, Out>, tiles, dim3(first.x, first.y, first.z), stream, first)
+                                  : launch(outer_group<In, Out>, tiles, dim3(kThreads), stream, group);
+    check(error, "kernel launch", kOperation, last, device);
+    group.problems = 0;
+    tiles = 0;
+  };
+  for (const OuterParams& params : problems) {
+    const OuterParams p = with_long_rows(params);
+    if (p.B == 0 || p.O == 0 || p.I == 0) continue;
+    if (p.T == 1) {
+      const Runs& runs = group.problem[group.problems++] = plan_runs(p, sizeof(Out));
+      tiles += runs.tiles;
+      if (group.problems == kGroup) launch_group(p);
+      continue;
+    }
+    const std::int64_t tiles_o = divide_up(p.O, kTile), tiles_i = divide_up(p.I, kTile);
+    const auto kernel = p.epilogue == Epilogue::none ? outer_sum<In, Out, false> : outer_sum<In, Out, true>;
+    check(launch(kernel, p.B * tiles_o * tiles_i, dim3(kThreads), stream, p, tiles_o, tiles_i), "kernel launch",
+          kOperation, p, device);
   }
-}
-
-void check(cudaError_t error, const char* call, const OuterParams& p, int device) {
-  if (error == cudaSuccess) return;
-  std::string arch = "unknown";
-  int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
-    arch = "sm_" + std::to_string(major * 10 + minor);
-  cudaGetLastError();  // neither this error nor one of the queries above must be found by the next caller
-  throw std::runtime_error(std::string("gradext outer_cuda: ") + call + " failed: " + cudaGetErrorString(error) + " (" +
-                           cudaGetErrorName(error) + ", B=" + std::to_string(p.B) + ", T=" + std::to_string(p.T) +
-                           ", O=" + std::to_string(p.O) + ", I=" + std::to_string(p.I) + ", device " +
-                           std::to_string(device) + ", " + arch + ")" + advice(error));
-}
-
-// Makes a device current and, on every way out, the former one again.
-class DeviceGuard {
- public:
-  DeviceGuard(const OuterParams& p, int device) {
-    check(cudaGetDevice(&former_), "cudaGetDevice", p, device);
-    if (former_ == device) return;
-    check(cudaSetDevice(device), "cudaSetDevice", p, device);
-    changed_ = true;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(former_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int former_ = 0;
-  bool changed_ = false;
-};
-
-template <class In>
-void launch_to(const OuterParams& p, cudaStream_t stream) {
-  if (p.out_dtype == p.in_dtype) return launch<In, In>(p, stream);
-  if constexpr (std::is_same_v<In, float>) {
-    if (p.out_dtype == DType::f16) return launch<In, __half>(p, stream);
-    if (p.out_dtype == DType::bf16) return launch<In, __nv_bfloat16>(p, stream);
-  } else if constexpr (!std::is_same_v<In, double>) {
-    if (p.out_dtype == DType::f32) return launch<In, float>(p, stream);
-  }
-  throw std::invalid_argument("gradext outer_cuda: no kernel for this pair of input and output types");
+  launch_group(problems.back());
 }
 
 }  // namespace
 
-void outer_cuda(const OuterParams& params, int device, std::uintptr_t stream_handle) {
-  const OuterParams p = with_long_rows(params);
-  if (p.B == 0 || p.O == 0 || p.I == 0) return;
-  const DeviceGuard guard(p, device);
+void outer_cuda(const std::vector<OuterParams>& problems, int device, std::uintptr_t stream_handle) {
+  if (problems.empty()) return;
+  const DType in_dtype = problems[0].in_dtype, out_dtype = problems[0].out_dtype;
+  for (const OuterParams& p : problems)
+    if (p.in_dtype != in_dtype || p.out_dtype != out_dtype)
+      throw std::invalid_argument("gradext outer_cuda: expected one pair of types for all problems of a call");
+  const DeviceGuard guard(kOperation, problems[0], device);
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  switch (p.in_dtype) {
-    case DType::f32:
-      launch_to<float>(p, stream);
-      break;
-    case DType::f64:
-      launch_to<double>(p, stream);
-      break;
-    case DType::f16:
-      launch_to<__half>(p, stream);
-      break;
-    case DType::bf16:
-      launch_to<__nv_bfloat16>(p, stream);
-      break;
-  }
-  check(cudaGetLastError(), "kernel launch", p, device);
-}
-
-CudaStatus cuda_status() noexcept {
-  CudaStatus status{};
-  cudaRuntimeGetVersion(&status.runtime_version);
-  cudaDriverGetVersion(&status.driver_version);
-  const cudaError_t error = cudaGetDeviceCount(&status.device_count);
-  if (error == cudaSuccess && status.device_count > 0) return status;
-  cudaGetLastError();
-  status.device_count = 0;
-  if (status.driver_version == 0)
-    status.reason = "no NVIDIA driver is installed";
-  else if (error == cudaErrorInsufficientDriver)
-    status.reason = "the NVIDIA driver supports CUDA " + version_name(status.driver_version) +
-                    ", gradext was built with CUDA " + version_name(status.runtime_version) +
-                    ": update the driver, or build gradext with an older toolkit";
-  else if (error == cudaSuccess || error == cudaErrorNoDevice)
-    status.reason = "no GPU is visible (CUDA_VISIBLE_DEVICES?)";
-  else
-    status.reason = std::string("cudaGetDeviceCount failed: ") + cudaGetErrorString(error);
-  return status;
+  with_type(in_dtype, [&](auto in) {
+    with_type(out_dtype, [&](auto out) {
+      using In = typename decltype(in)::type;
+      using Out = typename decltype(out)::type;
+      constexpr bool kHalf = sizeof(In) == 2, kFloat = std::is_same_v<In, float>;
+      if constexpr (std::is_same_v<In, Out> || (kFloat && sizeof(Out) == 2) || (kHalf && std::is_same_v<Out, float>))
+        launch_outer<In, Out>(problems, device, stream);
+      else
+        throw std::invalid_argument("gradext outer_cuda: no kernel for this pair of input and output types");
+    });
+  });
 }
 
 }  // namespace gradext

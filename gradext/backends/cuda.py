@@ -1,14 +1,20 @@
-"""The outer product on CUDA tensors by the compiled kernel."""
+"""The outer product and the squared norm on CUDA tensors by the compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import native
+from . import reference
 
 _C = native.C
 _CODE = (
     {} if _C is None else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 )
+_EPILOGUES = {} if _C is None else {name: code for name, code in _C.EPILOGUES.items() if code} | {None: 0}
 
 # What the kernels read, for each type that they write. Other inputs are converted before: they are small.
 _READS = {
@@ -18,13 +24,59 @@ _READS = {
     torch.bfloat16: (torch.float32, torch.bfloat16),
 }
 
+# delta [B, (T,) O], activation [B, (T,) I], out [B, O, I], the epilogue's name or None, its operand [B, (T,) O] or None
+Problem = tuple[Tensor, Tensor, Tensor, "str | None", "Tensor | None"]
+
 
 def available() -> str | None:
-    """None where the compiled kernel can be used on this machine, else why not."""
-    return native.reason if _C is None else _C.cuda_status()["reason"]
+    """None where the compiled kernels can be used on this machine, else why not."""
+    if _C is None:
+        return native.reason
+    status = _C.cuda_status()
+    return status["reason"] or lacking_code(status["capabilities"], _C.build_config())
 
 
-def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def lacking_code(capabilities: Sequence[int], config: dict) -> str | None:
+    """Which of the GPUs, by compute capability (90 for 9.0), has no code in a binary of this build_config()."""
+    archs, ptx = config["cuda_archs"], config["cuda_ptx"]
+    for device, capability in enumerate(capabilities):
+        if not any(_runs_on(capability, arch) for arch in archs) and not _compiles_for(capability, ptx):
+            built = ", ".join(f"sm_{arch}" for arch in archs) + (f" and PTX of compute_{ptx}" if ptx else "")
+            return (
+                f"gradext was built for {built}, but GPU {device} has compute capability {capability / 10}: install "
+                "it again with GRADEXT_CUDA_ARCHS=native on this machine, or hide that GPU by CUDA_VISIBLE_DEVICES"
+            )
+    return None
+
+
+def _runs_on(capability: int, arch: str) -> bool:
+    """Code for X.Y runs on X.Z with Z >= Y; an architecture's own features (sm_90a) bind it to that one alone.
+
+    ``native`` is the GPU that was there when it was built; of another one the launch tells.
+    """
+    if arch == "native":
+        return True
+    number = int(arch.rstrip("af"))
+    if arch.endswith("a"):
+        return capability == number
+    return capability // 10 == number // 10 and capability >= number
+
+
+def _compiles_for(capability: int, ptx: str | None) -> bool:
+    """The driver compiles PTX of compute_N for every GPU from N on, less where N binds it as it binds code."""
+    if ptx is None:
+        return False
+    return _runs_on(capability, ptx) if ptx[-1] in "af" else capability >= int(ptx)
+
+
+def outer(
+    delta: Tensor,
+    activation: Tensor,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    epilogue: str | None = None,
+    operand: Tensor | None = None,
+) -> Tensor:
     """Per-sample outer products, summed over T: ``out[b, o, i] = Σ_t delta[b, t, o] · activation[b, t, i]``.
 
     Args:
@@ -32,6 +84,9 @@ def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: t
         activation: ``[B, I]`` or ``[B, T, I]``, with as many dimensions as ``delta``.
         out: ``[B, O, I]``, any strides, written and returned.
         dtype: of a result without ``out``; the inputs' promoted type by default.
+        epilogue: its name in `reference.EPILOGUES`; ``EPILOGUES[epilogue](delta, operand)`` then takes delta's place,
+            computed in the kernel in the type that sums are kept in.
+        operand: of delta's shape and type, any strides.
 
     Sums are kept in fp32, or fp64 for fp64 results, and rounded once. Runs on the current stream of the
     tensors' device without synchronising, so that it can be captured into a CUDA graph.
@@ -42,41 +97,110 @@ def outer(delta: Tensor, activation: Tensor, out: Tensor | None = None, dtype: t
     Raises:
         RuntimeError: the launch failed; the message holds sizes, device and what to do.
     """
-    if out is not None:
-        dtype = out.dtype
-    elif dtype is None:
-        dtype = delta.dtype if delta.dtype is activation.dtype else torch.promote_types(delta.dtype, activation.dtype)
-
-    if delta.dtype is not activation.dtype or delta.dtype not in _READS.get(dtype, ()):
-        compute = torch.float64 if dtype is torch.float64 else torch.float32
-        if dtype in _READS:
-            delta, activation = delta.to(compute), activation.to(compute)
-    if delta.dim() == 2:
-        delta, activation = delta.unsqueeze(1), activation.unsqueeze(1)
-
-    B, T, O = delta.shape
-    I = activation.shape[2]
     if out is None:
-        out = torch.empty(B, O, I, dtype=dtype, device=delta.device)
-    out_b, out_o, out_i = out.stride()
-    if dtype not in _READS or (out_i != 1 and I > 1):
-        product = torch.mul if T == 1 else torch.bmm
-        return out.copy_(product(delta.transpose(1, 2), activation))
-    _C.outer_cuda(
-        delta.data_ptr(),
-        activation.data_ptr(),
-        out.data_ptr(),
-        B,
-        T,
-        O,
-        I,
-        *delta.stride(),
-        *activation.stride(),
-        out_b,
-        out_o,
-        _CODE[delta.dtype],
-        _CODE[dtype],
-        delta.device.index,
-        torch.cuda.current_stream(delta.device).cuda_stream,
-    )
+        if dtype is None:
+            dtype = torch.promote_types(delta.dtype, activation.dtype)
+        out = torch.empty(delta.shape[0], delta.shape[-1], activation.shape[-1], dtype=dtype, device=delta.device)
+    problem = (delta, activation, out, epilogue, operand)
+    if _takes(out):
+        _launch([_readable(*problem)])
+    else:
+        _by_torch(*problem)
     return out
+
+
+def outer_group(problems: Sequence[Problem]) -> None:
+    """`outer` of each problem into its ``out``, in as few launches as possible.
+
+    Up to 16 problems of one device, T = 1, and one pair of types read and written share a launch; other T take one
+    each. Where all layers are small, the launches are most of the time.
+
+    Raises:
+        RuntimeError: a launch failed; the message holds sizes, device and what to do.
+    """
+    groups: dict[tuple, list[Problem]] = {}
+    for problem in problems:
+        if _takes(problem[2]):
+            delta, _, out, *_ = readable = _readable(*problem)
+            groups.setdefault((delta.device, delta.dtype, out.dtype), []).append(readable)
+        else:
+            _by_torch(*problem)
+    for group in groups.values():
+        _launch(group)
+
+
+def _takes(out: Tensor) -> bool:
+    return out.dtype in _READS and (out.stride(2) == 1 or out.shape[2] <= 1)
+
+
+def _by_torch(delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None) -> Tensor:
+    fused = {} if epilogue is None else {"epilogue": epilogue, "operand": operand}
+    return reference.outer(delta, activation, out=out, **fused)
+
+
+def _readable(delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None) -> Problem:
+    """The problem with factors of one type that the kernels read where they write out's."""
+    if delta.dtype is not activation.dtype or delta.dtype not in _READS[out.dtype]:
+        compute = torch.float64 if out.dtype is torch.float64 else torch.float32
+        delta, activation = delta.to(compute), activation.to(compute)
+    if operand is not None and operand.dtype is not delta.dtype:
+        operand = operand.to(delta.dtype)
+    return delta, activation, out, epilogue, operand
+
+
+def _launch(problems: list[Problem]) -> None:
+    """All problems on one device, of one pair of types."""
+    delta = problems[0][0]
+    fields = [_outer_fields(*problem) for problem in problems]
+    _C.outer_cuda(fields, delta.get_device(), _stream(delta.device))
+
+
+def _outer_fields(
+    delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None
+) -> tuple[int, ...]:
+    (B, T, O), delta_strides = _positions(delta)
+    (_, _, I), activation_strides = _positions(activation)
+    return (
+        *(delta.data_ptr(), activation.data_ptr(), out.data_ptr(), B, T, O, I),
+        *(*delta_strides, *activation_strides, *out.stride()[:2], _CODE[delta.dtype], _CODE[out.dtype]),
+        *((0, 0, 0, 0) if operand is None else (operand.data_ptr(), *_positions(operand)[1])),
+        _EPILOGUES[epilogue],
+    )
+
+
+def _positions(factor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Shape and strides with T = 1 made explicit."""
+    if factor.dim() == 3:
+        return factor.shape, factor.stride()
+    (B, features), (stride_b, stride) = factor.shape, factor.stride()
+    return (B, 1, features), (stride_b, 0, stride)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
+    """``‖G[b]‖² = Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], fp64 for fp64 factors, else fp32.
+
+    delta [B, (T,) O], activation [B, (T,) I], any strides, of one type. T = 1: one pass over the factors. T > 1:
+    through tiles of G, BTOI multiply-adds, or of the two Gram matrices, BT²(O + I) / 2, whichever is counted to take
+    less time on this GPU in whole tiles; neither is written, only [B] and, where B samples cannot fill the GPU,
+    [B, splits] shares. Full precision on the CUDA cores, sums in a fixed order: the same call gives the same bits.
+    Runs on the current stream of the tensors' device without synchronising.
+
+    Raises:
+        RuntimeError: the launch failed; the message holds sizes, device and what to do.
+    """
+    (B, T, O), delta_strides = _positions(delta)
+    (_, _, I), activation_strides = _positions(activation)
+    norms = delta.new_empty(B, dtype=reference.accumulation_type(delta.dtype))
+    device = delta.get_device()
+    gram_tile, splits = (0, 1) if T == 1 else _C.sq_norm_plan(B, T, O, I, device)
+    shares = norms if splits == 1 else norms.new_empty(B, splits)
+    fields = (
+        *(delta.data_ptr(), activation.data_ptr(), norms.data_ptr(), B, T, O, I),
+        *(*delta_strides, *activation_strides, _CODE[delta.dtype]),
+    )
+    _C.sq_norm_cuda(fields, gram_tile, splits, shares.data_ptr(), device, _stream(delta.device))
+    return norms

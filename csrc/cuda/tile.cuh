@@ -1,0 +1,85 @@
+// A tile of a matrix product in the registers of a block: a tile of G for many positions, or of a Gram matrix.
+#pragma once
+
+#include "kernel.cuh"
+
+namespace gradext {
+
+// A block of kThreads is 16 x 16 threads, each of which makes kPatch x kPatch numbers of the tile. A slice of the
+// summed dimension lies in shared memory, for each factor of the product, and its threads' patches as a whole: read
+// by 16-byte loads without bank conflicts. The pad behind each row keeps writes down a column to two a bank.
+constexpr int kSide = 16, kSlice = 16;
+static_assert(kSide * kSide == kThreads);
+
+// Blocks that a multiprocessor has to hold at once, so that some multiply while others wait for memory; by the number
+// of tiles that a block keeps in registers.
+template <class Real, int kTiles>
+constexpr int kResidentBlocks = sizeof(Real) == 8 ? 2
+                                : kTiles == 1     ? 4
+                                                  : 3;
+
+template <class Real, int kPatch>
+struct Slices {
+  struct alignas(sizeof(Real) * kPatch < 16 ? sizeof(Real) * kPatch : 16) Patch {
+    Real element[kPatch];
+  };
+  Patch x[kSlice][kSide + 1], y[kSlice][kSide + 1];
+};
+
+// A factor of the product, [K, N]: numbers in memory.
+template <class In>
+struct Strided {
+  static constexpr int kUnroll = 4;  // numbers that a thread has on their way
+  const In* data;
+  std::int64_t stride_k, stride_n;
+
+  // Whether its numbers follow each other down a column and not along a row.
+  __device__ bool by_columns() const { return stride_k == 1 && stride_n != 1; }
+  __device__ Sum<In> operator()(std::int64_t k, std::int64_t n) const {
+    return convert<Sum<In>>(data[k * stride_k + n * stride_n]);
+  }
+};
+
+// x[k0 + k, n0 + n] for k < slice and the n of a tile, zero beyond N; neighbouring threads read neighbouring numbers.
+template <int kPatch, class X, class Patch>
+__device__ __forceinline__ void load_slice(const X& x, Patch (&to)[kSlice][kSide + 1], std::int64_t k0, int slice,
+                                           std::int64_t n0, std::int64_t N) {
+  constexpr int kTile = kSide * kPatch;
+  const bool by_columns = x.by_columns();
+#pragma unroll X::kUnroll
+  for (int pass = 0; pass < kPatch; ++pass) {
+    const int e = pass * kThreads + static_cast<int>(threadIdx.x);
+    const int k = by_columns ? e % kSlice : e / kTile, n = by_columns ? e / kSlice : e % kTile;
+    if (k < slice) to[k][n / kPatch].element[n % kPatch] = n0 + n < N ? x(k0 + k, n0 + n) : 0;
+  }
+}
+
+// sum[u][v] = Σ_k x[k, x0 + (thread / 16) kPatch + u] · y[k, y0 + (thread % 16) kPatch + v], for all K.
+// Every thread of the block has to call it.
+template <int kPatch, class X, class Y, class Real>
+__device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::int64_t x_size, const Y& y,
+                                              std::int64_t y0, std::int64_t y_size, std::int64_t K,
+                                              Slices<Real, kPatch>& slices, Real (&sum)[kPatch][kPatch]) {
+  const int row = static_cast<int>(threadIdx.x) / kSide, column = static_cast<int>(threadIdx.x) % kSide;
+#pragma unroll
+  for (int u = 0; u < kPatch; ++u)
+#pragma unroll
+    for (int v = 0; v < kPatch; ++v) sum[u][v] = 0;
+  for (std::int64_t k0 = 0; k0 < K; k0 += kSlice) {
+    const int slice = static_cast<int>(min(K - k0, static_cast<std::int64_t>(kSlice)));
+    __syncthreads();  // the last slice has been read
+    load_slice<kPatch>(x, slices.x, k0, slice, x0, x_size);
+    load_slice<kPatch>(y, slices.y, k0, slice, y0, y_size);
+    __syncthreads();
+#pragma unroll 4
+    for (int k = 0; k < slice; ++k) {
+      const auto left = slices.x[k][row], right = slices.y[k][column];
+#pragma unroll
+      for (int u = 0; u < kPatch; ++u)
+#pragma unroll
+        for (int v = 0; v < kPatch; ++v) sum[u][v] += left.element[u] * right.element[v];
+    }
+  }
+}
+
+}  // namespace gradext

@@ -1,0 +1,77 @@
+// Stands for the CUDA runtime where g++ compiles csrc/cuda/*.cu as plain C++: the kernels run on the CPU, a block's
+// threads as fibers that change at barriers only. Types and error codes are the toolkit's own.
+#pragma once
+
+#include <driver_types.h>
+#include <math.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#undef __global__
+#undef __device__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __shared__ static  // blocks run one after the other
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+using std::min;
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace emulator {
+
+enum class Barrier { none, warp, block };
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+void wait(Barrier barrier);
+void* lane_slot(int lane);  // 8 bytes of this thread's warp
+int lane();
+void count_store(const void* to, std::size_t bytes);
+
+}  // namespace emulator
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  return emulator::launch(*config, [&] { kernel(arguments...); });
+}
+
+inline void __syncthreads() { emulator::wait(emulator::Barrier::block); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  std::memcpy(emulator::lane_slot(emulator::lane()), &value, sizeof(T));
+  emulator::wait(emulator::Barrier::warp);
+  std::memcpy(&value, emulator::lane_slot(emulator::lane() ^ mask), sizeof(T));
+  emulator::wait(emulator::Barrier::warp);
+  return value;
+}
+
+template <class T>
+void __stcs(T* to, T value) {
+  emulator::count_store(to, sizeof(T));
+  *to = value;
+}
+
+extern "C" {
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+}

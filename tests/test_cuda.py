@@ -1,0 +1,637 @@
+"""The CUDA backend without a GPU: its kernels compiled as plain C++ and run on the CPU, block by block.
+
+`cuda_emulator` stands for the CUDA runtime. What it cannot show is the hardware's own: speed, memory ordering, and the
+last bits of exp, erf and tanh.
+"""
+
+import ctypes
+import importlib.util
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+import sysconfig
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gradext.backends import cuda
+from gradext.backends.reference import accumulation_type
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SANITIZERS = os.environ.get("GRADEXT_TEST_SANITIZERS")  # set by test_sanitizers for a process of its own
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+PAIRS = [(F32, F32), (F32, F16), (F32, BF16), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32), (F64, F64)]
+TYPES = (F32, F64, F16, BF16)
+CANARY = 7.0
+
+if not CSRC.is_dir():
+    pytest.skip("no sources beside the tests", allow_module_level=True)
+
+
+# --- the emulated module ---------------------------------------------------------------------------------------------
+
+
+class Emulator:
+    """The compiled module, `C`, and how it runs kernels."""
+
+    def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("gradext_emulated._C", path)
+        self.C = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.C)
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulator_configure.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+        for name in ("launches", "last_grid", "stores"):
+            getattr(self._library, f"emulator_{name}").restype = ctypes.c_int64
+
+    def configure(self, max_blocks=0, blocks=range(0), backwards=False, multiprocessors=2) -> None:
+        """The most blocks of a grid; which of them run, where not all; the order of threads and blocks."""
+        self._library.emulator_configure(max_blocks, blocks.start, len(blocks), backwards, multiprocessors)
+
+    @property
+    def launches(self) -> int:
+        return self._library.emulator_launches()
+
+    @property
+    def last_grid(self) -> int:
+        """How many blocks the last launch asked for."""
+        return self._library.emulator_last_grid()
+
+    def stores(self, nbytes: int) -> int:
+        return self._library.emulator_stores(nbytes)
+
+
+def compile_emulator(folder: Path, includes: list[str]) -> Path:
+    pybind11 = pytest.importorskip("pybind11")
+    here = ROOT / "tests" / "cuda_emulator"
+    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-unknown-pragmas"]
+    flags += ["-Wall", "-Wextra", "-Werror"]
+    sanitizers = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined"] if SANITIZERS else []
+    headers = [f"-I{here}", *(arg for path in includes for arg in ("-isystem", path))]
+    python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    jobs = {f"{path.stem}_cuda": ["-O1", "-x", "c++", path, *headers] for path in (CSRC / "cuda").glob("*.cu")}
+    jobs["emulator"] = ["-O1", here / "emulator.cpp", *headers]
+    macros = {"VERSION": "0", "SOURCE_HASH": "0", "WITH_CUDA": "1", "CUDA_ARCHS": "90", "CUDA_PTX": "90"}
+    jobs["bindings"] = [CSRC / "bindings.cpp", *python, *(f"-DGRADEXT_{key}={macros[key]}" for key in macros)]
+    jobs |= {name: [CSRC / "cpu" / f"{name}.cpp"] for name in ("outer", "threads", "workspace")}
+    kernel = [CSRC / "cpu" / "outer_kernel.cpp", "-Wno-psabi"]
+    jobs["baseline"] = [*kernel, "-DGRADEXT_ISA=baseline"]
+    jobs["avx2"] = [*kernel, "-DGRADEXT_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
+
+    def compile_one(name: str) -> Path:
+        target = folder / f"{name}.o"
+        run("g++", *flags, *sanitizers, *jobs[name], "-c", "-o", target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    run("g++", "-shared", *sanitizers, *objects, "-pthread", "-o", library)
+    return library
+
+
+def run(*command) -> None:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stderr[-4000:]}"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, cuda_includes):
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        pytest.skip("the emulator changes stacks as Linux on x86-64 does")
+    return Emulator(compile_emulator(tmp_path_factory.mktemp("emulated"), cuda_includes))
+
+
+@pytest.fixture
+def emulator(built, monkeypatch):
+    """`gradext.backends.cuda` over the emulated kernels, for CPU tensors."""
+    C = built.C
+    monkeypatch.setattr(cuda, "_C", C)
+    monkeypatch.setattr(cuda, "_CODE", {F32: C.F32, F64: C.F64, F16: C.F16, BF16: C.BF16})
+    monkeypatch.setattr(cuda, "_EPILOGUES", {name: code for name, code in C.EPILOGUES.items() if code} | {None: 0})
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    built.configure()
+    return built
+
+
+def factors(B, T, O, I, dtype=F32, seed=0):
+    """[B, T, O] and [B, T, I], or without T where it is None."""
+    generator = torch.Generator().manual_seed(seed)
+    leading = (B,) if T is None else (B, T)
+    return [torch.randn(*leading, n, generator=generator, dtype=F64).to(dtype) for n in (O, I)]
+
+
+def guarded(B, O, I, dtype, gap_o=0, gap_b=0, offset=0):
+    """An output with gaps between rows and samples, and the memory around it full of canaries."""
+    out_o, out_b = I + gap_o, O * (I + gap_o) + gap_b
+    memory = torch.full((offset + B * out_b + 64,), CANARY, dtype=dtype)
+    return memory, memory.as_strided((B, O, I), (out_b, out_o, 1), offset)
+
+
+def assert_nothing_else_written(memory, out):
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
+    assert (memory[outside] == CANARY).all()
+
+
+def assert_outer(out, delta, activation):
+    """One rounding of each product for T = 1; else at most twice torch's error and one rounding of the result."""
+    d, a = (x.unsqueeze(1) if x.ndim == 2 else x for x in (delta, activation))
+    wide = accumulation_type(delta.dtype)
+    if d.shape[1] == 1:
+        expected = (d.to(wide).mT * a.to(wide)).to(out.dtype)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        return
+    exact = d.double().mT @ a.double()
+    if exact.numel() == 0:
+        return
+    by_torch = (d.to(wide).mT @ a.to(wide)).to(out.dtype)
+    terms = (d.double().abs().mT @ a.double().abs()).max()
+    allowed = 2 * (by_torch.double() - exact).abs().max()
+    allowed += torch.finfo(out.dtype).eps * exact.abs().max() + 2 * torch.finfo(wide).eps * terms
+    assert (out.double() - exact).abs().max() <= allowed
+
+
+# --- the outer product -----------------------------------------------------------------------------------------------
+
+SHAPES = [
+    *((1, 1, 1), (3, 5, 7), (2, 3, 2), (1, 66, 130), (2, 1, 33), (2, 33, 1), (3, 7, 16), (2, 40, 20), (1, 3, 1100)),
+    *((0, 3, 4), (2, 0, 4), (2, 4, 0), (70, 2, 3)),
+]
+LAYOUTS = [(0, 0, 0), (0, 0, 3), (0, 5, 1), (3, 2, 1)]  # gaps between rows and samples, offset to the boundary
+
+
+@pytest.mark.parametrize("T", [None, 0, 1, 5, 70])
+@pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=str)
+def test_outer_of_every_type_shape_and_alignment(dtype, out_dtype, T, emulator):
+    for (B, O, I), layout in itertools.product(SHAPES, LAYOUTS[:: 1 if T is None or T == 5 else 3]):
+        delta, activation = factors(B, T, O, I, dtype)
+        memory, out = guarded(B, O, I, out_dtype, *layout)
+        out.fill_(float("nan"))
+        assert cuda.outer(delta, activation, out) is out
+        assert_outer(out, delta, activation)
+        assert_nothing_else_written(memory, out)
+
+
+@pytest.mark.parametrize("out_dtype", [F32, F64, BF16], ids=str)
+def test_outer_stores_16_bytes_wherever_it_can(out_dtype, emulator):
+    size = out_dtype.itemsize
+    for B, T, O, I in ((3, None, 21, 19), (2, None, 64, 48), (5, None, 9, 1), (2, 3, 70, 64)):
+        emulator.configure()
+        delta, activation = factors(B, T, O, I, torch.promote_types(out_dtype, F32))
+        cuda.outer(delta, activation, dtype=out_dtype)
+        joined = B * O * I * size
+        if T is None:  # all but the ends of each run, here a sample
+            assert emulator.stores(16) >= B * (O * I * size // 16 - 1)
+            assert 16 * emulator.stores(16) + size * emulator.stores(size) == joined
+        else:  # patches of 4 numbers
+            assert emulator.stores(min(16, 4 * size)) == joined // min(16, 4 * size)
+            assert emulator.stores(size) == 0
+
+
+@pytest.mark.parametrize("T", [None, 3, 20])
+def test_outer_of_strided_inputs(T, emulator):
+    """Sliced, transposed and expanded (a stride of 0)."""
+    leading = (4,) if T is None else (4, T)
+    delta = factors(4, T, 20, 1)[0][..., 1:-1:2]
+    activation = factors(4, T, 1, 21)[1].mT.contiguous().mT
+    for d, a in (
+        (delta, activation),
+        (delta[:1].expand(*leading, 9), activation),
+        (delta[..., :1].expand(*leading, 9), activation[:1].expand(*leading, 21)),
+    ):
+        assert_outer(cuda.outer(d, a), d, a)
+        fused = cuda.outer(d, a, epilogue="residual", operand=d.flip(0))
+        assert_outer(fused, d - d.flip(0), a)
+
+
+@pytest.mark.parametrize("T", [None, 3])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_outer_converts_what_no_kernel_reads(dtype, T, emulator):
+    delta, activation = factors(3, T, 5, 9, dtype)
+    for out_dtype in TYPES:
+        out = cuda.outer(delta, activation, dtype=out_dtype)
+        assert out.dtype is out_dtype
+        exact = torch.einsum("b...o,b...i->boi", delta.double(), activation.double())
+        eps = max(torch.finfo(kind).eps for kind in (out_dtype, accumulation_type(dtype)))
+        torch.testing.assert_close(out.double(), exact, rtol=2 * eps, atol=4 * eps)
+    columns = torch.empty(3, 9, 5, dtype=dtype).mT
+    assert cuda.outer(delta, activation, columns) is columns
+    torch.testing.assert_close(columns, cuda.outer(delta, activation))
+
+
+# --- epilogues -------------------------------------------------------------------------------------------------------
+
+
+def derivative(activation):
+    """Upstream times the derivative, as torch's own backward computes it."""
+
+    def backward(d, z):
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(activation(z), z, d)[0]
+
+    return backward
+
+
+EPILOGUES = {
+    "residual": lambda d, z: d - z,
+    "sigmoid_residual": lambda d, z: d.sigmoid() - z,
+    "mse_residual": lambda d, z: 2 * (d - z),
+    "relu": derivative(F.relu),
+    "leaky_relu": derivative(F.leaky_relu),
+    "sigmoid": derivative(torch.sigmoid),
+    "tanh": derivative(torch.tanh),
+    "gelu": derivative(F.gelu),
+    "silu": derivative(F.silu),
+    "elu": derivative(F.elu),
+    "softplus": derivative(F.softplus),
+}
+
+
+def test_every_epilogue_is_tested(emulator):
+    assert list(EPILOGUES) == [name for name, code in emulator.C.EPILOGUES.items() if code]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_epilogue(epilogue, dtype, emulator):
+    """As exact as torch in the type of the sum, fused for every T, never rounded to half before the product."""
+    wide = accumulation_type(dtype)
+    for T, O, I in ((None, 5, 21), (None, 40, 3), (None, 9, 1), (None, 3, 64), (3, 70, 9)):
+        delta, activation = factors(2, T, O, I, dtype)
+        operand = (3 * factors(2, T, O, I, F64, seed=1)[0]).to(dtype)
+        memory, out = guarded(2, O, I, wide, offset=1)
+        cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+        assert_nothing_else_written(memory, out)
+        exact = EPILOGUES[epilogue](delta.double(), operand.double())
+        exact = torch.einsum("b...o,b...i->boi", exact, activation.double())
+        by_torch = EPILOGUES[epilogue](delta.to(wide), operand.to(wide))
+        by_torch = torch.einsum("b...o,b...i->boi", by_torch, activation.to(wide))
+        # Beyond torch's own error: a few roundings of the largest numbers. softplus: torch rounds it to 1 from 20 on.
+        allowed = 2 * (by_torch.double() - exact).abs().max() + 8 * torch.finfo(wide).eps * (1 + exact.abs().max())
+        assert (out.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_epilogue_of_nan_infinity_and_zero(epilogue, emulator):
+    """Not a number, infinite or zero exactly where torch's own backward is."""
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e-40])
+    delta, operand = (x.reshape(1, -1) for x in torch.meshgrid(special, special, indexing="ij"))
+    ones = torch.ones(1, 1)
+    found = cuda.outer(delta, ones, epilogue=epilogue, operand=operand).flatten()
+    wanted = EPILOGUES[epilogue](delta, operand).flatten()
+    assert torch.equal(found.isnan(), wanted.isnan())
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
+    repeated = (x.unsqueeze(1).expand(1, 2, -1) for x in (delta, operand))
+    half = torch.full((1, 2, 1), 0.5)
+    summed = cuda.outer(next(repeated), half, epilogue=epilogue, operand=next(repeated)).flatten()
+    torch.testing.assert_close(summed, found, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=str)
+def test_epilogue_with_every_pair_of_types(dtype, out_dtype, emulator):
+    for T in (None, 4):
+        delta, activation = factors(2, T, 13, 11, dtype)
+        operand = factors(2, T, 13, 1, dtype, seed=1)[0]
+        out = cuda.outer(delta, activation, dtype=out_dtype, epilogue="mse_residual", operand=operand)
+        wide = accumulation_type(dtype)
+        assert_outer(out, 2 * (delta.to(wide) - operand.to(wide)), activation.to(wide))
+
+
+# --- several problems in a launch ------------------------------------------------------------------------------------
+
+
+def problem(B, T, O, I, dtype=F32, out_dtype=None, epilogue=None, seed=0):
+    delta, activation = factors(B, T, O, I, dtype, seed)
+    operand = None if epilogue is None else factors(B, T, O, 1, dtype, seed + 1)[0]
+    return delta, activation, torch.full((B, O, I), float("nan"), dtype=out_dtype or dtype), epilogue, operand
+
+
+def assert_as_alone(problems):
+    for delta, activation, out, epilogue, operand in problems:
+        alone = cuda.outer(delta, activation, dtype=out.dtype, epilogue=epilogue, operand=operand)
+        assert torch.equal(out, alone)
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=str)
+def test_group_of_mixed_shapes_is_one_launch(dtype, out_dtype, emulator):
+    shapes = [(3, 5, 7), (2, 33, 129), (1, 1, 1), (3, 64, 48), (2, 40, 3), (0, 3, 4), (2, 9, 1), (2, 1, 9), (70, 2, 3)]
+    names = [None, "gelu", None, "relu", "residual", None, None, "tanh", None]
+    problems = [
+        problem(B, None, O, I, dtype, out_dtype, name, seed)
+        for seed, ((B, O, I), name) in enumerate(zip(shapes, names, strict=True))
+    ]
+    memory, padded = guarded(3, 5, 7, out_dtype, gap_o=3, gap_b=2, offset=1)
+    problems.append((*problems[0][:2], padded, None, None))
+    cuda.outer_group(problems)
+    assert emulator.launches == 1
+    assert_as_alone(problems)
+    assert_nothing_else_written(memory, padded)
+
+
+@pytest.mark.parametrize(("count", "launches"), [(0, 0), (1, 1), (2, 1), (16, 1), (17, 2), (33, 3)])
+def test_groups_of_16(count, launches, emulator):
+    problems = [problem(2, None, 3 + k, 5 + k, seed=k) for k in range(count)]
+    cuda.outer_group(problems)
+    assert emulator.launches == launches
+    assert_as_alone(problems)
+
+
+def test_group_of_several_types_and_positions(emulator):
+    problems = [
+        problem(2, None, 5, 7),
+        problem(2, None, 5, 7, F32, BF16),
+        problem(2, 4, 5, 7),
+        problem(2, None, 6, 7, F32, BF16, "silu"),
+        problem(2, None, 6, 9),
+        problem(2, 4, 5, 7, BF16, None, "elu"),
+        problem(2, 0, 5, 7),
+        problem(2, 1, 5, 9),
+        problem(2, None, 5, 7, F16, BF16),  # read as fp32
+    ]
+    delta, activation, *_ = problems[0]
+    problems.append((delta, activation, torch.empty(2, 7, 5).mT, None, None))  # by torch
+    cuda.outer_group(problems)
+    # fp32: one of T = 1 and two of others; fp32 -> bf16; bf16 of T > 1
+    assert emulator.launches == 3 + 1 + 1
+    assert_as_alone(problems)
+
+
+def test_problems_of_different_types_are_refused(emulator):
+    fields = [cuda._outer_fields(*problem(2, None, 3, 4, dtype)) for dtype in (F32, F64)]
+    with pytest.raises(ValueError, match="expected one pair of types"):
+        emulator.C.outer_cuda(fields, -1, 0)
+    with pytest.raises(ValueError, match="expected a tuple of 22 integers, but got 3"):
+        emulator.C.outer_cuda([(1, 2, 3)], -1, 0)
+    with pytest.raises(ValueError, match="no kernel for this pair"):
+        emulator.C.outer_cuda([cuda._outer_fields(*problem(2, None, 3, 4, F64, F32))], -1, 0)
+
+
+# --- squared norms ---------------------------------------------------------------------------------------------------
+
+
+def assert_norms(found, delta, activation):
+    d, a = (x.unsqueeze(1) if x.ndim == 2 else x for x in (delta, activation))
+    exact = (d.double().mT @ a.double()).square().sum((1, 2))
+    wide = accumulation_type(delta.dtype)
+    assert found.dtype is wide
+    assert found.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    terms = (d.double().abs().mT @ a.double().abs()).square().sum((1, 2))
+    assert ((found.double() - exact).abs() <= 4 * torch.finfo(wide).eps * terms).all()
+    assert (found >= 0).all()
+
+
+def norms_by(emulator, delta, activation, gram_tile, splits):
+    """The kernel for T > 1 of a plan of our own choice."""
+    (B, T, O), I = delta.shape, activation.shape[2]
+    wide = accumulation_type(delta.dtype)
+    memory = torch.full((B + 2,), CANARY, dtype=wide)
+    shares = torch.full((B * splits + 2,), CANARY, dtype=wide)
+    pointers = [delta.data_ptr(), activation.data_ptr(), memory[1:].data_ptr()]
+    fields = (*pointers, B, T, O, I, *delta.stride(), *activation.stride(), cuda._CODE[delta.dtype])
+    emulator.C.sq_norm_cuda(fields, gram_tile, splits, shares[1:].data_ptr(), -1, 0)
+    for buffer in (memory, shares):
+        assert buffer[0] == CANARY
+        assert buffer[-1] == CANARY
+    return memory[1:-1]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_of_one_position(dtype, emulator):
+    for B, O, I in ((1, 1, 1), (9, 5, 7), (3, 300, 20), (2, 3000, 700), (0, 3, 4), (2, 0, 4), (2, 4, 0)):
+        delta, activation = factors(B, None, O, I, dtype)
+        assert_norms(cuda.sq_norm(delta, activation), delta, activation)
+        assert_norms(cuda.sq_norm(delta[:, None], activation[:, None]), delta, activation)
+    delta, activation = factors(20, None, 1, 33, dtype)
+    for d, a in ((delta.expand(20, 9), activation[::2, 1::3].repeat(2, 1)), (delta, activation.T.contiguous().T)):
+        assert_norms(cuda.sq_norm(d, a), d, a)
+
+
+@pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_of_many_positions(dtype, gram_tile, emulator):
+    shapes = [(2, 5, 3, 7), (3, 70, 20, 33), (1, 33, 66, 1), (2, 16, 1, 70), (2, 0, 3, 4), (2, 5, 0, 4), (0, 5, 3, 4)]
+    for (B, T, O, I), splits in itertools.product(shapes, (1, 3)):
+        delta, activation = factors(B, T, O, I, dtype)
+        norms = norms_by(emulator, delta, activation, gram_tile, splits)
+        assert_norms(norms, delta, activation)
+    columns = activation.mT.contiguous().mT
+    for d, a in (
+        (delta.mT.contiguous().mT, columns),
+        (factors(2, 20, 9, 4, dtype)[0][:, ::2, 1::3], factors(2, 10, 1, 1, dtype)[1].expand(2, 10, 70)),
+    ):
+        assert_norms(norms_by(emulator, d, a, gram_tile, 2), d, a)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_by_the_plan(dtype, emulator):
+    for B, T, O, I in ((1, 70, 9, 5), (1, 3, 200, 70), (40, 5, 17, 9), (2, 20, 70, 70), (1, 200, 3, 2)):
+        delta, activation = factors(B, T, O, I, dtype)
+        assert_norms(cuda.sq_norm(delta, activation), delta, activation)
+
+
+def test_plan_takes_the_cheaper_route_and_fills_the_gpu(emulator):
+    emulator.configure(multiprocessors=132)
+
+    def plan(B, T, O, I):
+        return emulator.C.sq_norm_plan(B, T, O, I, -1)
+
+    assert plan(4096, 4, 64, 64) == (0, 1)  # one tile of 4 steps, or 16 x 16 positions of 128
+    assert plan(4096, 16, 784, 400) == (16, 1)
+    assert plan(4096, 30, 784, 400) == (32, 1)
+    assert plan(256, 4096, 784, 400)[0] == 0
+    gram_tile, splits = plan(1, 16, 784, 400)  # one block for the Gram matrix, or 91 for the gradient
+    assert (gram_tile, splits) == (0, 91)
+    gram_tile, splits = plan(1, 4096, 64, 64)  # the other way round
+    assert gram_tile == 64
+    assert splits > 132
+    assert plan(0, 4, 3, 3)[1] >= 1
+
+
+def test_norms_are_not_negative_where_terms_cancel(emulator):
+    delta, activation = factors(8, 64, 30, 40)
+    delta[:, 1::2], activation[:, 1::2] = -delta[:, ::2], activation[:, ::2]
+    for gram_tile in (16, 32, 64):
+        found = norms_by(emulator, delta, activation, gram_tile, 2)
+        assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
+def test_norms_of_nan_and_infinity(gram_tile, emulator):
+    delta, activation = (x.abs() for x in factors(3, 20, 5, 9))
+    delta[0, 3, 2] = float("nan")
+    activation[1, 3, 2] = float("inf")
+    found = norms_by(emulator, delta, activation, gram_tile, 1)
+    assert found[0].isnan()
+    assert found[1].isinf()
+    assert_norms(found[2:], delta[2:], activation[2:])
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+def everything():
+    """A call of every kernel; the results must not depend on how blocks and threads take turns."""
+    results = []
+    for T in (None, 3, 20):
+        delta, activation = factors(7, T, 70, 33)
+        operand = factors(7, T, 70, 33, seed=1)[0]
+        results.append(cuda.outer(delta, activation))
+        results.append(cuda.outer(delta, activation, epilogue="gelu", operand=operand))
+        results.append(cuda.sq_norm(delta, activation))
+    problems = [problem(5, None, 20 + k, 9 + k, seed=k) for k in range(5)]
+    cuda.outer_group(problems)
+    return results + [out for _, _, out, _, _ in problems]
+
+
+def test_order_of_threads_and_blocks_does_not_matter(emulator):
+    """A barrier that is missing would show when threads run backwards."""
+    expected = everything()
+    emulator.configure(backwards=True)
+    for found, wanted in zip(everything(), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("max_blocks", [1, 3])
+def test_work_beyond_the_largest_grid(max_blocks, emulator):
+    """A grid is at most 2³¹ - 1 blocks; each then takes more than one tile."""
+    expected = everything()
+    emulator.configure(max_blocks=max_blocks)
+    for found, wanted in zip(everything(), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def sparse(elements, dtype):
+    """Zeroed memory whose pages exist once they are touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+
+
+@pytest.mark.parametrize("T", [None, 2])
+@pytest.mark.parametrize("epilogue", [None, "residual"])
+def test_strides_beyond_32_bits(epilogue, T, emulator):
+    """index · stride passes 2³² elements, of inputs and outputs, where neither does."""
+    far = (1 << 32) + 24
+    memory, leading = sparse(2 * far + 64, BF16), (2,) if T is None else (2, T)
+    strides = (far, 1) if T is None else (far, 8, 1)
+    delta, activation = (memory.as_strided((*leading, 5), strides, offset) for offset in (0, 24))
+    for tensor, values in zip((delta, activation), factors(2, T, 5, 5, BF16), strict=True):
+        tensor.copy_(values)
+    out = sparse(2 * far + 64, F32).as_strided((2, 5, 5), (far, 5, 1), 3)
+    operand = None if epilogue is None else activation
+    cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+    read = delta.float() if epilogue is None else delta.float() - activation.float()
+    assert_outer(out, read, activation.float())
+    assert_norms(cuda.sq_norm(delta, activation), delta, activation)
+    features = activation.as_strided((*leading, 2), (*strides[:-1], far - 1 if T is None else 1))
+    assert_norms(cuda.sq_norm(delta, features), delta, features)
+
+
+@pytest.mark.parametrize(("T", "epilogue"), [(None, None), (None, "residual"), (3, None)])
+def test_results_beyond_32_bit_indices(T, epilogue, emulator):
+    """The last blocks of a result of more than 2³² elements; the factors are small, their strides 0."""
+    B, O, I = 5, 30011, 30001
+    assert B * O * I > 1 << 32
+    row = factors(1, T, 1, I, BF16)[1]
+    delta = torch.full((1,) * row.ndim, 2.0, dtype=BF16).expand(B, *row.shape[1:-1], O)
+    activation = row.expand(B, *row.shape[1:])
+    operand = None if epilogue is None else torch.ones_like(delta[:1, ..., :1]).expand(delta.shape)
+    out = sparse(B * O * I, BF16).view(B, O, I)
+    emulator.configure(blocks=range(0, 1))
+    cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+    blocks = emulator.last_grid
+    emulator.configure(blocks=range(blocks - 300, blocks))  # more than lie side by side
+    cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+    d = delta if operand is None else delta[:1] - operand[:1]
+    for corner, part in ((0, slice(9, 40)), (-1, slice(-40, -9))):  # the first block of a sample writes its ends
+        found = out[corner, corner, part][None, None]
+        assert_outer(found, d[:1, ..., :1], activation[:1, ..., part])
+
+
+# --- errors, and GPUs without code -----------------------------------------------------------------------------------
+
+
+def test_failed_calls_say_what_and_where(emulator):
+    fields = cuda._outer_fields(*problem(2, None, 3, 4))
+    with pytest.raises(
+        RuntimeError, match=r"outer_cuda: cudaSetDevice failed: .*InvalidDevice, B=2, T=1, O=3, I=4, de.* 99"
+    ):
+        emulator.C.outer_cuda([fields], 99, 0)
+    norm = (*fields[:7], *fields[7:13], emulator.C.F32)
+    with pytest.raises(
+        RuntimeError, match=r"sq_norm_cuda: cudaSetDevice failed: .*B=2, T=1, O=3, I=4, device 99, sm_90"
+    ):
+        emulator.C.sq_norm_cuda(norm, 0, 1, fields[2], 99, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "ptx", "runs"),
+    [
+        (90, ["80", "90"], None, True),
+        (86, ["80", "90"], None, True),  # sm_80 code runs on 8.6
+        (80, ["86"], None, False),  # but not the other way round
+        (120, ["80", "90"], "90", True),  # by PTX
+        (120, ["80", "90"], None, False),
+        (75, ["80", "90"], "90", False),
+        (100, ["90"], None, False),  # another major version
+        (90, ["90a"], "90a", True),
+        (100, ["90a"], "90a", False),  # bound to its own architecture
+        (103, ["100f"], None, True),  # to its family
+        (110, ["100f"], "100f", False),
+        (103, ["100a"], None, False),
+        (75, ["native"], None, True),
+    ],
+)
+def test_which_gpus_a_binary_has_code_for(capability, archs, ptx, runs):
+    reason = cuda.lacking_code([capability], {"cuda_archs": archs, "cuda_ptx": ptx})
+    assert (reason is None) == runs
+
+
+def test_a_gpu_without_code_is_told_with_its_cure(monkeypatch):
+    config = {"cuda_archs": ["80", "120"], "cuda_ptx": "120"}
+    status = {"reason": None, "capabilities": [90 - 5, 75]}
+    fake = types.SimpleNamespace(cuda_status=lambda: status, build_config=lambda: config)
+    monkeypatch.setattr(cuda, "_C", fake)
+    assert cuda.available() == (
+        "gradext was built for sm_80, sm_120 and PTX of compute_120, but GPU 1 has compute capability 7.5: install it "
+        "again with GRADEXT_CUDA_ARCHS=native on this machine, or hide that GPU by CUDA_VISIBLE_DEVICES"
+    )
+    status["capabilities"] = [86, 120, 121]
+    assert cuda.available() is None
+    status["reason"] = "no NVIDIA driver is installed"
+    assert cuda.available() == "no NVIDIA driver is installed"
+
+
+# --- sanitizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(SANITIZERS), reason="this is the process that it starts")
+def test_sanitizers(nvcc):
+    """All of the above once more, where no byte beyond a tensor, no overflow and no bad shift goes unseen."""
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    if not all(Path(path).is_file() for path in libraries):
+        pytest.skip("g++ has no sanitizers here")
+    environment = {
+        **os.environ,
+        "GRADEXT_TEST_SANITIZERS": "address,undefined",
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+    assert "passed" in result.stdout
