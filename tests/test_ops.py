@@ -568,18 +568,6 @@ def test_table_on_other_devices(table):
     assert table("outer", "mps", None) == "reference"
 
 
-def test_small_results_on_the_cpu_follow_the_threshold(table, monkeypatch):
-    assert table("outer", "cpu", None, size=(1, 1, 1)) == "cpu"  # off until measured
-    assert table("outer", "cpu", None, size=(0, 1, 1)) == "cpu"
-    monkeypatch.setattr(backends, "_working", {("cpu", "reference"): backends.cpu})
-    call = backends.Call(torch.ones(2, 3), torch.ones(2, 3, 5, dtype=torch.bfloat16))
-    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", 2 * 2 * 3 * 5 + 1)
-    assert backends.choose("outer", None, "cpu", call) is reference
-    assert backends.choose("outer", None, "cpu", call._replace(delta=torch.ones(2, 2, 3))) is backends.cpu
-    monkeypatch.setattr(backends, "CPU_TORCH_BELOW", 2 * 2 * 3 * 5)
-    assert backends.choose("outer", None, "cpu", call) is backends.cpu
-
-
 def test_table_ends_every_choice_it_begins():
     for operator in PLAIN:
         for device in "cuda", "cpu":

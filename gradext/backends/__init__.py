@@ -21,8 +21,6 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "
 
 # The backend for every call that names none. Read once: a look-up takes as long as the rest of a choice.
 DEFAULT = os.environ.get("GRADEXT_BACKEND") or None
-# Results of fewer bytes, T = 1, on the CPU go to torch.mul, whose call costs less. 0: none do, until that is measured.
-CPU_TORCH_BELOW = 0
 
 
 class Call(NamedTuple):
@@ -95,6 +93,10 @@ TABLE = (
         ("reference",), "bound by arithmetic that cuBLAS does best",
     ),
     Row(
+        ("outer",), "cpu", "T = 1, stored by rows", lambda c: c.delta.ndim == 2 and c.out.stride(2) == 1,
+        ("cpu", "reference"), "bound by writing BOI numbers, in streaming stores",
+    ),
+    Row(
         ("outer",), "cpu", "T >= 12", lambda c: c.positions >= 12,
         ("reference",), "bound by arithmetic that torch.bmm blocks better (measured: they meet between T = 8 and 20)",
     ),
@@ -103,13 +105,8 @@ TABLE = (
         ("reference",), "the compiled kernel writes along rows",
     ),
     Row(
-        ("outer",), "cpu", f"T = 1, fewer than {CPU_TORCH_BELOW} bytes",
-        lambda c: CPU_TORCH_BELOW > 0 and c.positions == 1 and c.out.nbytes < CPU_TORCH_BELOW,
-        ("reference",), "inside the cache, where a call costs more than its stores",
-    ),
-    Row(
         ("outer",), "cpu", "else", lambda c: True,
-        ("cpu", "reference"), "bound by writing BOI numbers, in streaming stores",
+        ("cpu", "reference"), "a few positions cost less than the writing, which streams past the cache",
     ),
 )  # fmt: skip
 
@@ -129,7 +126,7 @@ def choose(operator: str, name: str | None, device_type: str, call: Call) -> Mod
     if name is None:
         for row in _rows.get((operator, device_type), ()):
             if row.fits(call):
-                return first_working(row.backends)
+                return _working.get(row.backends) or first_working(row.backends)
         return reference
     if name not in BACKENDS:
         raise BackendError(f"backend: expected one of {sorted(BACKENDS)} or None, but got {name!r}")
