@@ -54,13 +54,14 @@ def batch_layer_grads(
         dtype: type of the results; default: the parameters' (or that of ``out``).
         backend: None (the best for the device), ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
         fallback: ``"vmap"`` computes the parameters for which there is no rule through ``torch.func``, in chunks (where
-            torch can vectorise the model), and ``"loop"`` sample by sample; then every parameter can be chosen. Random
-            models draw anew there.
+            torch can vectorise the model), and ``"loop"`` sample by sample; then every parameter can be chosen. There
+            a sample is a row of every input that has B of them, and random models draw anew.
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
         check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
-            input, at the price of a second backward. Worth one call for a model that is new; it is always done where
-            the shapes cannot tell samples from positions. ``"sum"`` raises it where Σ_b of a parameter's gradients is
-            not what autograd gives for the summed losses, at the price of a whole forward and backward.
+            input, at the price of a second backward. That is always done where the shapes cannot tell samples from
+            positions, and in the first call of a model with each new arrangement of shapes; ask for it where the data
+            decide what a model does with its rows. ``"sum"`` raises it where Σ_b of a parameter's gradients is not
+            what autograd gives for the summed losses, at the price of a whole forward and backward.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
 
     A tuple output means its first element. A loss of your own gets any other output as it is.
