@@ -13,6 +13,9 @@ per-sample losses to the recorded outputs gives every delta.
 What the mode cannot see (custom autograd functions, scripted code, a weight's view made beforehand) still shows in the
 graph: no path may lead from the losses to a chosen parameter other than through its alias. Frozen parameters require
 grad during the forward for that purpose alone.
+
+Which rows of a use are which sample's is read from the shapes, and proved by a second backward, from losses of
+different weights: always where the shapes leave a choice, else once for each model and arrangement of shapes.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import layers as rules
 from .errors import CaptureError, UnsupportedLayerError
@@ -59,6 +63,8 @@ _MIXING = (
     "{} normalises with the statistics of the batch, so that the samples mix and per-sample gradients do not exist; "
     "call model.eval(), or use GroupNorm"
 )
+# Of each model, the arrangements of uses whose rows have been proved to be the samples'.
+_proved = WeakIdKeyDictionary()
 
 
 class Form(NamedTuple):
@@ -77,7 +83,9 @@ class Form(NamedTuple):
         if self.rows is None:
             return gradient
         if isinstance(gradient, GradFactors):
-            return gradient.in_rows(self.start, self.shape[0])
+            if gradient.weight_shape is None:
+                return gradient.in_rows(self.start, self.shape[0])
+            gradient = gradient.materialize()
         padded = gradient.new_zeros(gradient.shape[0], *self.shape)
         padded[:, self.start : self.start + self.rows] = gradient
         return padded
@@ -163,7 +171,8 @@ class _Capture(TorchFunctionMode):
         rule = rules.FUNCTIONS.get(func)
         if rule is not None and not self.opaque:
             call = rule.bind(func, args, kwargs)
-            if call is not None and id(call.input) not in self.known:
+            # The rules' products are those of real numbers.
+            if call is not None and id(call.input) not in self.known and not call.input.is_complex():
                 known = {role: self.known.get(id(parameter)) for role, parameter in call.parameters.items()}
                 if any(entry is not None and entry.form for entry in known.values()):
                     return self._record_call(call, known)
@@ -261,10 +270,10 @@ class _Capture(TorchFunctionMode):
             role = next(iter(arguments))
             arguments[role] = arguments[role].detach().requires_grad_()
         output = call.run(**arguments)
-        self.record(forms, call.gradient, call.input, output, call.rows)
+        self.record(forms, call.gradient, call.input, call.input._version, output, call.rows)
         return output
 
-    def record(self, forms: dict[str, Form], gradient, input: Tensor, output: Tensor, rows: int) -> None:
+    def record(self, forms: dict[str, Form], gradient, input: Tensor, version: int, output: Tensor, rows: int) -> None:
         # An in-place activation on a view rewrites the history of the view, but not that of its base.
         source = output if output._base is None else output._base
         if source.numel() != output.numel():
@@ -274,7 +283,7 @@ class _Capture(TorchFunctionMode):
                 forms=forms,
                 gradient=gradient,
                 input=input if self.keep_graph else input.detach(),
-                input_version=input._version,
+                input_version=version,
                 rows=rows,
                 time_major=self.time_major,
                 output=output,
@@ -402,7 +411,8 @@ def _captured(
             if not _layouts(record, batch):
                 missing |= dict.fromkeys(record.names, _no_batch(record, batch))
         records = _without(records, missing)
-        uses = _uses(mode, root, records, shared, check_samples, create_graph) if records else []
+        proved = _proved.setdefault(model, {}).setdefault(model.training, set())
+        uses = _uses(mode, root, records, shared, check_samples, create_graph, proved) if records else []
         return Captured(uses, missing, batch)
 
 
@@ -479,6 +489,11 @@ def _ambiguous(record: _Record, layouts: list[Layout], batch: int) -> bool:
     return len(layouts) > 1 or record.shape[0] != batch or batch in record.shape[1 : record.rows]
 
 
+def _arrangement(record: _Record, batch: int) -> tuple:
+    """What a use has in common with those in other calls whose rows lie in the same way."""
+    return (*sorted(record.names), record.time_major is None, *(n == batch for n in record.shape[: record.rows]))
+
+
 def _no_batch(record: _Record, batch: int) -> CaptureError:
     return CaptureError(
         f"{record}: expected an input of shape [B, ..., I] with B = {batch} samples, but the layer saw "
@@ -493,44 +508,58 @@ def _uses(
     shared: SampleRows | None,
     check_samples: bool,
     create_graph: bool,
+    proved: set[tuple],
 ) -> list[Use]:
-    """The inputs and the deltas, the gradients of the summed losses with respect to every recorded output."""
+    """The inputs and the deltas, the gradients of the summed losses with respect to every recorded output.
+
+    ``proved`` holds the arrangements of uses that were found to be right in earlier calls; new ones are added.
+    """
     batch = root.gradient.shape[0]
-    proved = shared is not None and shared.layouts is not None
-    layouts = [[layout] for layout in shared.layouts] if proved else [_layouts(record, batch) for record in records]
-    # Another order than the usual one has to be proved; and where there are as many positions as samples, any order:
-    # theirs could be exchanged, and the shapes would not tell.
-    check_samples = (batch > 1 and not proved) and (
-        check_samples or any(_ambiguous(record, layout, batch) for record, layout in zip(records, layouts, strict=True))
-    )
+    known = shared is not None and shared.layouts is not None
+    layouts = [[layout] for layout in shared.layouts] if known else [_layouts(record, batch) for record in records]
     edges = [record.edge for record in records]
+    arrangements = [_arrangement(record, batch) for record in records]
+    ends = edges == [root.edge] and not create_graph and not records[0].output._backward_hooks
+    # Another order than the usual one has to be proved, and where there are as many positions as samples, any order:
+    # theirs could be exchanged, and the shapes would not tell. The usual one can be a coincidence too (an embedding of
+    # as many positions, a loop over the samples, a permutation), which one proof for each arrangement rules out.
+    check_samples = (batch > 1 and not known) and (
+        check_samples
+        or any(_ambiguous(record, layout, batch) for record, layout in zip(records, layouts, strict=True))
+        or not (ends or proved.issuperset(arrangements) or _is_capturing(root.gradient))
+    )
 
     def backward(gradient: Tensor, **options) -> list[Tensor]:
         # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
         # edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
-        with mode:
+        with mode, _after_hooks(records) as hooked:
             found = torch.autograd.grad((root.edge,), edges, (gradient,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
-            r.output.new_zeros(r.shape, dtype=r.dtype) if delta is None else delta.reshape(r.shape)
-            for r, delta in zip(records, found, strict=True)
+            r.output.new_zeros(r.shape, dtype=r.dtype) if delta is None else hooked.get(k, delta).reshape(r.shape)
+            for k, (r, delta) in enumerate(zip(records, found, strict=True))
         ]
 
     if root.edge is None:  # the losses do not depend on the chosen layers at all
         deltas = [record.output.new_zeros(record.shape, dtype=record.dtype) for record in records]
-    elif edges == [root.edge] and not (check_samples or create_graph or records[0].output._backward_hooks):
+    elif ends and not check_samples:
         deltas = [root.gradient]  # the backward begins where it would end
     else:
         deltas = backward(root.gradient, retain_graph=check_samples or create_graph, create_graph=create_graph)
         if check_samples:
-            half = torch.randperm(batch, generator=torch.Generator().manual_seed(batch)) < batch // 2
-            half = half.to(root.gradient.device)
-            rows = half.to(root.gradient.dtype).view(-1, *[1] * (root.gradient.ndim - 1))
-            parts = backward(root.gradient * rows)
+            # Nothing, or powers of two, by which even rounding errors are multiplied exactly: all different for up to
+            # eight samples, and in no order that a model might have.
+            levels = torch.randperm(batch, generator=torch.Generator().manual_seed(batch)) % 8
+            weights = torch.where(levels == 0, 0, 0.5**levels).to(root.gradient)
+            weighted = root.gradient.detach() * weights.view(-1, *[1] * (root.gradient.ndim - 1))
+            parts = backward(weighted, retain_graph=create_graph)
             layouts = [
-                [_consistent(record, layout, delta.detach(), part, half)]
+                [_consistent(record, layout, delta.detach(), part, weights)]
                 for record, layout, delta, part in zip(records, layouts, deltas, parts, strict=True)
             ]
+            proved |= {
+                arrangement for arrangement, part in zip(arrangements, parts, strict=True) if (part.abs() > 0).any()
+            }
     if shared is not None:
         shared.layouts = [layout[0] for layout in layouts]
     return [
@@ -539,19 +568,47 @@ def _uses(
     ]
 
 
-def _consistent(record: _Record, layouts: list[Layout], delta: Tensor, part: Tensor, half: Tensor) -> Layout:
-    """The first layout by which the losses of half of the samples have all of the deltas of that half, and no other."""
+@contextlib.contextmanager
+def _after_hooks(records: list[_Record]):
+    """The gradients of outputs with hooks as the hooks leave them; torch's engine captures some of them before.
+
+    Yields a dict by place in ``records`` that a backward fills; those where it ends are captured after their hooks.
+    """
+    found: dict[int, Tensor] = {}
+    handles = [
+        record.edge.node.register_prehook(lambda grads, k=k, n=record.edge.output_nr: found.update({k: grads[n]}))
+        for k, record in enumerate(records)
+        if record.output._backward_hooks
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being made, in which values cannot be looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _consistent(record: _Record, layouts: list[Layout], delta: Tensor, part: Tensor, weights: Tensor) -> Layout:
+    """The first layout by which each sample's deltas, and no others, weigh what its loss weighs in ``part``.
+
+    NaN tells nothing: a sample's own reaches the others' as zero times NaN.
+    """
     for layout in layouts:
         ordered, ordered_part = layout(delta), layout(part)
-        mask = half.repeat_interleave(max(1, ordered.shape[0] // half.shape[0]))
-        difference = ordered_part - ordered * mask.view(-1, *[1] * (ordered.ndim - 1))
-        bound = torch.finfo(part.dtype).eps ** 0.5 * delta.abs().amax() if part.numel() else 0
-        if not ((difference.abs() > bound).any() or (ordered_part[~mask] != 0).any()):
+        weight = weights.repeat_interleave(max(1, ordered.shape[0] // weights.shape[0])).to(ordered.dtype)
+        difference = ordered_part - ordered * weight.view(-1, *[1] * (ordered.ndim - 1))
+        scale = delta.abs().nan_to_num(0, 0).amax() if part.numel() else 0
+        wrong = difference.abs() > torch.finfo(part.dtype).eps ** 0.5 * scale
+        if not (wrong.any() or (ordered_part[weight == 0].abs() > 0).any()):
             return layout
     raise CaptureError(
         f"{record}: the loss of a sample depends on other rows of the layer's input {tuple(record.input.shape)} than "
         "its own, so that samples mix or the batch is not where it was looked for; see that the layer's input is "
-        "[B, ..., I] in the order of the losses"
+        'of shape [B, ..., I] in the order of the losses, or pass fallback="vmap" where samples do not mix'
     )
 
 
@@ -633,18 +690,21 @@ def _registered_layers(mode: _Capture, candidates: dict[str, nn.Module], names: 
     """Record the layers that have a rule of their user's own as wholes, by hooks for the time of one forward."""
     thread = threading.get_ident()
     handles = []
+    versions: list[list[int]] = []  # of the inputs of the layers that are running
 
     def watched(layer, module, rule, include):
-        def before(module, args):
+        def before(module, args, kwargs):
             if threading.get_ident() == thread and torch.is_grad_enabled():
                 mode.opaque += 1
+                versions.append([value._version for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
 
         def after(module, args, kwargs, output):
             if threading.get_ident() != thread or not torch.is_grad_enabled():
                 return
             mode.opaque -= 1
+            version = versions.pop()
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if mode.opaque or not inputs:
+            if mode.opaque or not inputs or output is None:  # None where the forward has failed
                 return
             if not isinstance(output, Tensor) or not output.requires_grad:
                 raise CaptureError(
@@ -659,10 +719,10 @@ def _registered_layers(mode: _Capture, candidates: dict[str, nn.Module], names: 
                     gradients = found[id(delta)] = rule(module, input, delta)
                 return _checked_gradient(layer, module, role, gradients, delta.shape[0])
 
-            mode.record(include, gradient, inputs[0], output, 1)
+            mode.record(include, gradient, inputs[0], version[0], output, 1)
 
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     try:
         for layer, module in candidates.items():

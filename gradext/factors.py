@@ -511,9 +511,6 @@ class ConvFactors(GradFactors):
             return self
         return GradFactors.of(self.materialize())
 
-    def in_rows(self, start: int, rows: int) -> GradFactors:
-        return GradFactors(self.activation, self.delta).in_rows(start, rows)
-
     def regrouped(self, batch: int) -> GradFactors:
         if self.groups == 1:
             return super().regrouped(batch)
@@ -646,6 +643,9 @@ class EmbeddingFactors(GradFactors):
         rows = function(self.delta_rows)
         index = function(self.index).to(dtype=torch.int64)  # a change of type is meant for the values alone
         return EmbeddingFactors(index, rows, self.rows)
+
+    def in_rows(self, start: int, rows: int) -> GradFactors:
+        return EmbeddingFactors(self.index + start, self.delta_rows, rows)
 
     def regrouped(self, batch: int) -> GradFactors:
         index, rows = (x.unflatten(0, (batch, -1)).flatten(1, 2) for x in (self.index, self.delta_rows))

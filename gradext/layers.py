@@ -46,7 +46,7 @@ class LinearRule:
             return None
         if func in (torch.addmm, Tensor.addmm):
             bias, input, weight = args if len(args) == 3 else (None, None, None)
-            if bias is None or bias.ndim != 1:
+            if bias is None or weight.ndim != 2 or bias.shape != weight.shape[1:]:
                 return None
             return LinearRule._product(input, weight, bias, lambda weight, bias: func(bias, input, weight))
         if len(args) != 2:
@@ -57,7 +57,9 @@ class LinearRule:
         return LinearRule._product(input, weight, None, lambda weight: torch.matmul(input, weight))
 
     @staticmethod
-    def _linear(input, weight, bias=None) -> Call:
+    def _linear(input, weight, bias=None) -> Call | None:
+        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # a bias may be broadcast
+            return None
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         gradient = LinearRule.gradient
         return Call(input, parameters, lambda **given: F.linear(input, **given), input.ndim - 1, gradient)
@@ -294,7 +296,13 @@ def registered(module: nn.Module) -> LayerGradients | None:
 def own_parameters(module: nn.Module, include_bias: bool) -> dict[str, nn.Parameter]:
     """A layer's parameters by their names in it: its weights, and with ``include_bias`` also those named bias."""
     found = module.named_parameters() if registered(module) else module._parameters.items()
-    return {name: p for name, p in found if p is not None and (include_bias or "bias" not in name.rpartition(".")[2])}
+    return {
+        name: p
+        for name, p in found
+        if p is not None
+        and (p.is_floating_point() or p.is_complex())  # quantised weights have no gradient
+        and (include_bias or "bias" not in name.rpartition(".")[2])
+    }
 
 
 def is_supported(module: nn.Module) -> bool:

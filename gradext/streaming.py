@@ -31,7 +31,8 @@ def iter_layer_grads(
     of the results) is measured once, on the first one. Convolutions unfold up to 64 MB besides.
 
     Args:
-        batches: of model inputs, each as ``x`` of `batch_layer_grads`; with ``paired``, pairs (x, target).
+        batches: of model inputs, each as ``x`` of `batch_layer_grads`; with ``paired``, pairs (x, target). A sample is
+            a row of every tensor that has as many rows as the first.
         memory_budget: bytes beyond the model and the batch itself.
         reduce: see above; without it the gradients' memory is reused, so that each chunk overwrites the one before:
             clone what must stay.

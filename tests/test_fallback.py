@@ -224,6 +224,39 @@ def test_rules_that_give_something_else_are_refused(rule):
         gradext.register_layer(int)
 
 
+def test_a_registered_layer_that_overwrites_its_input_is_refused(rule):
+    class Overwrites(Scale):
+        def forward(self, x):
+            return super().forward(x.relu_())
+
+    gradext.register_layer(Overwrites)(gradext.layers.registered(Scale(6)))
+    model, x = nn.Sequential(nn.Linear(5, 6), Overwrites(6)), torch.rand(B, 5)
+    try:
+        with pytest.raises(CaptureError, match=r"1\.scale: the layer's input was modified in place"):
+            gradext.batch_layer_grads(model, x, loss=squared)
+    finally:
+        gradext.layers._registered.pop(Overwrites)
+
+
+def test_a_registered_layer_may_fail_and_run_again(rule, loop):
+    class Retries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = Scale(6)
+
+        def forward(self, x):
+            try:
+                return self.scale(x[:, :5])
+            except RuntimeError:
+                return self.scale(x)
+
+    torch.manual_seed(0)
+    model, x = Retries().double(), torch.rand(B, 6).double()
+    expected = loop(model, x, x, squared)
+    for name, value in gradext.batch_layer_grads(model, x, loss=squared, include_bias=True).items():
+        assert_close(value, expected[name])
+
+
 def test_hooks_are_gone_after_an_exception(rule):
     class Fails(nn.Module):
         def forward(self, x):

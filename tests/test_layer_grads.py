@@ -679,6 +679,7 @@ def test_no_weight_gradient_and_no_encoder_is_differentiated(frozen):
     model.requires_grad_(not frozen)
     # Four layers forward; then one product from the last layer to the one before it, and the outer products are not
     # matrix products. Neither the encoder nor the first decoder layer's input is reached.
+    gradext.batch_layer_factors(model, x, layers="all")  # the first call proves by another backward whose the rows are
     for layers, products in ((None, 4 + 1), ("last", 4 + 0), ("first", 4 + 1), ("all", 4 + 3), ("encoder.2", 4 + 2)):
         with Operations() as operations:
             gradext.batch_layer_factors(model, x, layers=layers)
