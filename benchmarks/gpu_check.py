@@ -45,6 +45,7 @@ STAGES = {
     "outer": 90,
     "calls": 90,
     "positions": 25,
+    "fusion": 30,
 }
 REPORT_SECONDS = 15  # kept back for the report and the pictures
 Case = tuple[str, Callable[[], dict]]  # a name for the log, and what gives one row of the results
@@ -613,7 +614,7 @@ LOOP_SAMPLES = 256  # of the single-sample loop, whose time is proportional to t
 
 def call_cases(device: str) -> Iterator[Case]:
     on_gpu = device == "cuda"
-    for name, B in itertools.product(MODELS, (1024, 256, 4096, 1, 64, 16384, 16, 4) if on_gpu else (8, 1)):
+    for name, B in itertools.product(MODELS, (1024, 256, 4096, 1, 64, 16384, 8, 16) if on_gpu else (8, 1)):
         sizes = MODELS[name] if on_gpu else tuple(n // 16 for n in MODELS[name])
         yield f"{name}, B = {B}, gradients", lambda name=name, sizes=sizes, B=B: {
             "model": name, "B": B, "quantity": "gradients", **Calls(sizes, B, device).gradients(),
@@ -806,6 +807,8 @@ class Calls:
         for tensor in out.values():
             tensor.fill_(math.nan)
         routes["gradext, out=, CUDA graph"] = self.graph(into, self.gradient_problem)
+        if self.device == "cuda":
+            routes["gradext, graphed"] = self.graphed()
         del out, into
         whole = self.chunk >= self.B  # else only the last sample of each chunk is kept
 
@@ -816,6 +819,19 @@ class Calls:
         routes["vmap(grad)"] = self.time(by_vmap, problem) | {"chunk": self.chunk}
         routes["single-sample loop"] = self.loop()
         return found
+
+    def graphed(self) -> dict:
+        """Seconds of a call of what `gradext.make_graphed_layer_grads` gives, the copy of the input and all."""
+        import gradext
+
+        def recorded():
+            return gradext.make_graphed_layer_grads(self.model, self.x, loss="bce")
+
+        try:
+            call = partial(recorded(), self.x)
+        except Exception as error:
+            return {"failed": f"capture: {first_line(error)}"}
+        return checked(call, self.gradient_problem, lambda: seconds_per_call([call], self.device))
 
     def last_sample_problem(self, gradients: dict) -> str | None:
         if self.picked[-1] != self.B - 1:
@@ -938,7 +954,147 @@ def position_case(operator: str, B: int, T: int, O: int, I: int, dtype, device: 
     return row
 
 
+# --- fusion: epilogues, grouped launches, and what is never written --------------------------------------------------
+
+
+def fusion_cases(device: str) -> Iterator[Case]:
+    import torch
+
+    on_gpu = device == "cuda"
+    fp32, bf16 = torch.float32, torch.bfloat16
+    shapes = ((1024, 784, 400), (64, 784, 400), (1024, 401, 21)) if on_gpu else ((3, 20, 9),)
+    for dtype, (B, O, I), epilogue in itertools.product((fp32, bf16), shapes, ("residual", "gelu")):
+        name = f"outer of {epilogue}, {type_name(dtype)} [{B}, {O}, {I}]"
+        yield name, partial(epilogue_case, epilogue, B, O, I, dtype, device)
+    for B, (O, I, layers) in itertools.product((1, 8, 64) if on_gpu else (2,), ((64, 64, 16), (400, 20, 2))):
+        yield f"{layers} layers [{B}, {O}, {I}]", partial(group_case, layers, B, O, I, device)
+    for dtype, B in itertools.product((fp32, bf16), (1, 64, 1024, 16384) if on_gpu else (3,)):
+        yield f"sq_norm {type_name(dtype)} [{B}, 784] x [{B}, 400]", partial(norm_case, B, 784, 400, dtype, device)
+    for dtype, (B, T, O, I) in itertools.product(
+        (fp32, bf16), ((1024, None, 784, 400), (256, 16, 784, 400)) if on_gpu else ((3, 2, 20, 9),)
+    ):
+        name = f"gram {type_name(dtype)} [{B}, {T or 1}, {O}] x [{B}, {T or 1}, {I}]"
+        yield name, partial(gram_case, B, T, O, I, dtype, device)
+
+
+def drawn(*shape: int, dtype, device: str, seed: int = 0):
+    import torch
+
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+
+def timed(routes: dict[str, Callable], problem: Callable[[object], str | None], device: str) -> dict:
+    """Each route on the device's own time, its result checked before."""
+    return {name: checked(call, problem, partial(kernel_seconds, [call], device)) for name, call in routes.items()}
+
+
+def within(allowed: float, exact) -> Callable[[object], str | None]:
+    """A check: relative to the largest number of the exact result."""
+    largest = exact.abs().max().item()
+
+    def problem(value) -> str | None:
+        error = (value.double() - exact).abs().max().item() / largest
+        return None if error <= allowed else f"relative error {error:.2e}, allowed {allowed:.2e}"
+
+    return problem
+
+
+def epilogue_case(epilogue: str, B: int, O: int, I: int, dtype, device: str) -> dict:
+    """Fused, and with the delta as a pass of its own before."""
+    import torch
+
+    from gradext import ops
+    from gradext.backends import reference
+
+    delta, operand = (drawn(B, O, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    activation = drawn(B, I, dtype=dtype, device=device, seed=2)
+    out = torch.empty(B, O, I, dtype=dtype, device=device)
+    formula = reference.EPILOGUES[epilogue]
+    exact = formula(delta.double(), operand.double())[:, :, None] * activation.double()[:, None]
+    fused = partial(ops.outer, delta, activation, out=out, epilogue=epilogue, operand=operand)
+    routes = {f"{name}, fused": partial(fused, backend=name) for name in kernel_backends(device)}
+    for name in kernel_backends(device):
+        routes[f"{name}, delta before"] = lambda name=name: ops.outer(
+            formula(delta, operand), activation, out=out, backend=name
+        )
+    routes["torch.mul"] = lambda: torch.mul(formula(delta, operand)[:, :, None], activation[:, None], out=out)
+    routes["no epilogue"] = partial(torch.mul, delta[:, :, None], activation[:, None], out=out)
+    # Two roundings, of the delta where it is a pass of its own and of the product.
+    problem = within(2 * torch.finfo(dtype).eps + 1e-6, exact)
+    row = {"bytes": out.numel() * dtype.itemsize, "routes": {}}
+    for name, call in routes.items():
+        out.fill_(math.nan)
+        row["routes"] |= timed({name: call}, problem if name != "no epilogue" else lambda _: None, device)
+    return row
+
+
+def group_case(layers: int, B: int, O: int, I: int, device: str) -> dict:
+    """All layers in one launch, or one each: on the device's own time, and as a call of Python's."""
+    import torch
+
+    from gradext import ops
+
+    products = []
+    for seed in range(layers):
+        delta, activation = (drawn(B, n, dtype=torch.float32, device=device, seed=seed) for n in (O, I))
+        products.append(ops.Product(delta, activation, torch.empty(B, O, I, device=device)))
+    exact = torch.stack([p.delta.double()[:, :, None] * p.activation.double()[:, None] for p in products])
+
+    def separate(backend: str) -> list:
+        return [ops.outer(p.delta, p.activation, out=p.out, backend=backend) for p in products]
+
+    def problem(found) -> str | None:
+        return within(1e-7, exact)(torch.stack(found))
+
+    routes = {}
+    for name in kernel_backends(device):
+        calls = {"grouped": partial(ops.outer_group, products, backend=name), "separate": partial(separate, name)}
+        for kind, call in calls.items():
+            for product in products:
+                product.out.fill_(math.nan)
+            routes |= timed({f"{name}, {kind}": call}, problem, device)
+            eager = partial(seconds_per_call, [call], device)
+            routes[f"{name}, {kind}, eager"] = checked(call, problem, eager)
+    return {"bytes": exact.numel() * 4, "routes": routes}
+
+
+def norm_case(B: int, O: int, I: int, dtype, device: str) -> dict:
+    import torch
+
+    from gradext import ops
+    from gradext.backends import BACKENDS
+
+    delta, activation = (drawn(B, n, dtype=dtype, device=device, seed=n) for n in (O, I))
+    exact = delta.double().square().sum(1) * activation.double().square().sum(1)
+    having = [name for name in (*kernel_backends(device), "reference") if hasattr(BACKENDS[name], "sq_norm")]
+    routes = {name: partial(ops.sq_norm, delta, activation, backend=name) for name in having}
+    wide = delta.float(), activation.float()
+    routes["torch, fp32 factors"] = lambda: (
+        torch.linalg.vecdot(wide[0], wide[0]) * torch.linalg.vecdot(wide[1], wide[1])
+    )
+    return {"bytes": B * (O + I) * dtype.itemsize, "routes": timed(routes, within(1e-5, exact), device)}
+
+
+def gram_case(B: int, T: int | None, O: int, I: int, dtype, device: str) -> dict:
+    """Two batches of B samples; torch writes the gradients of both."""
+    from gradext import ops
+    from gradext.backends import BACKENDS
+
+    leading = (B,) if T is None else (B, T)
+    d, a, d2, a2 = (drawn(*leading, n, dtype=dtype, device=device, seed=k) for k, n in enumerate((O, I, O, I)))
+    rows = [x.double().reshape(B, T or 1, -1) for x in (d, a, d2, a2)]
+    exact = (rows[0].mT @ rows[1]).flatten(1) @ (rows[2].mT @ rows[3]).flatten(1).mT
+    having = [name for name in (*kernel_backends(device), "reference") if hasattr(BACKENDS[name], "gram")]
+    routes = {name: partial(ops.gram, d, a, d2, a2, backend=name) for name in having}
+    gradients = "torch, gradients written"
+    wide = [x.float().reshape(B, T or 1, -1) for x in (d, a, d2, a2)]
+    routes[gradients] = lambda: (wide[0].mT @ wide[1]).flatten(1) @ (wide[2].mT @ wide[3]).flatten(1).mT
+    return {"routes": timed(routes, within(1e-4, exact), device)}
+
+
 CASES = {
+    "fusion": fusion_cases,
     "machine": machine_cases,
     "ceilings": ceiling_cases,
     "outer": outer_cases,
@@ -974,6 +1130,13 @@ def sanitize_driver(device: str) -> int:
             padded = torch.zeros(B, O + 1, I + 3, dtype=result_type).to(device)[:, :O, 1 : I + 1]
             calls.append(("outer", partial(ops.outer, dtype=result_type, backend=backend), []))
             calls.append(("outer", partial(ops.outer, out=padded, backend=backend), []))
+        operand = delta.flip(0)
+        for epilogue in ("residual", "gelu"):
+            call = partial(ops.outer, epilogue=epilogue, operand=operand.to(device), backend=backend)
+            value = call(delta.to(device), activation.to(device)).cpu()
+            plain_delta = reference.EPILOGUES[epilogue](delta.double(), operand.double())
+            if not relative_error(value, reference.outer(plain_delta, activation.double())) < 1e-2:
+                wrong.append(f"{backend} outer of {epilogue} {(B, T, O, I)} {type_name(dtype)}")
         for name, call, extra in calls:
             if not has_kernel(backend, name, T or 1, dtype):
                 continue
@@ -981,6 +1144,14 @@ def sanitize_driver(device: str) -> int:
             value = call(*(tensor.to(device) for tensor in inputs)).cpu()
             if not relative_error(value, getattr(reference, name)(*(t.double() for t in inputs))) < 1e-2:
                 wrong.append(f"{backend} {name} {(B, T, O, I)} {type_name(dtype)} -> {type_name(value.dtype)}")
+    for backend in backends:
+        products = [
+            ops.Product(*(torch.randn(3, n, generator=generator).to(device) for n in (5 + 9 * k, 7 + k)), None)
+            for k in range(18)
+        ]
+        for product, value in zip(products, ops.outer_group(products, backend=backend), strict=True):
+            if not relative_error(value.cpu(), reference.outer(*(t.cpu().double() for t in product[:2]))) < 1e-2:
+                wrong.append(f"{backend} group {list(value.shape)}")
     print(f"wrong: {', '.join(wrong)}" if wrong else "all results right", flush=True)
     return int(bool(wrong))
 
@@ -988,7 +1159,7 @@ def sanitize_driver(device: str) -> int:
 def has_kernel(backend: str, name: str, T: int, dtype) -> bool:
     """Whether gradext has a kernel of its own for this, and does not leave it to torch, which is not judged here."""
     if backend != "triton":
-        return name == "outer"
+        return name in ("outer", "sq_norm") if backend == "cuda" else name == "outer"
     from gradext.kernels.outer import ONE_BY_ONE
 
     return dtype.itemsize <= 2 or not (name == "dot" or (name == "outer" and ONE_BY_ONE < T))
@@ -1072,7 +1243,7 @@ def report(results: dict) -> str:
     errors = {name: stage["error"] for name, stage in results["stages"].items() if stage.get("error")}
     parts += [f"\n{name}:\n\n```\n{error}\n```\n" for name, error in errors.items()]
     parts += ["\n## Ceilings\n", table(("what", "rate"), [ceiling(row) for row in results.get("ceilings", [])])]
-    parts += [*outer_report(results), *calls_report(results), *positions_report(results)]
+    parts += [*outer_report(results), *calls_report(results), *positions_report(results), *fusion_report(results)]
     return "\n".join(parts)
 
 
@@ -1182,6 +1353,21 @@ def positions_report(results: dict) -> list[str]:
             table(("type", "shape", *routes, "best of gradext against best of torch"), body),
         ]
     return parts
+
+
+def fusion_report(results: dict) -> list[str]:
+    """One table for the cases of the same routes."""
+    rows = [row for row in results.get("fusion", []) if "routes" in row]
+    parts = [
+        "\n## Fusion\n",
+        "Device time by graph replay; `eager`: a call from Python, launches and all. `delta before`: the epilogue by "
+        "torch, as a pass of its own.\n",
+    ]
+    for routes in dict.fromkeys(tuple(row["routes"]) for row in rows):
+        of_it = [row for row in rows if tuple(row["routes"]) == routes]
+        body = [(row["case"], *(cell(row, route, duration) for route in routes)) for row in of_it]
+        parts.append(table(("case", *routes), body))
+    return parts if rows else []
 
 
 COLOURS = {

@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = ("cuda", "triton")
-NAMES = ("outer", "sq_norm", "dot", "linear")
+NAMES = ("outer", "sq_norm", "dot", "linear", "gram")
 CANARY = 7.0
 # (B, T or None, O, I): ones, odd sizes, rows shorter than 16 bytes, whole and cut vectors, tiles with edges, many T.
 SHAPES = [
@@ -71,6 +71,8 @@ def factors(B, T, O, I, dtype=torch.float32, seed=0):
 
 
 def operands(name, delta, activation, gradient, weight):
+    if name == "gram":  # another batch of another size
+        return delta, activation, delta[1:].clone(), activation[1:].abs()
     return (delta, activation, *{"dot": (gradient,), "linear": (weight,)}.get(name, ()))
 
 
@@ -188,7 +190,7 @@ def test_empty(shape, backend):
 def test_more_samples_than_a_grid_has_rows(O, I, backend):
     """70,001 is more than the second and third axes of a grid can count."""
     tensors = factors(70_001, None, O, I)
-    for name in NAMES:
+    for name in (name for name in NAMES if name != "gram"):  # of 70,001² numbers
         inputs = operands(name, *tensors)
         assert_right(name, inputs, getattr(ops, name)(*inputs, backend=backend))
 
@@ -222,6 +224,106 @@ def test_inputs_beyond_32_bit_offsets(backend):
     assert_right("outer", inputs[:2], ops.outer(*inputs[:2], backend=backend))
     assert_right("sq_norm", inputs[:2], ops.sq_norm(*inputs[:2], backend=backend))
     assert_right("dot", inputs, ops.dot(*inputs, backend=backend))
+
+
+# --- fusion ----------------------------------------------------------------------------------------------------------
+
+
+def fused(T, O, I, dtype, B=3):
+    """delta, activation and operand; the operand on both sides of zero."""
+    delta, activation, *_ = factors(B, T, O, I, dtype)
+    return delta, activation, 2 * factors(B, T, O, 1, dtype, seed=1)[0]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("epilogue", reference.EPILOGUES)
+def test_epilogue(epilogue, dtype, backend):
+    """At most twice the error of torch's formula in the type of the sum, and a few roundings of the largest term."""
+    for T, O, I in ((None, 33, 129), (None, 40, 3), (None, 9, 1), (None, 784, 400), (3, 70, 65), (20, 33, 64)):
+        delta, activation, operand = fused(T, O, I, dtype)
+        wide = reference.accumulation_type(dtype)
+        options = {"epilogue": epilogue, "dtype": wide}
+        found = ops.outer(delta, activation, operand=operand, backend=backend, **options)
+        plain = reference.outer(delta, activation, operand=operand, **options)
+        exact = reference.outer(delta.double(), activation.double(), operand=operand.double(), epilogue=epilogue)
+        terms = reference.EPILOGUES[epilogue](delta.double(), operand.double()).abs()
+        terms = reference.outer(terms, activation.double().abs()).max()
+        allowed = 2 * (plain.double() - exact).abs().max() + 8 * torch.finfo(wide).eps * (1 + terms)
+        assert (found.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("epilogue", reference.EPILOGUES)
+def test_epilogue_of_nan_infinity_and_zero(epilogue, backend):
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 1e4, -1e4])
+    grid = torch.meshgrid(special, special, indexing="ij")
+    delta, operand = (x.reshape(1, -1).to(DEVICE) for x in grid)
+    found = ops.outer(delta, torch.ones(1, 1, device=DEVICE), epilogue=epilogue, operand=operand, backend=backend)
+    # On the CPU: torch's GPU kernel takes NaN for positive in elu.
+    wanted = reference.EPILOGUES[epilogue](delta.cpu(), operand.cpu())
+    torch.testing.assert_close(found.flatten().cpu(), wanted.flatten(), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def products(dtype=torch.float32):
+    """More than one launch holds, of mixed shapes, types and epilogues."""
+    names = [None, *reference.EPILOGUES]
+    made = []
+    for k in range(20):
+        T = 3 if k == 7 else None
+        delta, activation, operand = fused(
+            None, T, 3 + 11 * k, 5 + 7 * k, dtype if k % 5 else torch.float64, B=1 + k % 4
+        )
+        epilogue = names[k % len(names)]
+        out = torch.full((len(delta), delta.shape[-1], activation.shape[-1]), float("nan"), device=DEVICE)
+        out = out.to(delta.dtype)
+        made.append(ops.Product(delta, activation, out, None, epilogue, None if epilogue is None else operand))
+    return made
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_group_equals_separate_launches(dtype, backend):
+    made = products(dtype)
+    results = ops.outer_group(made, backend=backend)
+    for product, result in zip(made, results, strict=True):
+        assert result is product.out
+        options = {"epilogue": product.epilogue, "operand": product.operand, "backend": backend}
+        alone = ops.outer(product.delta, product.activation, **options)
+        eps = torch.finfo(result.dtype).eps  # another kernel may round an epilogue otherwise
+        torch.testing.assert_close(result, alone, rtol=4 * eps, atol=4 * eps)
+
+
+def test_graph_capture_of_a_group(backend):
+    made = products()
+    results, graph = record_graph(lambda: ops.outer_group(made, backend=backend))
+    expected = [result.clone() for result in ops.outer_group(made, backend=backend)]
+    for product in made:
+        product.out.fill_(float("nan"))
+    graph.replay()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_norms_are_the_same_bits_every_time(backend):
+    for T in (None, 3, 40, 200):
+        delta, activation, *_ = factors(2, T, 300, 130)
+        first = ops.sq_norm(delta, activation, backend=backend)
+        assert all(torch.equal(ops.sq_norm(delta, activation, backend=backend), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("reduce", [None, lambda factors: factors.norm()], ids=["gradients", "norms"])
+def test_graphed_layer_grads(reduce, vae):
+    """Replays on other samples, and after the weights have changed in place."""
+    graphed = gradext.make_graphed_layer_grads(vae, torch.rand(16, 60, device=DEVICE), loss="bce", reduce=reduce)
+    for seed in (1, 2):
+        x = torch.rand(16, 60, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        found = graphed(x)
+        if reduce is None:
+            assert_close_to_exact(found, vae, x)
+        else:
+            square = sum(g.square().sum((1, 2)) for g in exact_grads(vae, x).values())
+            torch.testing.assert_close(found.double(), square.sqrt(), rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for parameter in vae.parameters():
+                parameter.mul_(0.9)
 
 
 # --- streams, graphs, waiting, devices -------------------------------------------------------------------------------
@@ -409,12 +511,18 @@ def test_failed_cuda_calls_say_what_and_where_and_leave_nothing_behind():
         pytest.skip(BACKENDS["cuda"].available())
     delta, activation, *_ = factors(2, None, 3, 4)
     out = torch.empty(2, 3, 4, device=DEVICE)
-    sizes = (2, 1, 3, 4, 3, 0, 1, 4, 0, 1, 12, 4)
-    pointers = [tensor.data_ptr() for tensor in (delta, activation, out)]
-    with pytest.raises(RuntimeError, match=r"cudaSetDevice failed: .*cudaErrorInvalidDevice.*B=2.*I=4.*device 99"):
-        native.C.outer_cuda(*pointers, *sizes, native.C.F32, native.C.F32, 99, 0)
+    fields = BACKENDS["cuda"]._outer_fields(delta, activation, out, None, None)
+    message = r"{} failed: .*cudaErrorInvalidDevice.*B=2.*I=4.*device 99"
+    with pytest.raises(RuntimeError, match="outer_cuda: " + message.format("cudaSetDevice")):
+        native.C.outer_cuda([fields], 99, 0)
+    norm = (*fields[:13], native.C.F32)
+    with pytest.raises(RuntimeError, match="sq_norm_cuda: " + message.format("cudaSetDevice")):
+        native.C.sq_norm_cuda(norm, 0, 1, out.data_ptr(), 99, 0)
+    with pytest.raises(RuntimeError, match="sq_norm_cuda: " + message.format("cudaDeviceGetAttribute")):
+        native.C.sq_norm_plan(2, 5, 3, 4, 99)
+    wrong = (*fields[:15], native.C.F64, native.C.F32, *fields[17:])
     with pytest.raises(ValueError, match="no kernel for this pair"):
-        native.C.outer_cuda(*pointers, *sizes, native.C.F64, native.C.F32, DEVICE.index, 0)
+        native.C.outer_cuda([wrong], DEVICE.index, 0)
     assert_right("outer", (delta, activation), ops.outer(delta, activation, backend="cuda"))
     torch.cuda.synchronize()
 

@@ -178,17 +178,26 @@ constexpr int kPatch = 4, kTile = kSide * kPatch;
 template <class In>
 struct Fused {
   static constexpr int kUnroll = 1;  // the epilogues are long
+
+  struct Cursor {
+    typename Strided<In>::Cursor delta, operand;
+    Epilogue epilogue;
+
+    __device__ Sum<In> read() const { return apply(epilogue, delta.read(), operand.read()); }
+    __device__ void advance() { delta.advance(), operand.advance(); }
+  };
+
   Strided<In> delta, operand;
   Epilogue epilogue;
 
   __device__ bool by_columns() const { return delta.by_columns(); }
-  __device__ Sum<In> operator()(std::int64_t t, std::int64_t o) const {
-    return apply(epilogue, delta(t, o), operand(t, o));
+  __device__ Cursor cursor(std::int64_t t, std::int64_t o, int step_t, int step_o) const {
+    return {delta.cursor(t, o, step_t, step_o), operand.cursor(t, o, step_t, step_o), epilogue};
   }
 };
 
 template <class In, class Out, bool kFused>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>, 1>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
     outer_sum(const __grid_constant__ OuterParams p, std::int64_t tiles_o, std::int64_t tiles_i) {
   using Real = Sum<In>;
   __shared__ Slices<Real, kPatch> slices;

@@ -40,9 +40,10 @@ template <class In>
 __device__ __forceinline__ Sum<In> sum_of_squares(const In* x, std::int64_t size, std::int64_t stride, int first,
                                                   int step) {
   Sum<In> sum = 0;
+  x += first * stride;
 #pragma unroll 4
-  for (std::int64_t k = first; k < size; k += step) {
-    const auto value = convert<Sum<In>>(x[k * stride]);
+  for (std::int64_t k = first; k < size; k += step, x += step * stride) {
+    const auto value = convert<Sum<In>>(*x);
     sum += value * value;
   }
   return sum;
@@ -98,7 +99,7 @@ __device__ __forceinline__ Strided<In> transposed(const Strided<In>& x) {
 constexpr int kPatch = 4, kTile = kSide * kPatch;
 
 template <class In>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>, 1>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
     sq_norm_gradient(const __grid_constant__ SqNormParams p, Sum<In>* shares, std::int64_t splits) {
   using Real = Sum<In>;
   __shared__ Slices<Real, kPatch> slices;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>, 1>)
 // Through the Gram matrices: tiles of both in registers, multiplied there. They are symmetric: tiles below the
 // diagonal count twice and those above are left out, T^2 (O + I) / 2 multiply-adds.
 template <class In, int kPatch>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>, 2>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
     sq_norm_gram(const __grid_constant__ SqNormParams p, Sum<In>* shares, std::int64_t splits) {
   using Real = Sum<In>;
   constexpr int kTile = kSide * kPatch;
@@ -204,7 +205,7 @@ cudaError_t launch_rows(const SqNormParams& p, cudaStream_t stream) {
 }  // namespace
 
 SqNormPlan sq_norm_plan(std::int64_t B, std::int64_t T, std::int64_t O, std::int64_t I, int multiprocessors) {
-  const std::int64_t slots = std::int64_t{kResidentBlocks<float, 1>} * multiprocessors;
+  const std::int64_t slots = std::int64_t{kResidentBlocks<float>} * multiprocessors;
   // The last of the waves of blocks through the GPU ends after `time` steps; two waves fill the gaps between them.
   const auto plan = [&](int gram_tile, std::int64_t tiles, std::int64_t steps, int patch, double& time) {
     const std::int64_t splits = std::clamp<std::int64_t>(divide_up(2 * slots, std::max<std::int64_t>(B, 1)), 1,

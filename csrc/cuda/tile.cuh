@@ -11,12 +11,9 @@ namespace gradext {
 constexpr int kSide = 16, kSlice = 16;
 static_assert(kSide * kSide == kThreads);
 
-// Blocks that a multiprocessor has to hold at once, so that some multiply while others wait for memory; by the number
-// of tiles that a block keeps in registers.
-template <class Real, int kTiles>
-constexpr int kResidentBlocks = sizeof(Real) == 8 ? 2
-                                : kTiles == 1     ? 4
-                                                  : 3;
+// Blocks that a multiprocessor has to hold at once, so that some multiply while others wait for memory.
+template <class Real>
+constexpr int kResidentBlocks = sizeof(Real) == 4 ? 3 : 2;
 
 template <class Real, int kPatch>
 struct Slices {
@@ -30,27 +27,42 @@ struct Slices {
 template <class In>
 struct Strided {
   static constexpr int kUnroll = 4;  // numbers that a thread has on their way
+
+  struct Cursor {
+    const In* at;
+    std::int64_t step;
+
+    __device__ Sum<In> read() const { return convert<Sum<In>>(*at); }
+    __device__ void advance() { at += step; }
+  };
+
   const In* data;
   std::int64_t stride_k, stride_n;
 
   // Whether its numbers follow each other down a column and not along a row.
   __device__ bool by_columns() const { return stride_k == 1 && stride_n != 1; }
-  __device__ Sum<In> operator()(std::int64_t k, std::int64_t n) const {
-    return convert<Sum<In>>(data[k * stride_k + n * stride_n]);
+  __device__ Cursor cursor(std::int64_t k, std::int64_t n, int step_k, int step_n) const {
+    return {data + k * stride_k + n * stride_n, step_k * stride_k + step_n * stride_n};
   }
 };
 
-// x[k0 + k, n0 + n] for k < slice and the n of a tile, zero beyond N; neighbouring threads read neighbouring numbers.
+// x[k0 + k, n0 + n] for k < rows and the n of a tile, zero from n = columns on; neighbouring threads read neighbouring
+// numbers.
 template <int kPatch, class X, class Patch>
-__device__ __forceinline__ void load_slice(const X& x, Patch (&to)[kSlice][kSide + 1], std::int64_t k0, int slice,
-                                           std::int64_t n0, std::int64_t N) {
+__device__ __forceinline__ void load_slice(const X& x, Patch (&to)[kSlice][kSide + 1], std::int64_t k0, int rows,
+                                           std::int64_t n0, int columns) {
   constexpr int kTile = kSide * kPatch;
+  const int thread = static_cast<int>(threadIdx.x);
   const bool by_columns = x.by_columns();
+  int k = by_columns ? thread % kSlice : thread / kTile, n = by_columns ? thread / kSlice : thread % kTile;
+  const int step_k = by_columns ? 0 : kThreads / kTile, step_n = by_columns ? kThreads / kSlice : 0;
+  auto cursor = x.cursor(k0 + k, n0 + n, step_k, step_n);
 #pragma unroll X::kUnroll
   for (int pass = 0; pass < kPatch; ++pass) {
-    const int e = pass * kThreads + static_cast<int>(threadIdx.x);
-    const int k = by_columns ? e % kSlice : e / kTile, n = by_columns ? e / kSlice : e % kTile;
-    if (k < slice) to[k][n / kPatch].element[n % kPatch] = n0 + n < N ? x(k0 + k, n0 + n) : 0;
+    if (k < rows) to[k][n / kPatch].element[n % kPatch] = n < columns ? cursor.read() : 0;
+    k += step_k;
+    n += step_n;
+    cursor.advance();
   }
 }
 
@@ -65,14 +77,17 @@ __device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::
   for (int u = 0; u < kPatch; ++u)
 #pragma unroll
     for (int v = 0; v < kPatch; ++v) sum[u][v] = 0;
+  constexpr std::int64_t kTile = kSide * kPatch;
+  const int x_columns = static_cast<int>(min(x_size - x0, kTile)),
+            y_columns = static_cast<int>(min(y_size - y0, kTile));
   for (std::int64_t k0 = 0; k0 < K; k0 += kSlice) {
-    const int slice = static_cast<int>(min(K - k0, static_cast<std::int64_t>(kSlice)));
+    const int rows = static_cast<int>(min(K - k0, std::int64_t{kSlice}));
     __syncthreads();  // the last slice has been read
-    load_slice<kPatch>(x, slices.x, k0, slice, x0, x_size);
-    load_slice<kPatch>(y, slices.y, k0, slice, y0, y_size);
+    load_slice<kPatch>(x, slices.x, k0, rows, x0, x_columns);
+    load_slice<kPatch>(y, slices.y, k0, rows, y0, y_columns);
     __syncthreads();
-#pragma unroll 4
-    for (int k = 0; k < slice; ++k) {
+#pragma unroll(8 / kPatch)
+    for (int k = 0; k < rows; ++k) {
       const auto left = slices.x[k][row], right = slices.y[k][column];
 #pragma unroll
       for (int u = 0; u < kPatch; ++u)

@@ -1,0 +1,155 @@
+"""What ptxas makes of the CUDA kernels for every GPU target: registers, spills, and the stores of the machine code.
+
+Compiles for a minute or two, hence ``slow``: ``pytest tests/test_cuda_build.py -m slow``. Needs nvcc, and no GPU.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests"),
+]
+ARCHS = ("80", "86", "89", "90", "100", "120")
+DISASSEMBLED = ("80", "90", "100")
+# By kernel, for sums in fp32 and in fp64: 64 registers let a multiprocessor hold four blocks of 256 threads, 80 three,
+# 128 two.
+MOST_REGISTERS = {
+    "outer_runs": (80, 80),
+    "outer_group": (80, 80),
+    "outer_sum": (80, 128),
+    "sq_norm_rows": (64, 64),
+    "sq_norm_gradient": (80, 128),
+    "sq_norm_gram": (80, 128),
+    "sum_shares": (64, 64),
+}
+KERNELS = {"outer_runs": 8, "outer_group": 8, "outer_sum": 16, "sq_norm_rows": 4, "sq_norm_gradient": 4}
+KERNELS |= {"sq_norm_gram": 12, "sum_shares": 2}
+OUT_BYTES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
+
+
+class Kernel(NamedTuple):
+    arch: str
+    name: str  # without template arguments
+    symbol: str
+    registers: int
+    stack: int
+    spilled: int
+    shared: int
+
+
+def kernel_name(symbol: str) -> str:
+    return next(name for name in KERNELS if f"{len(name)}{name}" in symbol)
+
+
+@pytest.fixture(scope="module")
+def cubins(nvcc, tmp_path_factory):
+    """Folder of <file>_<arch>.cubin and .log, all as setup.py compiles them."""
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile_one(job):
+        source, arch = job
+        target = folder / f"{source.stem}_{arch}.cubin"
+        command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", source, "-o", target]
+        result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        target.with_suffix(".log").write_text(result.stderr)
+
+    sources = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("outer", "sq_norm")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, [(source, arch) for arch in ARCHS for source in sources]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernels(cubins):
+    entry = re.compile(
+        r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<arch>\d+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+        re.DOTALL,
+    )
+    found = []
+    for log in sorted(cubins.glob("*.log")):
+        for match in entry.finditer(log.read_text()):
+            shared = re.search(r"(\d+) bytes smem", match["rest"])
+            found.append(
+                Kernel(
+                    match["arch"],
+                    kernel_name(match["symbol"]),
+                    match["symbol"],
+                    int(match["registers"]),
+                    int(match["stack"]),
+                    int(match["stores"]) + int(match["loads"]),
+                    int(shared[1]) if shared else 0,
+                )
+            )
+    return found
+
+
+def test_every_kernel_is_compiled_for_every_target(kernels):
+    default = re.search(r"^DEFAULT_ARCHS = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
+    assert ast.literal_eval(default) == list(ARCHS)
+    for arch in ARCHS:
+        names = [kernel.name for kernel in kernels if kernel.arch == arch]
+        assert {name: names.count(name) for name in KERNELS} == KERNELS, arch
+
+
+def test_nothing_spills_and_no_kernel_has_a_stack(kernels):
+    assert [kernel for kernel in kernels if kernel.spilled or kernel.stack] == []
+
+
+def test_registers_and_shared_memory_leave_room_for_other_blocks(kernels):
+    for kernel in kernels:
+        doubles = f"{kernel.name}Id" in kernel.symbol
+        assert kernel.registers <= MOST_REGISTERS[kernel.name][doubles], kernel
+        assert kernel.shared <= 20 << 10, kernel
+
+
+def disassembler(name: str) -> str:
+    """The one in the Triton wheel, else the toolkit's."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        if path.is_file():
+            return str(path)
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is neither in the Triton wheel nor on PATH")
+    return found
+
+
+@pytest.mark.parametrize("arch", DISASSEMBLED)
+def test_machine_code_stores_16_bytes_past_the_cache(arch, cubins):
+    command = [disassembler("nvdisasm"), "-c", str(cubins / f"outer_{arch}.cubin")]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"^\.text\.(\w+):", code, flags=re.MULTILINE)[1:]
+    seen = dict.fromkeys(KERNELS, 0)
+    for symbol, body in zip(functions[::2], functions[1::2], strict=True):
+        name = kernel_name(symbol)
+        seen[name] += 1
+        stores = re.findall(r"\b(STG?\.[A-Z0-9.]+)", body)
+        assert stores, symbol
+        assert all(store.startswith("STG.E.EF") for store in stores), f"{symbol}: a store that stays in the cache"
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{symbol}: local memory"
+        arguments = re.search(rf"{name}I(.+?)E", symbol)[1].replace("S2_", "")
+        size = next(n for kind, n in OUT_BYTES.items() if re.sub(r"Lb[01]$", "", arguments).endswith(kind))
+        element = {2: "STG.E.EF.U16", 4: "STG.E.EF", 8: "STG.E.EF.64"}[size]
+        patch = "STG.E.EF.64" if name == "outer_sum" and size == 2 else "STG.E.EF.128"  # 4 numbers a thread and row
+        # The main loop takes four steps at once, and the fused one behind it, in outer_group, one.
+        wide = {"outer_runs": 4, "outer_group": 5, "outer_sum": 4 * max(1, size // 4)}[name]
+        assert set(stores) <= {element, patch}, symbol
+        assert stores.count(patch) >= wide, f"{symbol}: {stores}"
+    assert seen["outer_runs"] == 8
+    assert seen["outer_group"] == 8
+    assert seen["outer_sum"] == 16
