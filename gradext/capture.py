@@ -621,9 +621,11 @@ def _is_bias(name: str) -> bool:
 
 def _select(records: list[_Record], pick: str | None, owners: dict[str, str]) -> list[_Record]:
     """All records, or those of the layer whose weight ran first or last."""
+    if pick is None:
+        return records
     weights = [form.name for record in records for form in record.forms.values() if not _is_bias(form.name)]
-    if pick is None or not weights:
-        return records if pick is None else []
+    if not weights:
+        return []
     layer = owners[weights[0] if pick == "first" else weights[-1]]
     names = {name for name, owner in owners.items() if owner == layer and not _is_bias(name)}
     # Its bias may be owned by another layer that shares it, and be used there too.

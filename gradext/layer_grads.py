@@ -12,7 +12,7 @@ from . import functional, ops
 from .capture import Use, as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
-from .layers import LayerChoice, choose_layers
+from .layers import LayerChoice, choose_layers, walk
 from .losses import PerSampleLoss, Root, backward_root, loss_values, resolve
 
 
@@ -155,7 +155,7 @@ def _gradients(
     candidates, pick = choose_layers(model, layers, any_type=fallback is not None)
     _check_inference(candidates, create_graph)
     # Walking a model takes as long as a small layer's product: once for all that follows.
-    modules = dict(model.named_modules())
+    modules = walk(model)
     parameters = _named_parameters(modules)
     args, kwargs = as_call(x)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

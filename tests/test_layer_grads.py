@@ -1195,3 +1195,15 @@ def test_other_function_modes_still_see_the_model():
     with Count() as count:
         gradext.batch_layer_grads(model, x)
     assert count.calls == 4
+
+
+def test_the_walk_is_that_of_named_modules():
+    shared = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model = nn.ModuleDict(
+        {"a": nn.Sequential(shared, nn.Tanh(), shared[0]), "b": shared, "c": nn.TransformerEncoderLayer(4, 2)}
+    )
+    model["c"].self_attn.extra = None
+    model["a"].register_module("none", None)
+    for prefix in "", "x":
+        expected = list(model.named_modules(prefix=prefix))
+        assert list(gradext.layers.walk(model, prefix).items()) == expected
