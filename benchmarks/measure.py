@@ -24,7 +24,7 @@ LONG = 1.0  # seconds from which on a call finds nothing of its own left in the 
 
 
 def in_turns(calls: Mapping[str, Callable], seconds: float, rounds: int = 15) -> dict[str, dict[str, float]]:
-    """Time of every call, interleaved: ``{name: {"ms": median, "low": quartile, "high": quartile, "calls": n}}``.
+    """Time of every call, interleaved: ``{name: {"ms": median, "low": quartile, "high": quartile, "best", "calls"}}``.
 
     In every round each call has its turn: once unmeasured, so that it finds caches and allocator as it left them
     itself, then measured for a slice of time. A call that has used its share of ``seconds`` drops out of later rounds;
@@ -60,6 +60,7 @@ def _summary(seconds: list[float]) -> dict[str, float]:
         "ms": 1e3 * median,
         "low": 1e3 * low,
         "high": 1e3 * high,
+        "best": 1e3 * min(seconds),
         "calls": len(seconds),
     }
 
@@ -86,16 +87,24 @@ def available_bytes() -> int:
 @cache
 def provenance() -> dict[str, str]:
     """Commit, versions and machine of a result."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     versions = [
         f"gradext {gradext.__version__}",
         f"torch {torch.__version__}",
         f"Python {platform.python_version()}",
         *(f"{name} {version(name) or 'missing'}" for name in PEERS),
     ]
-    return {"commit": git.stdout.strip() or "unknown", "versions": ", ".join(versions), "machine": machine()}
+    return {"commit": _commit(), "versions": ", ".join(versions), "machine": machine()}
+
+
+def _commit() -> str:
+    """With "-dirty" where files were changed, other than the results themselves."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def version(distribution: str) -> str | None:
