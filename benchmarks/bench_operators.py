@@ -30,13 +30,12 @@ OUTER = {  # name: (B, O, I, type)
     "one sample": (1, 784, 400, torch.float32),
     "tiny": (1, 20, 10, torch.float32),
 }
-ROUNDS = {True: 2, False: 15}
-SECONDS = {True: 0.2, False: 3.0}
+SECONDS = {"smoke": 0.2, "default": 1.5, "full": 3.0}  # of measuring for a shape
 
 
 @pytest.mark.skipif(native.C is None, reason=f"compiled module missing: {native.reason}")
 @pytest.mark.parametrize("name", OUTER)
-def test_outer(benchmark, name, smoke, kept_rows, report):
+def test_outer(benchmark, name, smoke, grid, kept_rows, report):
     if kept_rows.has(kind="operator", operator="outer", name=name):
         pytest.skip("measured already")
     B, O, I, dtype = OUTER[name]
@@ -57,7 +56,7 @@ def test_outer(benchmark, name, smoke, kept_rows, report):
     del expected
     benchmark.group = "outer product"
     benchmark.pedantic(routes["gradext"], rounds=3 if smoke else 50, warmup_rounds=1)
-    ms = _milliseconds(routes, smoke)
+    ms = _milliseconds(routes, grid)
     rates = {route: size / t / 1e6 for route, t in ms.items()}
     floor = min(ms["streaming fill"], ms["fill_"])
     kept_rows.append({
@@ -117,7 +116,7 @@ SHAPES = {"MNIST VAE, last layer": (1024, 1, 784, 400), "wide": (256, 1, 3072, 1
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("operator", CONTRACTIONS)
-def test_contraction(benchmark, operator, shape, smoke, kept_rows, report):
+def test_contraction(benchmark, operator, shape, smoke, grid, kept_rows, report):
     if kept_rows.has(kind="operator", operator=operator, name=shape):
         pytest.skip("measured already")
     B, T, O, I = SHAPES[shape]
@@ -138,7 +137,7 @@ def test_contraction(benchmark, operator, shape, smoke, kept_rows, report):
     }
     benchmark.group = operator
     benchmark.pedantic(routes["gradext"], rounds=3 if smoke else 50, warmup_rounds=1)
-    ms = _milliseconds(routes, smoke)
+    ms = _milliseconds(routes, grid)
     kept_rows.append({
         "kind": "operator", "operator": operator, "name": shape, "B": B, "T": T, "O": O, "I": I, "bytes": size,
         "operations": operations, "ms": ms, "ceiling_operations": 2 * N**3,
@@ -151,13 +150,13 @@ def test_contraction(benchmark, operator, shape, smoke, kept_rows, report):
 
 
 GROWTH = {"B": 256, "O": 512, "I": 512}  # while one of them varies
-SIZES = (64, 128, 256, 512, 1024, 2048)
+SIZES = {"smoke": (4, 8), "default": (64, 512), "full": (64, 128, 256, 512, 1024, 2048)}
 
 
 @pytest.mark.parametrize("axis", GROWTH)
-def test_growth(axis, smoke, kept_rows, report):
+def test_growth(axis, smoke, grid, kept_rows, report):
     """How the cost of every operator grows with B, O and I, one at a time."""
-    for size in (4, 8) if smoke else SIZES:
+    for size in SIZES[grid]:
         if kept_rows.has(kind="growth", axis=axis, size=size):
             continue
         start = time.perf_counter()
@@ -174,7 +173,7 @@ def test_growth(axis, smoke, kept_rows, report):
             _check(contraction, delta[:4], activation[:4], operands)
             calls[operator] = lambda d=delta, a=activation, c=contraction, o=tuple(operands): c.call(d, a, *o)
             counted[operator] = contraction.operations(B, 1, O, I)
-        ms = _milliseconds(calls, smoke)
+        ms = _milliseconds(calls, grid)
         kept_rows.append({
             "kind": "growth", "axis": axis, "size": size, "B": B, "O": O, "I": I, "ms": ms,
             "operations": counted,
@@ -198,6 +197,5 @@ def _check(contraction: Contraction, delta: Tensor, activation: Tensor, operands
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def _milliseconds(calls: dict[str, Callable], smoke: bool) -> dict[str, float]:
-    times = measure.in_turns(calls, SECONDS[smoke], ROUNDS[smoke])
-    return {name: row["ms"] for name, row in times.items()}
+def _milliseconds(calls: dict[str, Callable], grid: str) -> dict[str, float]:
+    return {name: row["ms"] for name, row in measure.in_turns(calls, SECONDS[grid]).items()}
