@@ -1,39 +1,64 @@
-"""What every benchmark shares: the machine in the header, models, inputs, and peak memory."""
+"""What every benchmark shares: the machine in the header, the options, and where rows are kept."""
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
 import pytest
-import torch
 
-import gradext
 from gradext import native
-from gradext.novelty import VAE
 
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+from . import measure
 
 
 def pytest_report_header() -> list[str]:
-    build = native.C.build_config() if native.C else native.reason
+    facts = measure.provenance()
     return [
-        f"machine: {_cpu()}, {torch.get_num_threads()} threads, {platform.platform()}",
-        f"versions: gradext {gradext.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"compiled module: {build}",
+        f"machine: {facts['machine']}",
+        f"versions: {facts['versions']}, commit {facts['commit']}",
+        f"compiled module: {native.C.build_config() if native.C else native.reason}",
     ]
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--smoke", action="store_true", help="smallest sizes, no speed asserted: does everything run?")
+    parser.addoption("--grid", default="default", choices=["default", "full"], help="which sizes are measured")
+    parser.addoption(
+        "--rows",
+        type=Path,
+        default=measure.ROOT / "benchmarks/results/cpu/rows.jsonl",
+        help="where the full grid's rows are kept; what stands there is not measured again (default: %(default)s)",
+    )
 
 
 @pytest.fixture(scope="session")
 def smoke(request) -> bool:
     return request.config.getoption("--smoke")
+
+
+@pytest.fixture(scope="session")
+def grid(request, smoke) -> str:
+    return "smoke" if smoke else request.config.getoption("--grid")
+
+
+class Rows:
+    """The rows of the full grid; those of smaller ones are printed, not kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def has(self, **facts) -> bool:
+        """Whether a row with these facts was measured before."""
+        return self.path is not None and any(facts.items() <= row.items() for row in measure.rows(self.path))
+
+    def append(self, row: dict) -> None:
+        if self.path:
+            measure.append(self.path, row)
+
+
+@pytest.fixture(scope="session")
+def kept_rows(request, grid) -> Rows:
+    return Rows(request.config.getoption("--rows") if grid == "full" else None)
 
 
 @pytest.fixture(scope="session")
@@ -49,30 +74,3 @@ def report(request):
                 terminal.write_line(line)
 
     return write
-
-
-@pytest.fixture(scope="session")
-def mnist_vae() -> VAE:
-    """The 784-400-20 VAE; its last decoder layer has a 784x400 weight."""
-    torch.manual_seed(0)
-    return VAE(784, 400, 20).eval()
-
-
-@pytest.fixture(scope="session")
-def peak_bytes():
-    """A function that tells how far resident memory rises during a call (Linux: resets the high-water mark)."""
-
-    def status(key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    def measure(call) -> int:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError as error:
-            pytest.skip(f"the high-water mark of memory cannot be reset here: {error}")
-        before = status("VmRSS:")
-        call()
-        return status("VmHWM:") - before
-
-    return measure
