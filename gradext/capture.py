@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -159,11 +159,14 @@ class _Capture(TorchFunctionMode):
         }
         self.records: list[_Record] = []
         self.unruled: dict[str, str] = {}  # parameter name -> the function that used it without a rule
+        self.hooked = False  # whether some tensor got a hook
         self.opaque = 0  # depth of layers with a rule of their user's own, inside which nothing is recorded
         self.time_major: int | None = None  # the batch size inside a function that works on [T, B, ...]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.register_hook:
+            self.hooked = True
         if func in _CONSTANTS or not torch.is_grad_enabled():  # where the model turned gradients off no use counts
             return func(*args, **kwargs)
         if func in _COMPOSED:
@@ -171,8 +174,7 @@ class _Capture(TorchFunctionMode):
         rule = rules.FUNCTIONS.get(func)
         if rule is not None and not self.opaque:
             call = rule.bind(func, args, kwargs)
-            # The rules' products are those of real numbers.
-            if call is not None and id(call.input) not in self.known and not call.input.is_complex():
+            if call is not None and id(call.input) not in self.known and _is_ordinary(call.input):
                 known = {role: self.known.get(id(parameter)) for role, parameter in call.parameters.items()}
                 if any(entry is not None and entry.form for entry in known.values()):
                     return self._record_call(call, known)
@@ -314,6 +316,11 @@ def _forms(func, args, kwargs, form: Form) -> list[Form] | None:
     return None
 
 
+def _is_ordinary(input: Tensor) -> bool:
+    """Whether the rules' products, of dense real numbers, hold for it."""
+    return input.layout is torch.strided and not input.is_complex()
+
+
 def _requires_grad(value) -> bool:
     if isinstance(value, Tensor):
         return value.requires_grad
@@ -404,7 +411,8 @@ def _captured(
             root = objective(output)
         batch = root.gradient.shape[0]
         records = _select(mode.records, pick, owners)
-        missing = _missing(mode, root, records, owners, pick)
+        nodes, unseen = _walk(mode, root)
+        missing = _missing(mode, unseen, records, owners, pick)
         mode.records, mode.unruled = [], {}
         records = _without(records, missing)
         for record in records:
@@ -412,7 +420,7 @@ def _captured(
                 missing |= dict.fromkeys(record.names, _no_batch(record, batch))
         records = _without(records, missing)
         proved = _proved.setdefault(model, {}).setdefault(model.training, set())
-        uses = _uses(mode, root, records, shared, check_samples, create_graph, proved) if records else []
+        uses = _uses(mode, root, nodes, records, shared, check_samples, create_graph, proved) if records else []
         return Captured(uses, missing, batch)
 
 
@@ -504,6 +512,7 @@ def _no_batch(record: _Record, batch: int) -> CaptureError:
 def _uses(
     mode: _Capture,
     root: Root,
+    nodes: set[Node],
     records: list[_Record],
     shared: SampleRows | None,
     check_samples: bool,
@@ -512,27 +521,29 @@ def _uses(
 ) -> list[Use]:
     """The inputs and the deltas, the gradients of the summed losses with respect to every recorded output.
 
-    ``proved`` holds the arrangements of uses that were found to be right in earlier calls; new ones are added.
+    ``nodes`` are those of the graph; ``proved`` holds the arrangements of uses that were found to be right in earlier
+    calls, and new ones are added.
     """
     batch = root.gradient.shape[0]
     known = shared is not None and shared.layouts is not None
     layouts = [[layout] for layout in shared.layouts] if known else [_layouts(record, batch) for record in records]
     edges = [record.edge for record in records]
-    arrangements = [_arrangement(record, batch) for record in records]
-    ends = edges == [root.edge] and not create_graph and not records[0].output._backward_hooks
+    arrangements = [_arrangement(record, batch) if record.edge.node in nodes else None for record in records]
+    unproved = set(arrangements) - proved - {None}  # what the losses do not depend on has no gradient to get wrong
+    ends = edges == [root.edge] and not create_graph and not mode.hooked
     # Another order than the usual one has to be proved, and where there are as many positions as samples, any order:
     # theirs could be exchanged, and the shapes would not tell. The usual one can be a coincidence too (an embedding of
     # as many positions, a loop over the samples, a permutation), which one proof for each arrangement rules out.
     check_samples = (batch > 1 and not known) and (
         check_samples
         or any(_ambiguous(record, layout, batch) for record, layout in zip(records, layouts, strict=True))
-        or not (ends or proved.issuperset(arrangements) or _is_capturing(root.gradient))
+        or (unproved and not ends and not _is_capturing(root.gradient))
     )
 
     def backward(gradient: Tensor, **options) -> list[Tensor]:
         # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
         # edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
-        with mode, _after_hooks(records) as hooked:
+        with mode, _after_hooks(records if mode.hooked else []) as hooked:
             found = torch.autograd.grad((root.edge,), edges, (gradient,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
@@ -547,18 +558,11 @@ def _uses(
     else:
         deltas = backward(root.gradient, retain_graph=check_samples or create_graph, create_graph=create_graph)
         if check_samples:
-            # Nothing, or powers of two, by which even rounding errors are multiplied exactly: all different for up to
-            # eight samples, and in no order that a model might have.
-            levels = torch.randperm(batch, generator=torch.Generator().manual_seed(batch)) % 8
-            weights = torch.where(levels == 0, 0, 0.5**levels).to(root.gradient)
-            weighted = root.gradient.detach() * weights.view(-1, *[1] * (root.gradient.ndim - 1))
-            parts = backward(weighted, retain_graph=create_graph)
-            layouts = [
-                [_consistent(record, layout, delta.detach(), part, weights)]
-                for record, layout, delta, part in zip(records, layouts, deltas, parts, strict=True)
-            ]
+            layouts = _proved_layouts(records, layouts, [delta.detach() for delta in deltas], root.gradient, backward)
             proved |= {
-                arrangement for arrangement, part in zip(arrangements, parts, strict=True) if (part.abs() > 0).any()
+                arrangement
+                for arrangement, delta in zip(arrangements, deltas, strict=True)
+                if arrangement in unproved and (delta.abs() > 0).any()
             }
     if shared is not None:
         shared.layouts = [layout[0] for layout in layouts]
@@ -570,7 +574,7 @@ def _uses(
 
 @contextlib.contextmanager
 def _after_hooks(records: list[_Record]):
-    """The gradients of outputs with hooks as the hooks leave them; torch's engine captures some of them before.
+    """The gradients of outputs as hooks on them leave them; torch's engine captures some of them before.
 
     Yields a dict by place in ``records`` that a backward fills; those where it ends are captured after their hooks.
     """
@@ -578,7 +582,6 @@ def _after_hooks(records: list[_Record]):
     handles = [
         record.edge.node.register_prehook(lambda grads, k=k, n=record.edge.output_nr: found.update({k: grads[n]}))
         for k, record in enumerate(records)
-        if record.output._backward_hooks
     ]
     try:
         yield found
@@ -592,24 +595,50 @@ def _is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _consistent(record: _Record, layouts: list[Layout], delta: Tensor, part: Tensor, weights: Tensor) -> Layout:
-    """The first layout by which each sample's deltas, and no others, weigh what its loss weighs in ``part``.
-
-    NaN tells nothing: a sample's own reaches the others' as zero times NaN.
-    """
-    for layout in layouts:
-        ordered, ordered_part = layout(delta), layout(part)
-        weight = weights.repeat_interleave(max(1, ordered.shape[0] // weights.shape[0])).to(ordered.dtype)
-        difference = ordered_part - ordered * weight.view(-1, *[1] * (ordered.ndim - 1))
-        scale = delta.abs().nan_to_num(0, 0).amax() if part.numel() else 0
-        wrong = difference.abs() > torch.finfo(part.dtype).eps ** 0.5 * scale
-        if not (wrong.any() or (ordered_part[weight == 0].abs() > 0).any()):
-            return layout
+def _proved_layouts(
+    records: list[_Record], layouts: list[list[Layout]], deltas: list[Tensor], gradient: Tensor, backward
+) -> list[list[Layout]]:
+    """For each record the layouts by which a sample's deltas, and no others, weigh what its loss weighs."""
+    batch = gradient.shape[0]
+    # All different for up to eight samples, and in no order that a model might have.
+    levels = (torch.randperm(batch, generator=torch.Generator().manual_seed(batch)) % 8).to(gradient.device)
+    # One backward from losses that weigh nothing, or a power of two, by which even rounding errors are multiplied
+    # exactly; or, where a hook changes gradients in proportion to nothing (clips them), one for each bit of the level.
+    for ways in [torch.where(levels == 0, 0, 0.5**levels)], [levels >> bit & 1 for bit in range(3)]:
+        weights = [weight.to(gradient.dtype) for weight in ways]
+        parts = [
+            backward(gradient.detach() * weight.view(-1, *[1] * (gradient.ndim - 1)), retain_graph=True)
+            for weight in weights
+        ]
+        found = [
+            [
+                layout
+                for layout in possible
+                if all(_weighs(layout, delta, part[k], weight) for part, weight in zip(parts, weights, strict=True))
+            ]
+            for k, (possible, delta) in enumerate(zip(layouts, deltas, strict=True))
+        ]
+        if all(found):
+            return found
+    record = records[found.index([])]
     raise CaptureError(
         f"{record}: the loss of a sample depends on other rows of the layer's input {tuple(record.input.shape)} than "
         "its own, so that samples mix or the batch is not where it was looked for; see that the layer's input is "
         'of shape [B, ..., I] in the order of the losses, or pass fallback="vmap" where samples do not mix'
     )
+
+
+def _weighs(layout: Layout, delta: Tensor, part: Tensor, weights: Tensor) -> bool:
+    """Whether each sample's rows of ``part`` are those of ``delta`` times its weight; NaN tells nothing.
+
+    (A sample's own NaN reaches the rows of others as zero times NaN.)
+    """
+    ordered, ordered_part = layout(delta), layout(part)
+    weight = weights.repeat_interleave(max(1, ordered.shape[0] // weights.shape[0])).to(ordered.dtype)
+    difference = ordered_part - ordered * weight.view(-1, *[1] * (ordered.ndim - 1))
+    scale = delta.abs().nan_to_num(0, 0).amax() if part.numel() else 0
+    wrong = difference.abs() > torch.finfo(part.dtype).eps ** 0.5 * scale
+    return not (wrong.any() or (ordered_part[weight == 0].abs() > 0).any())
 
 
 # --- what was found, and what was not --------------------------------------------------------------------------------
@@ -634,7 +663,7 @@ def _select(records: list[_Record], pick: str | None, owners: dict[str, str]) ->
 
 
 def _missing(
-    mode: _Capture, root: Root, records: list[_Record], owners: dict[str, str], pick: str | None
+    mode: _Capture, unseen: Iterable[str], records: list[_Record], owners: dict[str, str], pick: str | None
 ) -> dict[str, CaptureError]:
     """The chosen parameters of which some use is not in the records as it should be, and what to say of it."""
     found: dict[str, CaptureError] = {}
@@ -646,7 +675,7 @@ def _missing(
                 "wrong; leave this layer out with layers=, call the layer through its module or its torch function, or "
                 'pass fallback="vmap"'
             )
-    for name in _unseen(mode, root):
+    for name in unseen:
         if pick is None or name in seen:
             found[name] = UnsupportedLayerError(
                 f"{name} is used where gradext cannot see it (a custom autograd function, compiled or scripted code, a "
@@ -671,10 +700,11 @@ def _missing(
     return found
 
 
-def _unseen(mode: _Capture, root: Root) -> Iterable[str]:
-    """Walk the graph for chosen parameters that it reaches by another way than their aliases."""
+def _walk(mode: _Capture, root: Root) -> tuple[set[Node | None], list[str]]:
+    """The graph's nodes, and the chosen parameters that it reaches by another way than their aliases."""
     seen = {known.alias.grad_fn for known in mode.known.values() if mode.keep_graph and known.alias is not None}
     seen.add(None)
+    unseen: list[str] = []
     stack = [] if root.edge is None else [root.edge.node]
     while stack:
         node = stack.pop()
@@ -684,7 +714,8 @@ def _unseen(mode: _Capture, root: Root) -> Iterable[str]:
         stack += [child for child, _ in node.next_functions]
         leaf = mode.known.get(id(getattr(node, "variable", None)))
         if leaf is not None and leaf.form is not None:
-            yield leaf.form.name
+            unseen.append(leaf.form.name)
+    return seen, unseen
 
 
 @contextlib.contextmanager

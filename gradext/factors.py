@@ -20,8 +20,8 @@ from torch import Tensor
 from . import ops
 from .backends.reference import BLOCK_ELEMENTS, accumulation_type, widen
 
-# Convolutions unfold about as many elements at a time, 64 MB in fp32: more than a cache, so that a GPU is kept busy.
-UNFOLDED_ELEMENTS = 1 << 24
+# Convolutions unfold about as many elements at a time: what stays in a CPU's cache, and what keeps a GPU busy.
+UNFOLDED_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,19 +415,22 @@ class Windows(NamedTuple):
     padding: tuple[tuple[int, int], ...]  # zeros before and behind
 
     def of(self, image: Tensor, positions: Sequence[int], groups: int) -> Tensor:
-        """image [B, C, *size] -> [B, groups, T, C/groups · K], the window at each of the first ``positions``."""
+        """image [B, C, *size] -> [B, groups, C/groups · K, T], the window at each of the first ``positions``.
+
+        Positions lie side by side in memory, as in the image: so the copy is two to ten times as fast as by windows.
+        """
         pads = [n for pair in reversed(self.padding) for n in pair]
         image = (F.pad(image, pads) if any(pads) else image).unflatten(1, (groups, -1))
         B, _, C = image.shape[:3]
         (batch, group, channel), steps = image.stride()[:3], image.stride()[3:]
         seen = image.as_strided(
-            (B, groups, *positions, C, *self.kernel),
+            (B, groups, C, *self.kernel, *positions),
             (
-                *(batch, group, *(step * by for step, by in zip(steps, self.stride, strict=True))),
-                *(channel, *(step * by for step, by in zip(steps, self.dilation, strict=True))),
+                *(batch, group, channel, *(step * by for step, by in zip(steps, self.dilation, strict=True))),
+                *(step * by for step, by in zip(steps, self.stride, strict=True)),
             ),
         )
-        return seen.reshape(B, groups, math.prod(positions), C * math.prod(self.kernel))
+        return seen.reshape(B, groups, C * math.prod(self.kernel), math.prod(positions))
 
 
 class ConvFactors(GradFactors):
@@ -454,7 +457,7 @@ class ConvFactors(GradFactors):
         """The unfolded image, [B, (T,) I]."""
         self._refuse_groups()
         unfolded = self._unfolded()[:, 0]
-        return unfolded.squeeze(1) if self.positions == 1 else unfolded
+        return unfolded.squeeze(2) if self.positions == 1 else unfolded.mT
 
     @property
     def delta(self) -> Tensor:
@@ -499,9 +502,12 @@ class ConvFactors(GradFactors):
     def _unfolded(self) -> Tensor:
         return self.windows.of(self.image, self.plain.shape[2:], self.groups)
 
+    def _samples_a_block(self, elements: int) -> int:
+        return max(1, UNFOLDED_ELEMENTS.get(self.device.type, 1 << 20) // max(1, elements))
+
     def _samples(self) -> Iterable[GradFactors]:
         """Blocks of samples whose unfolded image is of a size to work in."""
-        step = max(1, UNFOLDED_ELEMENTS // max(1, self.positions * self.shape[2] * self.groups))
+        step = self._samples_a_block(self.positions * self.shape[2] * self.groups)
         for b in range(0, max(1, len(self)), step):
             yield self[b : b + step]
 
@@ -527,7 +533,7 @@ class ConvFactors(GradFactors):
             matrices = None
             if block is not None and block.is_contiguous():
                 matrices = block.view(unfolded.shape[0], self.shape[1] // self.groups, self.shape[2])
-            found = ops.outer(plain.flatten(0, 1).mT, unfolded, out=matrices, dtype=dtype, backend=backend)
+            found = ops.outer(plain.flatten(0, 1).mT, unfolded.mT, out=matrices, dtype=dtype, backend=backend)
             if matrices is None:
                 found = found.reshape(len(part), *self.weight_shape)
                 results.append(found if block is None else block.copy_(found))
@@ -554,7 +560,7 @@ class ConvFactors(GradFactors):
         kernels = weight.reshape(-1, *self.weight_shape[1:]).to(image.dtype)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[plain.ndim - 3]
         pads = [n for pair in reversed(self.windows.padding) for n in pair]
-        step = max(1, UNFOLDED_ELEMENTS // max(1, self.positions * kernels.shape[0]))
+        step = self._samples_a_block(self.positions * kernels.shape[0])
         found = []
         for b in range(0, max(1, len(self)), step):
             maps = convolve(
