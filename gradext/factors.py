@@ -537,7 +537,9 @@ class ConvFactors(GradFactors):
             if matrices is None:
                 found = found.reshape(len(part), *self.weight_shape)
                 results.append(found if block is None else block.copy_(found))
-        return torch.cat(results) if out is None else out
+        if out is not None:
+            return out
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def sq_norm(self) -> Tensor:
         """``‖G[b]‖²`` -> [B]; by blocks of samples, unfolded one after the other."""

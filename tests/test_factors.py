@@ -232,17 +232,27 @@ class Largest(TorchDispatchMode):
         (40, 30, 20, 40, 8, 9, "gradients"),
     ],
 )
-def test_gram_takes_the_cheaper_form_in_bounded_memory(monkeypatch, B, C, T, S, O, I, forms):
+@pytest.mark.parametrize("kept", [0, 8])
+def test_gram_takes_the_cheaper_form_in_bounded_memory(monkeypatch, B, C, T, S, O, I, forms, kept):
     monkeypatch.setattr(reference_backend, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(reference_backend, "KEPT_BLOCKS", kept)
     factors, other = make(B, T, O, I), make(C, S, O, I, seed=1)
     with Largest() as seen:
         reference_backend.gram(factors.delta, factors.activation, other.delta, other.activation)
     by_positions = B * C * T * S * (O + I)
-    rows = math.ceil(B / max(1, 2000 // (O * I)))
+    step = max(1, 2000 // (O * I))
+    rows = 1 if kept * step >= C else math.ceil(B / step)
     by_gradients = (B * C + B * T + rows * C * S) * O * I
     assert seen.work == min(by_positions, by_gradients) == {"positions": by_positions, "gradients": by_gradients}[forms]
     inputs = max(B * T, C * S) * max(O, I)
     assert seen.elements <= max(2000, inputs, O * I, B * C)
+
+
+def test_gram_of_a_batch_with_itself_forms_its_gradients_once():
+    factors = make(6, 60, 6, 5)
+    with Largest() as seen:
+        reference_backend.gram(factors.delta, factors.activation, factors.delta, factors.activation)
+    assert seen.work == (6 * 6 + 6 * 60) * 6 * 5
 
 
 @pytest.mark.parametrize(("T", "O", "I", "by_gram"), [(2, 20, 30, True), (50, 4, 6, False)])

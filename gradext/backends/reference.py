@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Intermediates are cut to blocks of about this many elements, which stay in a cache of a few MB.
 BLOCK_ELEMENTS = 1 << 20
+# So many blocks of gradients are kept where they are needed again and again, 32 MB in fp32.
+KEPT_BLOCKS = 8
 
 
 def available() -> str | None:
@@ -168,7 +170,7 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)``, the others [C, (S,) O] and [C, (S,) I] -> [B, C].
 
     T = S = 1: BC(O + I) operations. Else BCTS(O + I), or through n blocks of gradients BCOI + (BT + nCS)OI, whichever
-    is fewer, in blocks of samples.
+    is fewer, in blocks of samples; the others' gradients are formed once (n = 1) where they are a few blocks.
     """
     d, a, other_d, other_a = widen(delta, activation, other_delta, other_activation)
     if d.ndim == 2:
@@ -177,10 +179,14 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     if 0 in (B, C, T, S):
         return d.new_zeros(B, C)
     step = _samples_a_block(O * I)
-    n = math.ceil(B / step)  # for each of which the other's gradients are formed again
+    few = KEPT_BLOCKS * step >= C
+    n = 1 if few else math.ceil(B / step)  # for each of which the others' gradients are formed again
     if (B * C + B * T + n * C * S) * O * I < B * C * T * S * (O + I):
-        rows = (_flat_outer(*row) for row in _by_blocks(d, a, step))
-        blocks = ([row @ _flat_outer(*other).mT for other in _by_blocks(other_d, other_a, step)] for row in rows)
+        kept = [_flat_outer(*other) for other in _by_blocks(other_d, other_a, step)] if few else None
+        same = few and delta is other_delta and activation is other_activation
+        rows = kept if same else (_flat_outer(*row) for row in _by_blocks(d, a, step))
+        others = (kept or (_flat_outer(*other) for other in _by_blocks(other_d, other_a, step)) for _ in range(B))
+        blocks = ([row @ other.mT for other in columns] for row, columns in zip(rows, others, strict=False))
     else:
         step = max(1, math.isqrt(BLOCK_ELEMENTS // max(1, T * S)))  # blocks of step · T by step · S numbers
         rows = _by_blocks(d, a, step)
