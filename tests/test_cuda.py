@@ -466,6 +466,20 @@ def test_norms_are_not_negative_where_terms_cancel(emulator):
         assert (found >= 0).all()
 
 
+def test_norms_of_many_samples_by_one_block(emulator):
+    delta, activation = factors(5, None, 3000, 700)
+    emulator.configure(max_blocks=1, backwards=True)
+    assert_norms(cuda.sq_norm(delta, activation), delta, activation)
+
+
+@pytest.mark.parametrize("gram_tile", [0, 16])
+def test_norms_of_more_blocks_than_tiles(gram_tile, emulator):
+    """A block that adds up nothing in between two samples passes fewer barriers."""
+    delta, activation = factors(3, 9, 5, 7)
+    emulator.configure(max_blocks=1, backwards=True)
+    assert_norms(norms_by(emulator, delta, activation, gram_tile, 5), delta, activation)
+
+
 @pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
 def test_norms_of_nan_and_infinity(gram_tile, emulator):
     delta, activation = (x.abs() for x in factors(3, 20, 5, 9))
@@ -511,6 +525,28 @@ def test_work_beyond_the_largest_grid(max_blocks, emulator):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("I", [8, 11])
+@pytest.mark.parametrize("epilogue", [None, "residual"])
+def test_threads_of_many_steps(epilogue, I, emulator):
+    """Threads take more than one step only beyond 8192 blocks: three of them run, and write what they should."""
+    O = 1 << 23
+    delta = (torch.arange(O) % 2039 + 1.0).to(F16)[None]
+    operand = torch.stack([delta, delta / 2], dim=2)[..., 1]  # of another stride, and no difference is zero
+    activation = factors(1, None, 1, I, F16)[1].abs() + 0.5
+    options = {} if epilogue is None else {"epilogue": epilogue, "operand": operand}
+    out = sparse(O * I, F16).view(1, O, I)
+    emulator.configure(blocks=range(0, 1))
+    cuda.outer(delta, activation, out, **options)
+    blocks = emulator.last_grid
+    for block in (blocks // 2, blocks - 1):
+        emulator.configure(blocks=range(block, block + 1))
+        cuda.outer(delta, activation, out, **options)
+    read = delta.float() if epilogue is None else delta.float() - operand.float()
+    expected, written = (read.mT * activation.float()).to(F16), out[0] != 0
+    assert written.sum() >= 2 * 250 * 8 * 4  # two whole blocks of 250 threads at least, 4 steps of 8 numbers
+    assert torch.equal(out[0][written], expected[written])
+
+
 def sparse(elements, dtype):
     """Zeroed memory whose pages exist once they are touched."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -533,8 +569,16 @@ def test_strides_beyond_32_bits(epilogue, T, emulator):
     read = delta.float() if epilogue is None else delta.float() - activation.float()
     assert_outer(out, read, activation.float())
     assert_norms(cuda.sq_norm(delta, activation), delta, activation)
-    features = activation.as_strided((*leading, 2), (*strides[:-1], far - 1 if T is None else 1))
+    # Far from each other along the features too.
+    strides = (0, far - 1) if T is None else (0, 8, far - 1)
+    features, other = (memory.as_strided((*leading, 2), strides, offset) for offset in (3, 43))
+    for tensor, values in zip((features, other), factors(1, T, 2, 2, BF16), strict=True):
+        tensor[:1].copy_(values)
     assert_norms(cuda.sq_norm(delta, features), delta, features)
+    operand = None if epilogue is None else other
+    read = features.float() if epilogue is None else features.float() - other.float()
+    assert_outer(cuda.outer(features, delta, dtype=F32, epilogue=epilogue, operand=operand), read, delta.float())
+    assert_outer(cuda.outer(delta, features, dtype=F32), delta.float(), features.float())
 
 
 @pytest.mark.parametrize(("T", "epilogue"), [(None, None), (None, "residual"), (3, None)])

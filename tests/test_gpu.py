@@ -269,9 +269,7 @@ def products(dtype=torch.float32):
     made = []
     for k in range(20):
         T = 3 if k == 7 else None
-        delta, activation, operand = fused(
-            None, T, 3 + 11 * k, 5 + 7 * k, dtype if k % 5 else torch.float64, B=1 + k % 4
-        )
+        delta, activation, operand = fused(T, 3 + 11 * k, 5 + 7 * k, dtype if k % 5 else torch.float64, B=1 + k % 4)
         epilogue = names[k % len(names)]
         out = torch.full((len(delta), delta.shape[-1], activation.shape[-1]), float("nan"), device=DEVICE)
         out = out.to(delta.dtype)

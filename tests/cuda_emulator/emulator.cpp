@@ -93,22 +93,31 @@ bool open(Barrier barrier, std::size_t begin, std::size_t end) {
   return true;
 }
 
-// False where some threads wait for others that never come.
-bool run_block() {
-  for (Thread& thread : threads) thread.done = false, thread.at = Barrier::none;
-  while (true) {
-    for (std::size_t n = 0; n < threads.size(); ++n) {
-      current = settings.reversed ? threads.size() - 1 - n : n;
+// Runs the threads of a warp until all have ended or wait for other warps.
+void run_warp(std::size_t begin, std::size_t end) {
+  do {
+    for (std::size_t n = 0; n < end - begin; ++n) {
+      current = settings.reversed ? end - 1 - n : begin + n;
       Thread& thread = threads[current];
       if (thread.done || thread.at != Barrier::none) continue;
       threadIdx = thread.index;
       change(scheduler, thread);
     }
-    bool opened = open(Barrier::block, 0, threads.size());
-    for (std::size_t t = 0; t < threads.size(); t += kWarp)
-      opened |= open(Barrier::warp, t, std::min(t + kWarp, threads.size()));
-    if (!opened) return std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.done; });
-  }
+  } while (open(Barrier::warp, begin, end));
+}
+
+// Each warp as far as it can, then the next: what lacks a barrier between warps goes wrong forwards or backwards. False
+// where some threads wait for others that never come.
+bool run_block() {
+  for (Thread& thread : threads) thread.done = false, thread.at = Barrier::none;
+  const std::size_t warps = (threads.size() + kWarp - 1) / kWarp;
+  do {
+    for (std::size_t n = 0; n < warps; ++n) {
+      const std::size_t begin = (settings.reversed ? warps - 1 - n : n) * kWarp;
+      run_warp(begin, std::min(begin + kWarp, threads.size()));
+    }
+  } while (open(Barrier::block, 0, threads.size()));
+  return std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.done; });
 }
 
 }  // namespace
