@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree  # what torch.func itself takes nested inputs apart with
@@ -15,106 +16,98 @@ from torch import Tensor, nn
 
 from .errors import CaptureError
 
-Objective = Callable[[object, object], Tensor]  # (model output, target) -> the sum of the samples' losses
 # Of gradients at a time. vmap holds about twice as much besides.
 CHUNK_BYTES = 1 << 28
 
 
-def vmap_grads(
-    model: nn.Module,
-    args: tuple,
-    kwargs: Mapping,
-    target,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    chosen: Iterable[str],
-    batch: int,
-) -> dict[str, Tensor]:
-    """``vmap(grad)`` over the chosen parameters, in chunks of samples -> {name: [B, *parameter.shape]}.
+@dataclass(frozen=True)
+class Problem:
+    """A model with its input, and the sum of its samples' losses as a function of (model output, target)."""
 
-    ``args``, ``kwargs`` and ``target`` hold a sample in each row of those tensors that have ``batch`` rows; all else is
-    the same for every sample. Randomness is each sample's own. Where torch cannot vectorise it warns, and loops.
-    """
-    constant, varied = _parted(parameters, chosen)
-    samples = Samples((args, dict(kwargs), target), batch)
+    model: nn.Module
+    args: tuple
+    kwargs: Mapping
+    target: object
+    loss: Callable[[object, object], Tensor]
+    parameters: Mapping[str, nn.Parameter]  # all of the model's, by name
 
-    def sample_loss(varied, rows):
-        args, kwargs, target = samples.with_rows([row.unsqueeze(0) for row in rows])
-        return objective(torch.func.functional_call(model, {**constant, **varied}, args, kwargs), target)
+    def vmap_grads(self, chosen: Iterable[str], batch: int) -> dict[str, Tensor]:
+        """``vmap(grad)`` over the chosen parameters, in chunks of samples -> {name: [B, *parameter.shape]}.
 
-    size = sum(value.numel() * value.element_size() for value in varied.values())
-    gradients = torch.func.vmap(
-        torch.func.grad(sample_loss),
-        (None, 0),
-        randomness="different",
-        chunk_size=max(1, CHUNK_BYTES // max(1, size)),
-    )
-    if batch == 0:
-        return {name: value.new_zeros(0, *value.shape) for name, value in varied.items()}
-    try:
-        return gradients(varied, samples.rows)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        warnings.warn(
-            f"torch.func cannot vectorise this model ({error}), so that the gradients of {', '.join(varied)} are "
-            'computed sample by sample; fallback="loop" does so without trying',
-            stacklevel=4,
+        A sample is a row of every input and target tensor that has ``batch`` of them; all else is the same for every
+        sample. Randomness is each sample's own. Where torch cannot vectorise it warns, and loops.
+        """
+        constant, varied = self._parted(chosen)
+        samples = self._samples(batch)
+
+        def sample_loss(varied, rows):
+            return self._loss({**constant, **varied}, samples.with_rows([row.unsqueeze(0) for row in rows]))
+
+        size = sum(value.numel() * value.element_size() for value in varied.values())
+        gradients = torch.func.vmap(
+            torch.func.grad(sample_loss),
+            (None, 0),
+            randomness="different",
+            chunk_size=max(1, CHUNK_BYTES // max(1, size)),
         )
-        return loop_grads(model, args, kwargs, target, objective, parameters, varied, batch)
-
-
-def loop_grads(
-    model: nn.Module,
-    args: tuple,
-    kwargs: Mapping,
-    target,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    chosen: Iterable[str],
-    batch: int,
-) -> dict[str, Tensor]:
-    """As `vmap_grads`, one sample after the other: the slowest way, which works for every model."""
-    constant, varied = _parted(parameters, chosen)
-    grads = {name: value.new_zeros(batch, *value.shape) for name, value in varied.items()}
-    leaves = {name: value.requires_grad_() for name, value in varied.items()}
-    samples = Samples((args, dict(kwargs), target), batch)
-    with torch.enable_grad():
-        for b in range(batch):
-            one_args, one_kwargs, one_target = samples.with_rows([rows[b : b + 1] for rows in samples.rows])
-            output = torch.func.functional_call(model, {**constant, **leaves}, one_args, one_kwargs)
-            found = torch.autograd.grad(objective(output, one_target), tuple(leaves.values()), allow_unused=True)
-            for name, gradient in zip(leaves, found, strict=True):
-                if gradient is not None:
-                    grads[name][b] = gradient.to_dense() if gradient.is_sparse else gradient
-    return grads
-
-
-def batch_grads(
-    model: nn.Module,
-    args: tuple,
-    kwargs: Mapping,
-    target,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    chosen: Iterable[str],
-) -> dict[str, Tensor | None]:
-    """Autograd's gradient of Σ_b loss_b with respect to the chosen parameters; None where nothing depends on one.
-
-    The parameters themselves require grad meanwhile, so that no use of them is missed.
-    """
-    leaves = [parameters[name] for name in chosen]
-    frozen = [leaf for leaf in leaves if not leaf.requires_grad]
-    try:
-        for leaf in frozen:
-            leaf.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
-            total = objective(model(*args, **kwargs), target)
-            found = (
-                torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+        if batch == 0:
+            return {name: value.new_zeros(0, *value.shape) for name, value in varied.items()}
+        try:
+            return gradients(varied, samples.rows)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            warnings.warn(
+                f"torch.func cannot vectorise this model ({error}), so that the gradients of {', '.join(varied)} are "
+                'computed sample by sample; fallback="loop" does so without trying',
+                stacklevel=4,
             )
-    finally:
-        for leaf in frozen:
-            leaf.requires_grad_(False)
-    return dict(zip(chosen, found, strict=True))
+            return self.loop_grads(varied, batch)
+
+    def loop_grads(self, chosen: Iterable[str], batch: int) -> dict[str, Tensor]:
+        """As `vmap_grads`, one sample after the other: the slowest way, which works for every model."""
+        constant, varied = self._parted(chosen)
+        grads = {name: value.new_zeros(batch, *value.shape) for name, value in varied.items()}
+        leaves = {name: value.requires_grad_() for name, value in varied.items()}
+        samples = self._samples(batch)
+        with torch.enable_grad():
+            for b in range(batch):
+                one = samples.with_rows([rows[b : b + 1] for rows in samples.rows])
+                loss = self._loss({**constant, **leaves}, one)
+                found = torch.autograd.grad(loss, tuple(leaves.values()), allow_unused=True)
+                for name, gradient in zip(leaves, found, strict=True):
+                    if gradient is not None:
+                        grads[name][b] = gradient.to_dense() if gradient.is_sparse else gradient
+        return grads
+
+    def batch_grads(self, chosen: Iterable[str]) -> dict[str, Tensor | None]:
+        """Autograd's gradient of Σ_b loss_b with respect to the chosen parameters; None where nothing depends on one.
+
+        The parameters themselves require grad meanwhile, so that no use of them is missed.
+        """
+        leaves = {name: self.parameters[name] for name in chosen}
+        frozen = [leaf for leaf in leaves.values() if not leaf.requires_grad]
+        try:
+            for leaf in frozen:
+                leaf.requires_grad_(True)
+            with torch.inference_mode(False), torch.enable_grad():
+                total = self.loss(self.model(*self.args, **self.kwargs), self.target)
+                if not total.requires_grad:
+                    return dict.fromkeys(leaves)
+                found = torch.autograd.grad(total, tuple(leaves.values()), allow_unused=True)
+        finally:
+            for leaf in frozen:
+                leaf.requires_grad_(False)
+        return dict(zip(leaves, found, strict=True))
+
+    def _loss(self, parameters: dict[str, Tensor], sample: tuple) -> Tensor:
+        args, kwargs, target = sample
+        return self.loss(torch.func.functional_call(self.model, parameters, args, kwargs), target)
+
+    def _samples(self, batch: int) -> Samples:
+        return Samples((self.args, dict(self.kwargs), self.target), batch)
+
+    def _parted(self, chosen: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        constant = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return constant, {name: constant.pop(name).clone() for name in chosen}
 
 
 @contextlib.contextmanager
@@ -139,11 +132,6 @@ def _set_random_state(state: list[tuple[torch.device | None, Tensor]]) -> None:
             torch.set_rng_state(value)
         else:
             torch.cuda.set_rng_state(value, device)
-
-
-def _parted(parameters, chosen: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    constant = {name: parameter.detach() for name, parameter in parameters.items()}
-    return constant, {name: constant.pop(name).clone() for name in chosen}
 
 
 class Samples:

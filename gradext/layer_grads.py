@@ -204,13 +204,17 @@ def _gradients(
     def total(output, target) -> Tensor:
         return loss_values(resolved.get("loss", loss), _first(output, loss), target).sum()
 
+    wrapped = "" if runs is model else "module."
+    inner = {name.removeprefix(wrapped): parameter for name, parameter in parameters.items()}
+    problem = functional.Problem(runs, args, kwargs, target, total, inner)
     if captured.missing:
-        plain = functional.vmap_grads if fallback == "vmap" else functional.loop_grads
-        found |= plain(model, args, kwargs, target, total, parameters, list(captured.missing), captured.batch)
+        plain = problem.vmap_grads if fallback == "vmap" else problem.loop_grads
+        missing = plain([name.removeprefix(wrapped) for name in captured.missing], captured.batch)
+        found |= {wrapped + name: gradient for name, gradient in missing.items()}
     if check == "sum":
         with functional.same_randomness(randomness):
-            expected = functional.batch_grads(runs, args, kwargs, target, total, parameters, list(found))
-        _check_sums(found, expected)
+            expected = problem.batch_grads([name.removeprefix(wrapped) for name in found])
+        _check_sums(found, {wrapped + name: gradient for name, gradient in expected.items()})
     return found, parameters
 
 

@@ -355,5 +355,13 @@ def test_wrapped_for_several_processes(tmp_path, loop):
             for name, value in grads.items():
                 assert_close(value, expected[name.removeprefix("module.")])
             wrapped(x).sum().backward()  # goes on as ever
+        recurrent = Recurrent(nn.GRU).double()
+        sequences = torch.rand(B, 7, 5).double()
+        expected = loop(recurrent, sequences, sequences, squared)
+        grads = gradext.batch_layer_grads(
+            nn.parallel.DistributedDataParallel(recurrent), sequences, loss=squared, fallback="loop", check="sum"
+        )
+        for name, value in grads.items():
+            assert_close(value, expected[name.removeprefix("module.")])
     finally:
         torch.distributed.destroy_process_group()
