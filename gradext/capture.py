@@ -505,7 +505,8 @@ def _arrangement(record: _Record, batch: int) -> tuple:
 def _no_batch(record: _Record, batch: int) -> CaptureError:
     return CaptureError(
         f"{record}: expected an input of shape [B, ..., I] with B = {batch} samples, but the layer saw "
-        f"{tuple(record.input.shape)}; per-sample gradients need the batch among the layer's leading dimensions"
+        f"{tuple(record.input.shape)}; per-sample gradients need the batch among the layer's leading dimensions; "
+        'leave this layer out with layers=, or pass fallback="vmap"'
     )
 
 
