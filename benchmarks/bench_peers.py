@@ -39,7 +39,7 @@ MEMORY = {  # (case, B) -> the routes whose memory is measured, each in a proces
     "default": {(LAST, 256): ("gradext, out=: gradients", "vmap(grad): norms", "gradext: norms")},
     "full": {(case, 256): [k for k, r in ROUTES.items() if r.computes != "scores"] for case in (LAST, "conv")},
 }
-SECONDS = {"smoke": 0.3, "default": 6.0, "full": 16.0}  # of measuring for a cell
+SECONDS = {"smoke": 0.3, "default": 6.0, "full": 10.0}  # of measuring for a cell
 CALL_LIMIT = 4.0  # seconds above which a call is not measured
 MEMORY_SHARE = 0.85  # of the available memory that a cell may count on
 SMALL = 8  # samples, or an eighth of the batch, from whose time that of the whole is foretold
