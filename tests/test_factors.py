@@ -23,6 +23,7 @@ SMALL_BLOCK = 50  # so that even these shapes are cut into several blocks
 def blocks(request, monkeypatch):
     for module in factors_module, reference_backend:
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(reference_backend, "GRADIENT_ELEMENTS", 16 * request.param)
 
 
 def make(B, T, O, I, seed=0, dtype=torch.float64) -> GradFactors:
@@ -232,27 +233,35 @@ class Largest(TorchDispatchMode):
         (40, 30, 20, 40, 8, 9, "gradients"),
     ],
 )
-@pytest.mark.parametrize("kept", [0, 8])
-def test_gram_takes_the_cheaper_form_in_bounded_memory(monkeypatch, B, C, T, S, O, I, forms, kept):
+@pytest.mark.parametrize("at_once", [2000, 4000])
+def test_gram_takes_the_cheaper_form_in_bounded_memory(monkeypatch, B, C, T, S, O, I, forms, at_once):
     monkeypatch.setattr(reference_backend, "BLOCK_ELEMENTS", 2000)
-    monkeypatch.setattr(reference_backend, "KEPT_BLOCKS", kept)
+    monkeypatch.setattr(reference_backend, "GRADIENT_ELEMENTS", at_once)
     factors, other = make(B, T, O, I), make(C, S, O, I, seed=1)
     with Largest() as seen:
         reference_backend.gram(factors.delta, factors.activation, other.delta, other.activation)
     by_positions = B * C * T * S * (O + I)
-    step = max(1, 2000 // (O * I))
-    rows = 1 if kept * step >= C else math.ceil(B / step)
+    step = max(1, at_once // (O * I))
+    rows = 1 if step >= C else math.ceil(B / step)
     by_gradients = (B * C + B * T + rows * C * S) * O * I
     assert seen.work == min(by_positions, by_gradients) == {"positions": by_positions, "gradients": by_gradients}[forms]
     inputs = max(B * T, C * S) * max(O, I)
-    assert seen.elements <= max(2000, inputs, O * I, B * C)
+    assert seen.elements <= max(at_once, inputs, O * I, B * C)
 
 
-def test_gram_of_a_batch_with_itself_forms_its_gradients_once():
+@pytest.mark.parametrize("samples_at_once", [1, 2, 4, 6])
+def test_gram_of_a_batch_with_itself_takes_half_of_the_products(monkeypatch, samples_at_once):
+    monkeypatch.setattr(reference_backend, "GRADIENT_ELEMENTS", samples_at_once * 6 * 5)
     factors = make(6, 60, 6, 5)
     with Largest() as seen:
-        reference_backend.gram(factors.delta, factors.activation, factors.delta, factors.activation)
-    assert seen.work == (6 * 6 + 6 * 60) * 6 * 5
+        gram = reference_backend.gram(factors.delta, factors.activation, factors.delta, factors.activation)
+    flat = written(factors).flatten(1)
+    torch.testing.assert_close(gram, flat @ flat.T)
+    starts = range(0, 6, samples_at_once)
+    sizes = [min(samples_at_once, 6 - b) for b in starts]
+    products = sum(sizes[i] * sizes[j] for i in range(len(sizes)) for j in range(i, len(sizes)))
+    formed = sum(sum(sizes[i:]) for i in range(len(sizes)))
+    assert seen.work == (products + formed * 60) * 6 * 5
 
 
 @pytest.mark.parametrize(("T", "O", "I", "by_gram"), [(2, 20, 30, True), (50, 4, 6, False)])

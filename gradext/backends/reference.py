@@ -14,8 +14,8 @@ from torch import Tensor
 
 # Intermediates are cut to blocks of about this many elements, which stay in a cache of a few MB.
 BLOCK_ELEMENTS = 1 << 20
-# So many blocks of gradients are kept where they are needed again and again, 32 MB in fp32.
-KEPT_BLOCKS = 8
+# Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
+GRADIENT_ELEMENTS = 1 << 24
 
 
 def available() -> str | None:
@@ -170,7 +170,8 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)``, the others [C, (S,) O] and [C, (S,) I] -> [B, C].
 
     T = S = 1: BC(O + I) operations. Else BCTS(O + I), or through n blocks of gradients BCOI + (BT + nCS)OI, whichever
-    is fewer, in blocks of samples; the others' gradients are formed once (n = 1) where they are a few blocks.
+    is fewer, in blocks of samples; n = 1 where all the others make one, and where they are the samples themselves half
+    of the products is enough.
     """
     d, a, other_d, other_a = widen(delta, activation, other_delta, other_activation)
     if d.ndim == 2:
@@ -178,20 +179,34 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
     if 0 in (B, C, T, S):
         return d.new_zeros(B, C)
-    step = _samples_a_block(O * I)
-    few = KEPT_BLOCKS * step >= C
-    n = 1 if few else math.ceil(B / step)  # for each of which the others' gradients are formed again
+    step = max(1, GRADIENT_ELEMENTS // max(1, O * I))
+    n = 1 if step >= C else math.ceil(B / step)  # for each of which the others' gradients are formed again
     if (B * C + B * T + n * C * S) * O * I < B * C * T * S * (O + I):
-        kept = [_flat_outer(*other) for other in _by_blocks(other_d, other_a, step)] if few else None
-        same = few and delta is other_delta and activation is other_activation
-        rows = kept if same else (_flat_outer(*row) for row in _by_blocks(d, a, step))
-        others = (kept or (_flat_outer(*other) for other in _by_blocks(other_d, other_a, step)) for _ in range(B))
-        blocks = ([row @ other.mT for other in columns] for row, columns in zip(rows, others, strict=False))
-    else:
-        step = max(1, math.isqrt(BLOCK_ELEMENTS // max(1, T * S)))  # blocks of step · T by step · S numbers
-        rows = _by_blocks(d, a, step)
-        blocks = ([_gram_by_positions(*row, *other) for other in _by_blocks(other_d, other_a, step)] for row in rows)
+        same = delta is other_delta and activation is other_activation
+        return _gram_by_gradients(d, a, other_d, other_a, step, same)
+    step = max(1, math.isqrt(BLOCK_ELEMENTS // max(1, T * S)))  # blocks of step · T by step · S numbers
+    rows = _by_blocks(d, a, step)
+    blocks = ([_gram_by_positions(*row, *other) for other in _by_blocks(other_d, other_a, step)] for row in rows)
     return torch.cat([torch.cat(row, dim=1) for row in blocks])
+
+
+def _gram_by_gradients(d: Tensor, a: Tensor, other_d: Tensor, other_a: Tensor, step: int, same: bool) -> Tensor:
+    B, C = d.shape[0], other_d.shape[0]
+    result, kept = d.new_empty(B, C), None
+    for b in range(0, B, step):
+        row = _flat_outer(d[b : b + step], a[b : b + step])
+        for c in range(b if same else 0, C, step):
+            if same and c == b:
+                column = row
+            elif kept is None or step < C:
+                column = kept = _flat_outer(other_d[c : c + step], other_a[c : c + step])
+            else:
+                column = kept
+            product = row @ column.mT
+            result[b : b + step, c : c + step] = product
+            if same and c > b:
+                result[c : c + step, b : b + step] = product.mT
+    return result
 
 
 def _by_blocks(delta: Tensor, activation: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
