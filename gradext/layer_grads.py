@@ -118,7 +118,8 @@ def batch_layer_factors(
     """The factors of the same gradients: ``{"decoder.0": GradFactors, ...}``; nothing of size B·O·I exists.
 
     Arguments and errors as for `batch_layer_grads`. With ``include_bias`` a layer's bias is there under its own name,
-    ``"decoder.0.bias"``, as the factors of a weight [O, 1] whose input is one.
+    ``"decoder.0.bias"``. Where a gradient is no larger than its factors (biases, normalisations, most convolutions) it
+    is there itself, as `GradFactors.of` holds it.
 
     >>> import torch, gradext
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6), torch.nn.Sigmoid())

@@ -28,7 +28,7 @@ def iter_layer_grads(
     Yields for each chunk, in order, the gradients {name: [b, *parameter.shape]}; or, with ``reduce``, what it returns
     for the chunk's `LayerFactors` (norms, scores, a running sum; ``lambda factors: factors`` for the factors). The peak
     does not depend on the size of the caller's batches: what a sample needs (its share of the graph, of the factors and
-    of the results) is measured once, on the first one. Convolutions unfold up to 64 MB besides.
+    of the results) is measured once, on the first one. Convolutions unfold 4 MB at a time besides, 64 on a GPU.
 
     Args:
         batches: of model inputs, each as ``x`` of `batch_layer_grads`; with ``paired``, pairs (x, target). A sample is
@@ -56,7 +56,13 @@ def iter_layer_grads(
         for batch in batches:
             x, target = batch if paired else (batch, None)
             args, kwargs = as_call(x)
-            count = next(v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
+            if not tensors:
+                raise TypeError(
+                    f"batches: expected a tensor [B, ...], or a tuple or dict that holds one, in each batch, but got "
+                    f"{type(x).__name__}"
+                )
+            count = tensors[0].shape[0]
             if count == 0:
                 continue
             samples = Samples((x, target), count)

@@ -94,6 +94,12 @@ def test_wrong_arguments_are_refused():
         list(gradext.iter_layer_grads(model, data, out={"a": torch.zeros(1)}))
 
 
+@pytest.mark.parametrize("batch", [3, None, "text", torch.tensor(1.0), {"a": 1}])
+def test_batches_without_a_tensor_are_refused(batch):
+    with pytest.raises(TypeError, match=r"batches: expected a tensor \[B, ...\], or a tuple or dict that holds one"):
+        list(gradext.iter_layer_grads(network(), [batch], loss=squared))
+
+
 def test_progress_is_shown_when_asked_for(capsys):
     model, data = network(), torch.rand(30, 20, dtype=torch.float64).split(10)
     list(gradext.iter_layer_grads(model, data, loss=squared))
