@@ -16,6 +16,9 @@ grad during the forward for that purpose alone.
 
 Which rows of a use are which sample's is read from the shapes, and proved by a second backward, from losses of
 different weights: always where the shapes leave a choice, else once for each model and arrangement of shapes.
+
+All that watching costs several times what a small model does. Where the graph of a first call is one that `reading`
+understands, later calls of the model run it as it is, and read the uses off what autograd has recorded.
 """
 
 from __future__ import annotations
@@ -35,12 +38,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import closed_form, reading
 from . import layers as rules
 from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors
+from .layers import Chosen
 from .losses import Root
+from .uses import Form, Use, names_of, select, without
 
 # Functions whose result is the same weight in another form: transposed, or of another type or layout.
 _TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
@@ -65,48 +72,11 @@ _MIXING = (
 )
 # Of each model, the arrangements of uses whose rows have been proved to be the samples'.
 _proved = WeakIdKeyDictionary()
-
-
-class Form(NamedTuple):
-    """How a tensor that a call used lies in a parameter: some of its rows, or all, as they are or transposed."""
-
-    name: str  # the parameter's
-    shape: torch.Size  # the parameter's
-    start: int = 0  # the first row
-    rows: int | None = None  # how many, None for all
-    turned: bool = False
-
-    def place(self, gradient: GradFactors | Tensor) -> GradFactors | Tensor:
-        """The gradient for the parameter, from that for the form."""
-        if self.turned:
-            gradient = gradient.mT if isinstance(gradient, Tensor) else gradient.transposed()
-        if self.rows is None:
-            return gradient
-        if isinstance(gradient, GradFactors):
-            if gradient.weight_shape is None:
-                return gradient.in_rows(self.start, self.shape[0])
-            gradient = gradient.materialize()
-        padded = gradient.new_zeros(gradient.shape[0], *self.shape)
-        padded[:, self.start : self.start + self.rows] = gradient
-        return padded
-
-
-class Use(NamedTuple):
-    """One call with chosen parameters. ``delta`` is the gradient of Σ_b loss_b with respect to the call's output."""
-
-    forms: dict[str, Form]  # of the chosen parameters, by the role that the call's rule gives them
-    gradient: Callable[[str, Tensor, Tensor], GradFactors | Tensor]  # (role, input, delta), one row or more a sample
-    input: Tensor
-    delta: Tensor
-
-    def gradients(self, batch: int) -> Iterable[tuple[str, GradFactors | Tensor]]:
-        """(parameter name, the gradient of every sample for it)."""
-        for role, form in self.forms.items():
-            gradient = self.gradient(role, self.input, self.delta)
-            if self.delta.shape[0] != batch:
-                whole = isinstance(gradient, Tensor)
-                gradient = gradient.unflatten(0, (batch, -1)).sum(1) if whole else gradient.regrouped(batch)
-            yield form.name, form.place(gradient)
+# Of each model, by (training or not, pick, names of the chosen parameters), whether its graph has been found readable.
+_readable = WeakIdKeyDictionary()
+# Reading keeps what comes before the chosen layers in the graph too, which the watched forward does not; up to so many
+# elements of input that is a matter of megabytes.
+READ_ELEMENTS = 1 << 18
 
 
 class _Record(NamedTuple):
@@ -121,12 +91,8 @@ class _Record(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
-    @property
-    def names(self) -> set[str]:
-        return {form.name for form in self.forms.values()}
-
     def __str__(self) -> str:
-        return " and ".join(sorted(self.names))
+        return " and ".join(sorted(names_of(self)))
 
 
 @dataclass(eq=False)
@@ -182,7 +148,7 @@ class _Capture(TorchFunctionMode):
             _refuse_batch_statistics(*args, **kwargs)
         elif func in _DERIVATIVES and kwargs.get("create_graph") and self.records:
             raise _HiddenError(
-                {name for record in self.records for name in record.names},
+                {name for record in self.records for name in names_of(record)},
                 "the model's forward differentiates with create_graph=True after a chosen layer, so that the loss "
                 "depends on its weight through a backward pass, for which there is no exact rule; choose only layers "
                 'that run later, or pass fallback="loop"',
@@ -345,94 +311,133 @@ def capture(
     args: tuple,
     kwargs: dict,
     objective: Callable[[object], Root],
-    candidates: dict[str, nn.Module],
-    modules: dict[str, nn.Module],
-    parameters: dict[str, nn.Parameter],
+    chosen: Chosen,
     *,
-    pick: str | None = None,
-    include_bias: bool = False,
-    watch_objective: bool = True,
+    named_loss: tuple[str, Tensor] | None = None,
     check_samples: bool = False,
     create_graph: bool = False,
-    leave_out: frozenset[str] = frozenset(),
 ) -> Captured:
-    """Run ``model(*args, **kwargs)`` and find every use of the candidates' parameters.
+    """Run ``model(*args, **kwargs)`` and find every use of the chosen parameters.
 
-    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``modules`` and
-    ``parameters`` are the model's, by name; ``pick`` keeps only the first or last layer executed;
-    ``watch_objective=False`` promises that the objective uses no parameter; ``leave_out`` names parameters that count
-    as not chosen. A parameter that is used in a way for which there is no rule, that never ran, or whose input was
-    overwritten, is missing in the result. Raises CaptureError where samples mix.
+    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``named_loss`` are the
+    loss and the target of an objective that is one of `losses`' own and uses no parameter. A parameter that is used in
+    a way for which there is no rule, that never ran, or whose input was overwritten, is missing in the result. Raises
+    CaptureError where samples mix.
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    owners: dict[str, str] = {}  # chosen parameter -> layer
-    for layer, module in candidates.items():
-        for parameter in rules.own_parameters(module, include_bias).values():
-            if names[id(parameter)] not in leave_out:
-                owners.setdefault(names[id(parameter)], layer)
-
-    try:
-        return _captured(
-            model, args, kwargs, objective, candidates, modules, parameters, owners,
-            pick, watch_objective, check_samples, create_graph,
-        )  # fmt: skip
-    except _HiddenError as error:
-        if error.names <= leave_out:
-            raise
-        captured = capture(
-            model, args, kwargs, objective, candidates, modules, parameters,
-            pick=pick, include_bias=include_bias, watch_objective=watch_objective, check_samples=check_samples,
-            create_graph=create_graph, leave_out=leave_out | error.names,
-        )  # fmt: skip
-        return captured._replace(missing=captured.missing | dict.fromkeys(error.names, error))
+    if not (check_samples or create_graph) and _is_undisturbed(chosen):
+        forms = {id(chosen.parameters[name]): Form(name, chosen.parameters[name].shape) for name in chosen.owners}
+        if named_loss is not None and type(model) is nn.Sequential and len(args) == 1 and not kwargs:
+            uses = closed_form.uses(model, as_constant(args[0]), *named_loss, forms, chosen)
+            if uses:
+                return Captured(uses, {}, len(args[0]))
+        if _may_be_read(model, (*args, *kwargs.values()), chosen):
+            captured = _read(model, args, kwargs, objective, forms, chosen)
+            if captured is not None:
+                return captured
+    hidden: dict[str, CaptureError] = {}
+    while True:
+        try:
+            captured = _captured(
+                model, args, kwargs, objective, chosen.without(hidden), named_loss, check_samples, create_graph
+            )
+            return captured._replace(missing=captured.missing | hidden)
+        except _HiddenError as error:
+            if error.names <= hidden.keys():
+                raise
+            hidden |= dict.fromkeys(error.names, error)
 
 
 def _captured(
-    model, args, kwargs, objective, candidates, modules, parameters, owners: dict[str, str],
-    pick, watch_objective, check_samples, create_graph,
-) -> Captured:  # fmt: skip
-    mode = _Capture(parameters, owners, create_graph)
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    model, args, kwargs, objective, chosen: Chosen, named_loss, check_samples: bool, create_graph: bool
+) -> Captured:
+    owners, pick = chosen.owners, chosen.pick
+    mode = _Capture(chosen.parameters, owners, create_graph)
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_restored_buffers(modules))
+        stack.enter_context(_restored_buffers({"": model, **chosen.modules}))
         stack.enter_context(_autocast_uncached())
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         shared = _SHARED_ROWS.get()
         stack.callback(_SHARED_ROWS.reset, _SHARED_ROWS.set(None))  # a call inside the model has rows of its own
         args, kwargs = as_constant(args), as_constant(kwargs)
-        frozen = [p for name, p in parameters.items() if name in owners and not p.requires_grad]
-        with _registered_layers(mode, candidates, names), _thawed(frozen), mode:
+        with _registered_layers(mode, chosen.layers), _thawed(chosen), mode:
             output = model(*args, **kwargs)
-        with mode if watch_objective else contextlib.nullcontext():
+        with mode if named_loss is None else contextlib.nullcontext():
             root = objective(output)
         batch = root.gradient.shape[0]
-        records = _select(mode.records, pick, owners)
+        records = select(mode.records, pick, owners)
         nodes, unseen = _walk(mode, root)
         missing = _missing(mode, unseen, records, owners, pick)
         mode.records, mode.unruled = [], {}
-        records = _without(records, missing)
+        records = without(records, missing)
         for record in records:
             if not _layouts(record, batch):
-                missing |= dict.fromkeys(record.names, _no_batch(record, batch))
-        records = _without(records, missing)
+                missing |= dict.fromkeys(names_of(record), _no_batch(record, batch))
+        records = without(records, missing)
         proved = _proved.setdefault(model, {}).setdefault(model.training, set())
         uses = _uses(mode, root, nodes, records, shared, check_samples, create_graph, proved) if records else []
+        if records and batch and root.edge and not (missing or create_graph):
+            known = all(isinstance(layer, reading.LAYERS) for layer in chosen.layers.values())
+            readable = known and reading.is_readable(root.edge.node, [record.edge.node for record in records], batch)
+            _readable.setdefault(model, {}).setdefault(_kind(model, chosen), readable)
         return Captured(uses, missing, batch)
 
 
-def _without(records: list[_Record], missing: Iterable[str]) -> list[_Record]:
-    """The records whose parameters are all there: one use that is missing makes the others worthless."""
-    missing = set(missing)
-    kept = []
-    for record in records:
-        forms = {role: form for role, form in record.forms.items() if form.name not in missing}
-        if forms:
-            kept.append(record._replace(forms=forms))
-    return kept
+def _is_undisturbed(chosen: Chosen) -> bool:
+    """Whether functions of torch's do what they say, now and with these parameters."""
+    return (
+        chosen.ordinary
+        and torch._C._len_torch_function_stack() == 0
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda")
+        and _SHARED_ROWS.get() is None
+        and not _inside_transform()
+    )
+
+
+def _may_be_read(model: nn.Module, inputs: tuple, chosen: Chosen) -> bool:
+    """Whether a call of the model can do without being watched, as far as that is known before it."""
+    if not _readable.get(model, {}).get(_kind(model, chosen)):
+        return False
+    for module in (model, *chosen.modules.values()):
+        if module.training and module._buffers:
+            return False
+    elements = sum(value.numel() for value in inputs if isinstance(value, Tensor))
+    return elements <= READ_ELEMENTS or not any(parameter.requires_grad for parameter in chosen.others)
+
+
+def _kind(model: nn.Module, chosen: Chosen) -> tuple:
+    return (model.training, chosen.pick, *chosen.owners)
+
+
+def _read(model, args, kwargs, objective, forms: dict[int, Form], chosen: Chosen) -> Captured | None:
+    """As `_captured`, from the graph of an unwatched forward; None where that cannot be read after all."""
+    handles = RemovableHandle.next_id
+    with torch.enable_grad(), _thawed(chosen):
+        root = objective(model(*as_constant(args), **as_constant(kwargs)))
+    hooked = RemovableHandle.next_id != handles  # a hook was registered on the way
+    batch = root.gradient.shape[0]
+    uses = None
+    if batch > 0 and root.edge is not None and root.edge.output_nr == 0:
+        uses = reading.read(root.edge.node, forms, batch)
+    if uses is None or (chosen.pick is None and len(forms) > len({name for use in uses for name in names_of(use)})):
+        _readable[model][_kind(model, chosen)] = False
+        return None
+    uses = select(uses, chosen.pick, chosen.owners)
+    edges = [use.edge for use in uses]
+    if edges == [root.edge] and not hooked:
+        deltas = [root.gradient]  # the backward begins where it would end
+    else:
+        # Nothing that ran later lies below the first use: the backward ends there, and is captured after its hooks.
+        with _after_hooks({k: edge for k, edge in enumerate(edges) if k and hooked}) as found:
+            deltas = torch.autograd.grad((root.edge,), edges, (root.gradient,))
+        deltas = [found.get(k, delta) for k, delta in enumerate(deltas)]
+    found = [Use(use.forms, use.gradient, use.input, delta) for use, delta in zip(uses, deltas, strict=True)]
+    return Captured(found, {}, batch)
 
 
 # --- which rows are whose --------------------------------------------------------------------------------------------
@@ -499,7 +504,7 @@ def _ambiguous(record: _Record, layouts: list[Layout], batch: int) -> bool:
 
 def _arrangement(record: _Record, batch: int) -> tuple:
     """What a use has in common with those in other calls whose rows lie in the same way."""
-    return (*sorted(record.names), record.time_major is None, *(n == batch for n in record.shape[: record.rows]))
+    return (*sorted(names_of(record)), record.time_major is None, *(n == batch for n in record.shape[: record.rows]))
 
 
 def _no_batch(record: _Record, batch: int) -> CaptureError:
@@ -544,7 +549,7 @@ def _uses(
     def backward(gradient: Tensor, **options) -> list[Tensor]:
         # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
         # edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
-        with mode, _after_hooks(records if mode.hooked else []) as hooked:
+        with mode, _after_hooks(dict(enumerate(edges)) if mode.hooked else {}) as hooked:
             found = torch.autograd.grad((root.edge,), edges, (gradient,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
@@ -574,15 +579,15 @@ def _uses(
 
 
 @contextlib.contextmanager
-def _after_hooks(records: list[_Record]):
-    """The gradients of outputs as hooks on them leave them; torch's engine captures some of them before.
+def _after_hooks(edges: dict[int, GradientEdge]):
+    """The gradients at edges as hooks on them leave them; torch's engine captures some of them before.
 
-    Yields a dict by place in ``records`` that a backward fills; those where it ends are captured after their hooks.
+    Yields a dict with the edges' keys that a backward fills; those where it ends are captured after their hooks.
     """
     found: dict[int, Tensor] = {}
     handles = [
-        record.edge.node.register_prehook(lambda grads, k=k, n=record.edge.output_nr: found.update({k: grads[n]}))
-        for k, record in enumerate(records)
+        edge.node.register_prehook(lambda grads, k=k, n=edge.output_nr: found.update({k: grads[n]}))
+        for k, edge in edges.items()
     ]
     try:
         yield found
@@ -645,30 +650,12 @@ def _weighs(layout: Layout, delta: Tensor, part: Tensor, weights: Tensor) -> boo
 # --- what was found, and what was not --------------------------------------------------------------------------------
 
 
-def _is_bias(name: str) -> bool:
-    return "bias" in name.rpartition(".")[2]
-
-
-def _select(records: list[_Record], pick: str | None, owners: dict[str, str]) -> list[_Record]:
-    """All records, or those of the layer whose weight ran first or last."""
-    if pick is None:
-        return records
-    weights = [form.name for record in records for form in record.forms.values() if not _is_bias(form.name)]
-    if not weights:
-        return []
-    layer = owners[weights[0] if pick == "first" else weights[-1]]
-    names = {name for name, owner in owners.items() if owner == layer and not _is_bias(name)}
-    # Its bias may be owned by another layer that shares it, and be used there too.
-    names |= {name for record in records if record.names & names for name in record.names if _is_bias(name)}
-    return _without(records, {name for record in records for name in record.names} - names)
-
-
 def _missing(
     mode: _Capture, unseen: Iterable[str], records: list[_Record], owners: dict[str, str], pick: str | None
 ) -> dict[str, CaptureError]:
     """The chosen parameters of which some use is not in the records as it should be, and what to say of it."""
     found: dict[str, CaptureError] = {}
-    seen = {name for record in records for name in record.names}
+    seen = {name for record in records for name in names_of(record)}
     for name, func in mode.unruled.items():
         if pick is None or name in seen:
             found[name] = UnsupportedLayerError(
@@ -692,7 +679,7 @@ def _missing(
     for record in records:
         if record.input._version != record.input_version:
             found |= dict.fromkeys(
-                record.names,
+                names_of(record),
                 CaptureError(
                     f"{record}: the layer's input was modified in place after the layer had used it, so that its "
                     "gradient can no longer be computed; make that operation out of place"
@@ -720,7 +707,7 @@ def _walk(mode: _Capture, root: Root) -> tuple[set[Node | None], list[str]]:
 
 
 @contextlib.contextmanager
-def _registered_layers(mode: _Capture, candidates: dict[str, nn.Module], names: dict[int, str]):
+def _registered_layers(mode: _Capture, layers: dict[str, nn.Module]):
     """Record the layers that have a rule of their user's own as wholes, by hooks for the time of one forward."""
     thread = threading.get_ident()
     handles = []
@@ -759,7 +746,7 @@ def _registered_layers(mode: _Capture, candidates: dict[str, nn.Module], names: 
         handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     try:
-        for layer, module in candidates.items():
+        for layer, module in layers.items():
             rule = rules.registered(module)
             if rule is not None:
                 own = {role: mode.known[id(p)].form for role, p in module.named_parameters()}
@@ -820,9 +807,10 @@ def _restored_buffers(modules: dict[str, nn.Module]):
 
 
 @contextlib.contextmanager
-def _thawed(parameters: list[nn.Parameter]):
+def _thawed(chosen: Chosen):
     """Frozen parameters require grad for the time of the forward, so that a use that the mode misses leaves a trace."""
-    parameters = [parameter for parameter in parameters if not parameter.is_inference()]
+    every = [chosen.parameters[name] for name in chosen.owners]
+    parameters = [p for p in every if not (p.requires_grad or p.is_inference())]
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import ops
 from .backends.reference import BLOCK_ELEMENTS, accumulation_type, widen
 
+_convolution_backward = torch.ops.aten.convolution_backward
 # Convolutions unfold about as many elements at a time: what stays in a CPU's cache, and what keeps a GPU busy.
 UNFOLDED_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
@@ -432,6 +433,13 @@ class Windows(NamedTuple):
         )
         return seen.reshape(B, groups, C * math.prod(self.kernel), math.prod(positions))
 
+    def fit(self, image: Tensor, positions: Tensor) -> bool:
+        """Whether the windows of the image [B, C, *size] are as many as the positions [B, P, *size], and no more."""
+        each = zip(
+            image.shape[2:], self.kernel, self.stride, self.dilation, self.padding, positions.shape[2:], strict=True
+        )
+        return all((n + sum(pad) - d * (k - 1) - 1) // s + 1 == seen for n, k, s, d, pad, seen in each)
+
 
 class ConvFactors(GradFactors):
     """The factors of a convolution's weight, unfolded only while they are used.
@@ -526,6 +534,9 @@ class ConvFactors(GradFactors):
         self, *, out: Tensor | None = None, dtype: torch.dtype | None = None, backend: str | None = None
     ) -> Tensor:
         """``G[b] = Σ_t p_bt u_btᵀ`` -> [B, *weight_shape], by blocks of samples; BTOI operations."""
+        if len(self) == 1 and self.windows.fit(self.image, self.plain):
+            gradient = self._of_one().unsqueeze(0)
+            return gradient.to(dtype or self.dtype) if out is None else out.copy_(gradient)
         results = []
         for b, part in _with_start(self._samples()):
             unfolded, plain = part._unfolded().flatten(0, 1), part.plain.flatten(2).unflatten(1, (self.groups, -1))
@@ -540,6 +551,14 @@ class ConvFactors(GradFactors):
         if out is not None:
             return out
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _of_one(self) -> Tensor:
+        """Of a single sample: torch's own gradient of a batch's weight, which does not unfold."""
+        windows, dimensions = self.windows, len(self.windows.kernel)
+        image = F.pad(self.image, [n for pair in reversed(windows.padding) for n in pair])
+        weight = image.new_empty(self.weight_shape)
+        rest = (windows.stride, [0] * dimensions, windows.dilation, False, [0] * dimensions, self.groups)
+        return _convolution_backward(self.plain, image, weight, None, *rest, (False, True, False))[1]
 
     def sq_norm(self) -> Tensor:
         """``‖G[b]‖²`` -> [B]; by blocks of samples, unfolded one after the other."""

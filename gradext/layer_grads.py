@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, ops
-from .capture import Use, as_constant, capture
+from .capture import as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
-from .layers import LayerChoice, choose_layers, walk
+from .layers import LayerChoice, choose
 from .losses import PerSampleLoss, Root, backward_root, loss_values, resolve
+from .uses import Use
 
 
 def batch_layer_grads(
@@ -153,11 +154,9 @@ def _gradients(
     for name, value, allowed in (("check", check, ("sample", "sum")), ("fallback", fallback, ("vmap", "loop"))):
         if value is not None and value not in allowed:
             raise ValueError(f"{name}: expected None, {' or '.join(map(repr, allowed))}, but got {value!r}")
-    candidates, pick = choose_layers(model, layers, any_type=fallback is not None)
-    _check_inference(candidates, create_graph)
-    # Walking a model takes as long as a small layer's product: once for all that follows.
-    modules = walk(model)
-    parameters = _named_parameters(modules)
+    chosen = choose(model, layers, include_bias, any_type=fallback is not None)
+    parameters = chosen.parameters
+    _check_inference(chosen.layers, create_graph)
     args, kwargs = as_call(x)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or tensors[0].ndim == 0:
@@ -183,12 +182,8 @@ def _gradients(
         args,
         kwargs,
         objective,
-        candidates,
-        modules,
-        parameters,
-        pick=pick,
-        include_bias=include_bias,
-        watch_objective=callable(loss),
+        chosen,
+        named_loss=None if callable(loss) or fallback or check else (loss, target),
         check_samples=check == "sample",
         create_graph=create_graph,
     )
@@ -201,6 +196,9 @@ def _gradients(
         for name, gradient in use.gradients(captured.batch):
             gathered.setdefault(name, []).append(gradient)
     found = {name: _joined(uses) for name, uses in gathered.items()}
+
+    if not captured.missing and check != "sum":
+        return found, parameters
 
     def total(output, target) -> Tensor:
         return loss_values(resolved.get("loss", loss), _first(output, loss), target).sum()
@@ -217,16 +215,6 @@ def _gradients(
             expected = problem.batch_grads([name.removeprefix(wrapped) for name in found])
         _check_sums(found, {wrapped + name: gradient for name, gradient in expected.items()})
     return found, parameters
-
-
-def _named_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """As `nn.Module.named_parameters`, a shared parameter under its first name only."""
-    names: dict[nn.Parameter, str] = {}
-    for prefix, module in modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
-    return {name: parameter for parameter, name in names.items()}
 
 
 def as_call(x) -> tuple[tuple, dict]:

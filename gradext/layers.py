@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import UnsupportedLayerError
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
@@ -79,7 +81,8 @@ class LinearRule:
         """x [B, ..., I], δ [B, ..., O]: Σ over the inner dimensions of δ xᵀ, and of δ for the bias."""
         if role == "bias":
             return _sum_to(delta, (delta.shape[-1],))
-        return GradFactors(_positions(input.to(delta.dtype)), _positions(delta))
+        input = input if input.dtype is delta.dtype else input.to(delta.dtype)
+        return GradFactors(_positions(input), _positions(delta))
 
 
 class ConvRule:
@@ -109,17 +112,29 @@ class ConvRule:
             pads = tuple((n // 2, n - n // 2) for n in extra)
         else:
             pads = tuple((n, n) for n in _each(0 if padding == "valid" else padding, dimensions))
-        windows = Windows(kernel, stride, dilation, pads)
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, **others}
-        shape = tuple(weight.shape)
+        gradient = ConvRule.gradient(weight.shape, stride, pads, dilation, groups, transposed)
+        return Call(input, parameters, lambda **given: func(input, **given, **options), 1, gradient)
+
+    @staticmethod
+    def gradient(
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        pads: tuple[tuple[int, int], ...],  # zeros before and after, by dimension
+        dilation: tuple[int, ...],
+        groups: int,
+        transposed: bool,
+    ) -> Callable[[str, Tensor, Tensor], GradFactors | Tensor]:
+        """``(role, x [B, C, ...], δ [B, O, ...])`` -> the gradient, for a weight of ``shape``."""
+        windows = Windows(tuple(shape[2:]), stride, dilation, pads)
 
         def gradient(role, input, delta):
             if role == "bias":
                 return delta.flatten(2).sum(2)
             image, plain = (delta, input.to(delta.dtype)) if transposed else (input, delta)
-            return ConvFactors(image.to(delta.dtype), plain, windows, groups, shape)
+            return ConvFactors(image.to(delta.dtype), plain, windows, groups, tuple(shape))
 
-        return Call(input, parameters, lambda **given: func(input, **given, **options), 1, gradient)
+        return gradient
 
     @staticmethod
     def _arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -301,8 +316,8 @@ def own_parameters(module: nn.Module, include_bias: bool) -> dict[str, nn.Parame
         name: p
         for name, p in found
         if p is not None
-        and (p.is_floating_point() or p.is_complex())  # quantised weights have no gradient
         and (include_bias or "bias" not in name.rpartition(".")[2])
+        and (p.is_floating_point() or p.is_complex())  # quantised weights have no gradient
     }
 
 
@@ -350,6 +365,87 @@ def supported_layers(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]
 LayerChoice = None | str | nn.Module | Iterable["str | nn.Module"]
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A model's modules and parameters by name, a shared one under its first name only, and which were chosen."""
+
+    modules: dict[str, nn.Module]  # without the model itself
+    parameters: dict[str, nn.Parameter]
+    layers: dict[str, nn.Module]
+    owners: dict[str, str]  # chosen parameter -> layer
+    pick: str | None  # "first" or "last", where only that layer of them is meant, in order of execution
+
+    def without(self, names: Collection[str]) -> Chosen:
+        """The same without these parameters."""
+        return replace(self, owners={name: layer for name, layer in self.owners.items() if name not in names})
+
+    @functools.cached_property
+    def ordinary(self) -> bool:
+        """Whether no parameter is of a class of its own, which may do otherwise than a tensor."""
+        return all(type(parameter) is nn.Parameter for parameter in self.parameters.values())
+
+    @functools.cached_property
+    def others(self) -> list[nn.Parameter]:
+        """The parameters that were not chosen."""
+        return [parameter for name, parameter in self.parameters.items() if name not in self.owners]
+
+
+# Of each model, by arguments, what it consisted of and what was chosen: that takes longer than a small layer's product.
+# The model itself is not among what is kept, so that it can go.
+_choices = WeakIdKeyDictionary()
+
+
+def choose(model: nn.Module, layers: LayerChoice, include_bias: bool = False, any_type: bool = False) -> Chosen:
+    """What `choose_layers` finds, with the parameters that are meant. Raises as that."""
+    asked = tuple(layers) if type(layers) is list else layers
+    named = all(type(item) is str for item in asked) if type(asked) is tuple else asked is None or type(asked) is str
+    if not named:
+        return _chosen(model, layers, include_bias, any_type)
+    present, key = _contents(model), (asked, include_bias, any_type)
+    former, chosen = _choices.setdefault(model, {}).get(key, (None, None))
+    if former != present:
+        chosen = _chosen(model, layers, include_bias, any_type)
+        if all(layer is not model for layer in chosen.layers.values()):
+            _choices[model][key] = present, chosen
+    return chosen
+
+
+def _contents(model: nn.Module) -> list:
+    """What tells whether a model still consists of the same modules and parameters by the same names."""
+    contents, seen, stack = [len(_registered)], set(), [model]
+    while stack:
+        module = stack.pop()
+        contents.append(id(module))
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if module._parameters:
+            contents += module._parameters
+            contents += map(id, module._parameters.values())
+        if module._modules:
+            contents += module._modules
+            stack += module._modules.values()
+    return contents
+
+
+def _chosen(model: nn.Module, layers: LayerChoice, include_bias: bool, any_type: bool) -> Chosen:
+    candidates, pick = choose_layers(model, layers, any_type)
+    modules = walk(model)
+    names: dict[int, str] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    for prefix, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in names:
+                names[id(parameter)] = f"{prefix}.{name}" if prefix else name
+                parameters[names[id(parameter)]] = parameter
+    owners: dict[str, str] = {}
+    for layer, module in candidates.items():
+        for parameter in own_parameters(module, include_bias).values():
+            owners.setdefault(names[id(parameter)], layer)
+    del modules[""]
+    return Chosen(modules, parameters, candidates, owners, pick)
+
+
 def choose_layers(
     model: nn.Module, layers: LayerChoice, any_type: bool = False
 ) -> tuple[dict[str, nn.Module], str | None]:
@@ -371,9 +467,8 @@ def choose_layers(
     else:
         items = [layers] if isinstance(layers, (str, nn.Module)) else list(layers)
         chosen, where = {}, f"layers={layers!r}"
-        names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
         for item in items:
-            chosen.update(_resolve(model, item, names, find))
+            chosen.update(_resolve(model, item, find))
     if not chosen:
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise UnsupportedLayerError(
@@ -397,18 +492,21 @@ def _supported_types() -> str:
     return ", ".join(t.__name__ for t in types)
 
 
-def _resolve(model: nn.Module, item: str | nn.Module, names: dict[int, str], find) -> dict[str, nn.Module]:
+def _resolve(model: nn.Module, item: str | nn.Module, find) -> dict[str, nn.Module]:
     """One item of a ``layers`` list: a layer, or a container that stands for the layers in it."""
     if isinstance(item, nn.Module):
-        if id(item) not in names:
+        name, module = next((name for name, m in model.named_modules() if m is item), None), item
+        if name is None:
             raise ValueError(f"layers: the module {type(item).__name__} is not part of the model; pass one of its own")
-        name, module = names[id(item)], item
     elif isinstance(item, str):
-        modules = dict(model.named_modules(remove_duplicate=False))
-        if item not in modules:
+        try:
+            name, module = item, model.get_submodule(item)
+        except AttributeError:
+            modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
             near = difflib.get_close_matches(item, modules, n=3, cutoff=0.4) or list(supported_layers(model))[:8]
-            raise ValueError(f"layers: the model has no module named {item!r}; nearest names: {', '.join(near)}")
-        name, module = item, modules[item]
+            raise ValueError(
+                f"layers: the model has no module named {item!r}; nearest names: {', '.join(near)}"
+            ) from None
     else:
         raise TypeError(f"layers: expected names or modules, but got {type(item).__name__}")
     found = find(module, name)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+_aten = torch.ops.aten
+
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 # Nodes that move values without changing them: looked through when asking what an output ends in.
@@ -91,21 +93,53 @@ def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, 
 
     ``"auto"`` is reconstruction: `bce` where the output ends in a sigmoid and the target lies in [0, 1], else `mse`.
     Where the gradient of the loss has a closed form, it begins there and the loss is never evaluated: at the sigmoid's
-    input for binary cross entropy, ``p - t``, which stays exact where the sigmoid saturates, and at the output for
-    the squared error, ``2 (output - t)``. With ``create_graph`` the gradient itself keeps its graph.
+    input for binary cross entropy, ``p - t``, which stays exact where the sigmoid saturates, and else at the output,
+    ``2 (output - t)`` for the squared error, ``softmax(output) - one-hot`` for the cross entropy with classes. With
+    ``create_graph`` the gradient itself keeps its graph.
     Raises ValueError or TypeError for a loss, output or target that do not fit.
     """
     if callable(loss):
         return _root(per_sample_loss(loss, output, target))
     loss, target = _checked_target(loss, output, target)
+    sigmoid = _is_sigmoid(output.grad_fn) and not output._backward_hooks
     with torch.set_grad_enabled(create_graph):
-        if loss == "bce" and _is_sigmoid(output.grad_fn) and not output._backward_hooks:
-            return Root(GradientEdge(*output.grad_fn.next_functions[0]), _residual(output, target))
-        if loss == "bce_logits":
-            return Root(_edge(output), _residual(output, target, torch.sigmoid))
-        if loss == "mse":
-            return Root(_edge(output), 2 * _residual(output, target))
-    return _root(_in_full_precision(LOSSES[loss], output, target))
+        gradient = None if create_graph and loss == "cross_entropy" else _closed_form(loss, output, target, sigmoid)
+    if gradient is None:
+        return _root(_in_full_precision(LOSSES[loss], output, target))
+    return Root(GradientEdge(*output.grad_fn.next_functions[0]) if loss == "bce" else _edge(output), gradient)
+
+
+class Beginning(NamedTuple):
+    """Where the backward of Σ_b loss_b begins in a chain of layers."""
+
+    before_sigmoid: bool  # at the input of the sigmoid that the chain ends in; else at its output
+    gradient: Tensor
+
+
+def closed_form_beginning(loss: str, output: Tensor, target: Tensor, ends_in_sigmoid: bool) -> Beginning | None:
+    """What `backward_root` gives, for an output without a graph; None where the loss has to be differentiated."""
+    loss, target = _checked_target(loss, output, target, ends_in_sigmoid)
+    gradient = _closed_form(loss, output, target, ends_in_sigmoid)
+    return None if gradient is None else Beginning(loss == "bce", gradient)
+
+
+def _closed_form(loss: str, output: Tensor, target: Tensor, sigmoid: bool) -> Tensor | None:
+    """The gradient with respect to the output, or for ``"bce"`` to the input of the sigmoid that gave the output."""
+    if loss == "mse":
+        return 2 * _residual(output, target)
+    if loss == "bce_logits":
+        return _residual(output, target, torch.sigmoid)
+    if loss == "bce":
+        return _residual(output, target) if sigmoid else None
+    if output.ndim != 2 or target.dtype is not torch.int64 or target.shape != output.shape[:1]:
+        return None
+    # The backward of F.cross_entropy, by its own operators: they check the classes, and leave out what it ignores.
+    wide = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    log_p = torch.log_softmax(wide, 1)
+    ones = log_p.new_ones(len(log_p))
+    _, weight = _aten.nll_loss_forward(log_p, target, None, 0, -100)
+    gradient = _aten.nll_loss_backward(ones, log_p, target, None, 0, -100, weight)
+    return _aten._log_softmax_backward_data(gradient, log_p, 1, wide.dtype).to(output.dtype)
 
 
 def _root(values: Tensor) -> Root:
@@ -118,7 +152,8 @@ def _edge(tensor: Tensor) -> GradientEdge | None:
 
 def _residual(output: Tensor, target: Tensor, link: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     wide = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    return ((wide if link is None else link(wide)) - target).to(output.dtype)
+    residual = (wide if link is None else link(wide)) - target
+    return residual if residual.dtype is output.dtype else residual.to(output.dtype)
 
 
 def _checked_values(values: Tensor, batch: int | None) -> Tensor:
@@ -133,8 +168,13 @@ def _checked_values(values: Tensor, batch: int | None) -> Tensor:
     return values
 
 
-def _checked_target(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
-    """The name of the loss with "auto" resolved, and the target in the output's shape."""
+def _checked_target(
+    loss: str, output: Tensor, target: Tensor, ends_in_sigmoid: bool | None = None
+) -> tuple[str, Tensor]:
+    """The name of the loss with "auto" resolved, and the target in the output's shape.
+
+    ``ends_in_sigmoid``: whether the output does; None: its graph tells.
+    """
     if loss != "auto" and loss not in LOSSES:
         raise ValueError(f"loss: expected 'auto', one of {sorted(LOSSES)} or a callable, but got {loss!r}")
     if not isinstance(target, Tensor):
@@ -157,7 +197,9 @@ def _checked_target(loss: str, output: Tensor, target: Tensor) -> tuple[str, Ten
             )
         target = target.reshape(output.shape)
     if loss == "auto":
-        loss = "bce" if _ends_in_sigmoid(output) and _in_unit_interval(target) else "mse"
+        if ends_in_sigmoid is None:
+            ends_in_sigmoid = _ends_in_sigmoid(output)
+        loss = "bce" if ends_in_sigmoid and _in_unit_interval(target) else "mse"
     elif loss in ("bce", "bce_logits") and target.device.type == "cpu" and not _in_unit_interval(target):
         # Only on the CPU: on a GPU the check would stall the stream.
         low, high = target.min().item(), target.max().item()
@@ -186,8 +228,10 @@ def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> T
 def _in_unit_interval(values: Tensor) -> bool:
     if values.numel() == 0:
         return True
-    low, high = torch.stack(torch.aminmax(values.detach())).tolist()  # at once, to wait for a GPU only once
-    return low >= 0 and high <= 1  # NaN propagates and fails both comparisons
+    low, high = torch.aminmax(values.detach())
+    if values.is_cuda:
+        low, high = torch.stack((low, high)).cpu()  # at once, to wait for the GPU only once
+    return bool(low >= 0) and bool(high <= 1)  # NaN propagates and fails both comparisons
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:

@@ -47,9 +47,10 @@ def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
-    if watched or not all(type(t) in _PLAIN_TYPES for t in tensors):
+    if watched:
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    differentiable = torch.is_grad_enabled()
+    return all(type(t) in _PLAIN_TYPES and not (differentiable and t.requires_grad) for t in tensors)
 
 
 def _refuse_inference_tensors(tensors: tuple[Tensor, ...]) -> None:

@@ -154,6 +154,8 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
             torch.bmm(delta[b : b + step].mT, activation[b : b + step]).flatten(1) @ flat for b in range(0, B, step)
         ]
         return torch.cat(blocks) if blocks else delta.new_zeros(B, H)
+    if I == 1:  # gradients as they are: one product
+        return (delta @ weight.reshape(H, O).mT) * activation
     step = _samples_a_block(H * min(O, I))
     result = delta.new_empty(B, H)
     for b in range(0, B, step):
