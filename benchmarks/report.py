@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ COMPUTED = {  # what is computed -> the heading
 HAND = ("by hand", "by hand, out=")
 LARGE = ("MNIST VAE, last layer", "MNIST VAE, decoder", "wide")
 LARGE_FROM = 64  # samples
+PYTHON = 0.3  # ms by which a call of the smallest model at B = 1 may be behind, where there is little but Python
 BARE = 1.15  # times the bare products by hand: how far the factor routes may be
 
 
@@ -170,6 +172,7 @@ def _behind(results: Results) -> str:
     """Every cell in which a peer is faster, or by hand is: for what comes from factors by more than `BARE`."""
     groups = {"A peer is faster": is_peer, "By hand is faster": lambda name: name in HAND}
     behind: dict[str, list[str]] = {heading: [] for heading in groups}
+    gaps: dict[str, list[float]] = {heading: [] for heading in groups}  # ms
     for case, B in results.cells:
         for computes in COMPUTED:
             mine = results.best(case, B, computes, ours)
@@ -180,8 +183,22 @@ def _behind(results: Results) -> str:
                 if faster:
                     times = ", ".join(f"{n} {t:.3g} ms" for n, t in faster.items())
                     behind[heading].append(f"- {case}, B = {B:,}, {computes}: gradext {mine:.3g} ms; {times}")
-    lists = (f"### {heading}\n\n" + ("\n".join(lines) or "Nowhere.") for heading, lines in behind.items())
+                    gaps[heading].append(mine - min(faster.values()))
+    lists = (
+        f"### {heading}\n\n" + "\n".join([_gap_text(gaps[heading]), "", *lines] if lines else ["Nowhere."])
+        for heading, lines in behind.items()
+    )
     return "\n\n".join(["## Where gradext is behind", *lists]) if results.cells else ""
+
+
+def _gap_text(gaps: Sequence[float]) -> str:
+    """What tells a cost of every call, Python's, from one that grows with the batch."""
+    small = sum(gap <= PYTHON for gap in gaps)
+    return (
+        f"By {min(gaps):.2g} to {max(gaps):.2g} ms (median {statistics.median(gaps):.2g}) in {len(gaps)} cells; in "
+        f"{small} of them by no more than {PYTHON:g} ms, which is about what Python does in a call at any batch size: "
+        "finding the layers, checking the arguments, following the graph."
+    )
 
 
 def _case(results: Results, case: str) -> str:
@@ -251,7 +268,7 @@ def _operators(results: Results) -> str:
     rows = results.of("operator")
     outer = [
         [f"{r['name']} [{r['B']}, {r['O']}, {r['I']}]", f"{r['bytes'] / 1e6:.3g}",
-         *(f"{r['bytes'] / r['ms'][route] / 1e6:.1f}" for route in ("gradext", "torch.mul(out=)")),
+         *(f"{r['bytes'] / r['ms'][route] / 1e6:.1f}" for route in ("gradext", "its kernel", "torch.mul(out=)")),
          f"{r['bytes'] / min(r['ms']['streaming fill'], r['ms']['fill_']) / 1e6:.1f}"]
         for r in rows if r["operator"] == "outer"
     ]  # fmt: skip
@@ -265,7 +282,7 @@ def _operators(results: Results) -> str:
     ]  # fmt: skip
     parts = []
     if outer:
-        head = ["[B, O, I]", "MB", "gradext", "`torch.mul(out=)`", "best fill"]
+        head = ["[B, O, I]", "MB", "gradext", "its kernel", "`torch.mul(out=)`", "best fill"]
         parts.append("### Outer product, GB/s of the output\n\n" + markdown_table(head, outer))
     if contractions:
         head = ["operator", "shape", "ms", "GFLOP/s", "matrix product's", "GB/s", "sum's"]

@@ -554,10 +554,13 @@ class ConvFactors(GradFactors):
 
     def _of_one(self) -> Tensor:
         """Of a single sample: torch's own gradient of a batch's weight, which does not unfold."""
-        windows, dimensions = self.windows, len(self.windows.kernel)
-        image = F.pad(self.image, [n for pair in reversed(windows.padding) for n in pair])
+        windows, image = self.windows, self.image
+        pads = [before for before, _ in windows.padding]
+        if any(before != behind for before, behind in windows.padding):
+            image = F.pad(image, [n for pair in reversed(windows.padding) for n in pair])
+            pads = [0] * len(pads)
         weight = image.new_empty(self.weight_shape)
-        rest = (windows.stride, [0] * dimensions, windows.dilation, False, [0] * dimensions, self.groups)
+        rest = (windows.stride, pads, windows.dilation, False, [0] * len(pads), self.groups)
         return _convolution_backward(self.plain, image, weight, None, *rest, (False, True, False))[1]
 
     def sq_norm(self) -> Tensor:

@@ -231,7 +231,7 @@ def _in_unit_interval(values: Tensor) -> bool:
     low, high = torch.aminmax(values.detach())
     if values.is_cuda:
         low, high = torch.stack((low, high)).cpu()  # at once, to wait for the GPU only once
-    return bool(low >= 0) and bool(high <= 1)  # NaN propagates and fails both comparisons
+    return low.item() >= 0 and high.item() <= 1  # NaN propagates and fails both comparisons
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:
