@@ -65,7 +65,7 @@ inline OuterParams with_long_rows(OuterParams p) {
 }
 
 // f32 -> f32, f16, bf16 and f64 -> f64. Uses at most `threads` threads, fewer where the work is small. From
-// `stream_from` output bytes on the stores go past the cache; negative means half the last-level cache.
+// `stream_from` output bytes on the stores go past the cache; negative means three quarters of the last-level cache.
 // `baseline` takes the build for any machine, for tests.
 void outer_cpu(const OuterParams& p, int threads, std::int64_t stream_from = -1, bool baseline = false);
 
