@@ -305,7 +305,15 @@ def _check_outs(
         ops.check_out(tensor, shape, found[name].device, f"out[{name!r}]")
         if dtype is not None and tensor.dtype != dtype:
             raise TypeError(f"out[{name!r}]: expected type {dtype} (the dtype argument), but got {tensor.dtype}")
+    ops.check_apart(out.values(), [tensor for gradient in found.values() for tensor in _tensors(gradient)])
     return dict(out)
+
+
+def _tensors(gradient: GradFactors | Tensor) -> list[Tensor]:
+    """What a gradient is made of."""
+    if isinstance(gradient, Tensor):
+        return [gradient]
+    return [value for value in vars(gradient).values() if isinstance(value, Tensor)]
 
 
 def _refuse_non_finite(uses: list[Use]) -> None:

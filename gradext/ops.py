@@ -9,9 +9,10 @@ Nothing here knows about modules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -33,12 +34,17 @@ def _call(operator: str, overload: str, *tensors: Tensor, **options):
     """
     if _is_plain((*tensors, options["out"]) if "out" in options else tensors):
         return _kernels[operator, overload](*tensors, **options)
+    if "out" in options and not torch.compiler.is_compiling() and options["out"].is_neg():
+        raise ValueError("out: expected memory for the result itself, but it is a lazy negative (see Tensor.is_neg)")
     _refuse_inference_tensors(tensors)
     return getattr(getattr(torch.ops.gradext, operator), overload)(*tensors, **options)
 
 
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether no gradient is wanted and nobody looks on: no mode, tracer, transform, or tensor subclass."""
+    """Whether no gradient is wanted and nobody looks on: no mode, tracer, transform, or tensor subclass.
+
+    Nor a lazy negative (the imaginary part of a conjugate): the dispatcher makes plain memory of it.
+    """
     watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_function_stack()
@@ -50,7 +56,7 @@ def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
     if watched:
         return False
     differentiable = torch.is_grad_enabled()
-    return all(type(t) in _PLAIN_TYPES and not (differentiable and t.requires_grad) for t in tensors)
+    return all(type(t) in _PLAIN_TYPES and not (differentiable and t.requires_grad) and not t.is_neg() for t in tensors)
 
 
 def _refuse_inference_tensors(tensors: tuple[Tensor, ...]) -> None:
@@ -81,6 +87,8 @@ def outer(
     With an ``epilogue``, a name of `EPILOGUES`, the delta is that function of ``delta`` and ``operand`` (of delta's
     shape, type and device), computed in the type that sums are kept in, and on a GPU without a pass of its own; where
     a gradient is wanted, or under torch.compile, it is composed of torch's operators.
+
+    ``out`` may share no memory with an input, since it is written while they are read.
 
     Raises ValueError or TypeError for shapes, types and devices that do not fit, BackendError for a backend that does
     not work here; memory that runs out, as torch.OutOfMemoryError, MemoryError or torch's own RuntimeError, with the
@@ -186,6 +194,7 @@ def check_factors(delta: Tensor, activation: Tensor) -> None:
         and dtype is activation.dtype
         and dtype in DTYPES
         and delta.device == activation.device
+        and delta.layout is activation.layout is torch.strided
     ):
         return
     if delta.ndim not in (2, 3) or activation.ndim != delta.ndim or delta.shape[:-1] != activation.shape[:-1]:
@@ -202,6 +211,10 @@ def check_factors(delta: Tensor, activation: Tensor) -> None:
         raise ValueError(
             f"delta, activation: expected one device for both, but got {delta.device} and {activation.device}"
         )
+    raise ValueError(
+        f"delta, activation: expected dense tensors (torch.strided), but got {delta.layout} and {activation.layout}; "
+        "convert them with .to_dense()"
+    )
 
 
 def _check_epilogue(epilogue: str | None, delta: Tensor, operand: Tensor | None) -> None:
@@ -261,8 +274,72 @@ def check_out(out: Tensor, shape: tuple[int, ...], device: torch.device, name: s
         raise ValueError(f"{name}: expected a tensor on {device}, but got one on {out.device}")
     if out.requires_grad:
         raise ValueError(f"{name}: expected a tensor that does not require grad; pass {name}.detach()")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(f"{name}: expected memory of its own for every element, but it is an expanded tensor")
+    if out.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor (torch.strided), but got {out.layout}")
+    span = 0  # of the dimensions with smaller strides; one that steps within it may meet the same element again
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)) if out.numel() else ():
+        if size > 1 and stride <= span:
+            raise ValueError(
+                f"{name}: expected memory of its own for every element, but it is an expanded or overlapping view, of "
+                f"strides {list(out.stride())}"
+            )
+        span += stride * (size - 1)
+
+
+def check_apart(outs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+    """Refuse results that share memory with each other or with what is read while they are written."""
+    spans = sorted(
+        (*_span(t), k, written, t)
+        for k, (written, t) in enumerate([*((True, t) for t in outs), *((False, t) for t in inputs)])
+    )
+    open_spans: list[tuple] = []
+    for span in spans:
+        begin, end, _, written, tensor = span
+        open_spans = [other for other in open_spans if other[1] > begin]
+        for *_, other_written, other in open_spans:
+            if (written or other_written) and _share_memory(tensor, other):
+                raise ValueError(
+                    "out: expected memory of its own, but it shares some with an input or with another result; pass "
+                    "an out of its own, or the input's .clone()"
+                )
+        if end > begin:
+            open_spans.append(span)
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """Its first byte and the one behind its last; nothing where there is no memory."""
+    begin = t.data_ptr()
+    if begin == 0 or t.numel() == 0:
+        return 0, 0
+    if t.is_contiguous():
+        return begin, begin + t.nbytes
+    return begin, begin + (
+        1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    ) * t.itemsize
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Of two tensors whose spans overlap: slices of one buffer may still lie between each other."""
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    views = [np.asarray(_Extent(t)) for t in (one, other)]
+    try:
+        return np.shares_memory(*views, max_work=1 << 16)
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Extent:
+    """A tensor's memory for NumPy, which asks only where it lies: it may be a GPU's."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.__array_interface__ = {
+            "data": (t.data_ptr(), True),
+            "shape": tuple(t.shape),
+            "strides": tuple(stride * t.itemsize for stride in t.stride()),
+            "typestr": f"|V{t.itemsize}",
+            "version": 3,
+        }
 
 
 def _gradient_shape(delta: Tensor, activation: Tensor) -> tuple[int, int, int]:
@@ -336,6 +413,7 @@ def _outer_kernels(name: str, ndim: int):
     def into_out(delta, activation, *, out, backend=None, epilogue=None, operand=None):
         check(delta, activation)
         check_out(out, _gradient_shape(delta, activation), delta.device)
+        check_apart((out,), (delta, activation) if operand is None else (delta, activation, operand))
         write(delta, activation, out, backend, epilogue, operand)
 
     def fake(delta, activation, *, dtype=None, backend=None):
@@ -359,6 +437,9 @@ def _outer_kernels(name: str, ndim: int):
 
 def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tensor]:
     results, groups = [], {}
+    if any(p.out is not None for p in products):
+        inputs = (t for p in products for t in (p.delta, p.activation, p.operand) if t is not None)
+        check_apart([p.out for p in products if p.out is not None], inputs)
     for delta, activation, out, dtype, epilogue, operand in products:
         check_factors(delta, activation)
         if out is None:

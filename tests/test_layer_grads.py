@@ -787,6 +787,23 @@ def test_threads_do_not_disturb_each_other():
     assert problems == []
 
 
+def test_out_may_not_share_memory():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), torch.rand(2, 4)
+    expected = gradext.batch_layer_grads(model, x, loss="mse", include_bias=True)
+    sizes = {name: g[0].numel() for name, g in expected.items()}
+    flat, start, out = torch.zeros(2, sum(sizes.values())), 0, {}  # the gradients of a sample as one vector
+    for name, size in sizes.items():
+        out[name] = flat[:, start : start + size].view_as(expected[name])
+        start += size
+    gradext.batch_layer_grads(model, x, loss="mse", include_bias=True, out=out)
+    assert torch.equal(flat, torch.cat([g.flatten(1) for g in expected.values()], dim=1))
+    with pytest.raises(ValueError, match="out: expected memory of its own"):
+        gradext.batch_layer_grads(model, x, loss="mse", include_bias=True, out=out | {"0.bias": flat[:, :3]})
+    x = torch.rand(28)
+    with pytest.raises(ValueError, match="out: expected memory of its own"):
+        gradext.batch_layer_grads(model, x[:8].view(2, 4), layers="0", out={"0.weight": x[4:].view(2, 3, 4)})
+
+
 # --- wrong use -------------------------------------------------------------------------------------------------------
 
 

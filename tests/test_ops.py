@@ -98,6 +98,15 @@ def test_outer_converts_to_the_type_asked_for(dtype, result_type, T, backend):
         torch.testing.assert_close(result.double(), expected, rtol=coarse, atol=8 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("features", [1000, 5000, 65537])
+def test_norms_of_long_equal_rows_do_not_drift(features, backend):
+    """Of equal squares, added up one after the other, each step rounds in the same direction."""
+    delta, activation = torch.full((2, features), 0.786), torch.full((2, 3), 0.3)
+    exact = PLAIN["sq_norm"](delta.double(), activation.double())
+    found = ops.sq_norm(delta, activation, backend=backend)
+    torch.testing.assert_close(found.double(), exact, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_sliced_and_transposed_inputs(name, backend):
     for T in None, 3:
@@ -108,6 +117,24 @@ def test_sliced_and_transposed_inputs(name, backend):
         expected = getattr(ops, name)(delta, activation, *extra, backend=backend)
         for inputs in strided, turned:
             torch.testing.assert_close(getattr(ops, name)(*inputs, backend=backend), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_lazy_negatives_are_read_as_what_they_stand_for(name, backend):
+    """The imaginary part of a conjugate is the negative of what lies in memory."""
+    tensors = [*factors(4, None, 5, 3), *operands(name, None, 5, 3)]
+    lazy = [torch.complex(torch.zeros_like(t), -t).conj().imag for t in tensors]
+    assert all(t.is_neg() for t in lazy)
+    expected = PLAIN[name](*tensors)
+    for k in range(len(tensors)):
+        found = getattr(ops, name)(*tensors[:k], lazy[k], *tensors[k + 1 :], backend=backend)
+        torch.testing.assert_close(found, expected)
+    if name == "outer":
+        for found in ops.outer_group([ops.Product(*lazy), ops.Product(*tensors)], backend=backend):
+            torch.testing.assert_close(found, expected)
+        out = torch.zeros(4, 5, 3, dtype=torch.complex128).conj().imag
+        with pytest.raises(ValueError, match="out: expected memory for the result itself"):
+            ops.outer(*tensors, out=out, backend=backend)
 
 
 def test_opcheck(backend):

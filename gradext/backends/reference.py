@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Intermediates are cut to blocks of about this many elements, which stay in a cache of a few MB.
 BLOCK_ELEMENTS = 1 << 20
+# Elements of a row whose squares are added up one after the other.
+PIECE = 1 << 10
 # Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
 GRADIENT_ELEMENTS = 1 << 24
 
@@ -105,8 +107,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
     delta, activation = widen(delta, activation)
     if delta.ndim == 2:
         # One pass over each factor, where an inner product takes two and a temporary.
-        norm = torch.linalg.vector_norm
-        return (norm(delta, dim=1) * norm(activation, dim=1)).square()
+        return (_row_norms(delta) * _row_norms(activation)).square()
     B, T, O = delta.shape
     I = activation.shape[2]
     by_gram = T * (O + I) <= O * I
@@ -122,6 +123,20 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
         # A sum of squares; rounding of the Gram form can fall below zero when the terms cancel.
         result[b : b + step] = product.clamp_min_(0)
     return result
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """``‖x[b]‖`` of x [B, n] -> [B].
+
+    Torch adds up one square after the other, and the error grows with the row: long rows go in pieces.
+    """
+    norm, pieces = torch.linalg.vector_norm, x.shape[1] // PIECE
+    if pieces < 2:
+        return norm(x, dim=1)
+    norms = norm(x[:, : pieces * PIECE].unflatten(1, (pieces, PIECE)), dim=2)
+    if x.shape[1] % PIECE:
+        norms = torch.cat([norms, norm(x[:, pieces * PIECE :], dim=1, keepdim=True)], dim=1)
+    return norm(norms, dim=1)
 
 
 def dot(delta: Tensor, activation: Tensor, reference: Tensor) -> Tensor:
