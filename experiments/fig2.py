@@ -77,7 +77,8 @@ def render(rows: Sequence[dict], picture: str) -> str:
         shares = [overlap(*parts(row, name))[0] for row in rows]
         lines.append([title, *(f"{share:.1%}" for share in (*shares, np.mean(shares)))])
     return (
-        f"# Histograms: digit {rows[0]['inlier']} of MNIST\n\n![Histograms]({picture})\n\n{markdown_table(head, lines)}\n\n"
+        f"# Histograms: digit {rows[0]['inlier']} of MNIST\n\n![Histograms]({picture})\n\n"
+        f"{markdown_table(head, lines)}\n\n"
         f"40 shared bins; the paper's percentages stand in its figure only.\n\n{runs.origin(rows)}\n"
     )
 

@@ -2,9 +2,9 @@
 
     python -m experiments.fig4 --data-dir DIR [--seeds 0 1] [--jobs 2] [--quick] [--stand-in]
 
-A VAE is trained on challenge-free traffic signs, then the paper's three classifiers on reconstruction error, latent loss
-and the gradients of the last decoder layer; test images without a challenge are inliers, those of one condition at one
-level outliers, as many of either. CURE-TSR is read from ``DIR/CURE-TSR`` (`gradext.datasets.load_cure_tsr`), 28x28.
+A VAE is trained on challenge-free traffic signs, then the paper's three classifiers on reconstruction error, latent
+loss and the gradients of the last decoder layer; test images without a challenge are inliers, those of one condition at
+one level outliers, as many of either. CURE-TSR comes from ``DIR/CURE-TSR`` (`gradext.datasets.load_cure_tsr`), 28x28.
 
 Where it is not there, or with ``--stand-in``, the same runs on BelgiumTSC, the 14 sign types of CURE-TSR at 32x32, with
 the five conditions simulated at five levels (`simulate`): a stand-in, and everything that is printed says so.
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Signs:
-    """Challenge-free images, float32 [N, 3, H, W] in [0, 1], and the group of each training image: groups stay whole."""
+    """Challenge-free images, float32 [N, 3, H, W] in [0, 1]; validation takes whole groups of training images."""
 
     train: np.ndarray
     groups: np.ndarray
@@ -135,7 +135,7 @@ def simulate(images: np.ndarray, condition: str, level: int, seed: int = 0) -> n
     elif condition == "dirty lens":
         dirt = np.random.default_rng([seed, CONDITIONS.index(condition)])  # more of the same dirt at every level
         blobs = ndimage.gaussian_filter(dirt.standard_normal((size, size)), 2.2 * unit, mode="wrap")
-        cover = np.clip((blobs - np.quantile(blobs, 0.35)) / np.ptp(blobs) * 2.2, 0, 1) * (0.2, 0.35, 0.5, 0.65, 0.8)[k]
+        cover = np.clip((blobs - np.quantile(blobs, 0.35)) / np.ptp(blobs) * 4, 0, 1) * (0.2, 0.35, 0.5, 0.65, 0.8)[k]
         colour = np.array([0.40, 0.36, 0.30])[:, None, None]
         changed = images * (1 - cover) + colour * cover
     elif condition == "rain":
