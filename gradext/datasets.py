@@ -23,13 +23,16 @@ from typing import BinaryIO
 import numpy as np
 
 __all__ = [
+    "CURE_TSR_CHALLENGES",
     "FOLDS",
     "NAMES",
+    "ConditionSet",
     "DatasetError",
     "ImageSet",
     "OneClassSplit",
     "load",
     "load_cifar10",
+    "load_cure_tsr",
     "load_digits",
     "load_idx",
     "one_class_split",
@@ -65,6 +68,14 @@ _CIFAR10_TAR_MAX_BYTES = 256 << 20  # the original: 184 MB
 _CIFAR10_SHAPE = (3, 32, 32)
 _CIFAR10_RECORD = 1 + math.prod(_CIFAR10_SHAPE)  # a label byte, then the red, green and blue planes
 _CIFAR10_MAX_RECORDS = 10_000  # in a file of the original; small copies hold fewer
+
+# By the number in a file's name.
+CURE_TSR_CHALLENGES = (
+    *("challenge-free", "decolorization", "lens blur", "codec error", "darkening", "dirty lens", "exposure"),
+    *("gaussian blur", "noise", "rain", "shadow", "snow", "haze"),
+)
+_CURE_TSR_SIGNS, _CURE_TSR_LEVELS = 14, 5
+_CURE_TSR_SUFFIXES = (".bmp", ".png", ".jpg")
 
 # Sets whose original training and test parts the protocol keeps; all others are dealt into folds.
 _OFFICIAL_SPLIT = frozenset({"cifar-10"})
@@ -127,6 +138,27 @@ class ImageSet:
     def pixels(self, index) -> np.ndarray:
         """images[index] / scale: float32 in [0, 1], for any index that numpy takes."""
         return np.divide(self.images[index], self.scale, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionSet:
+    """Traffic signs with and without challenging conditions.
+
+    images     uint8 [N, 3, H, W]
+    sign       int64 [N], 1 to 14
+    challenge  int64 [N], an index into CURE_TSR_CHALLENGES; 0 is challenge-free
+    level      int64 [N], 1 to 5; 0 where challenge-free
+    train      bool [N]: of the original training part, not the test part
+    """
+
+    images: np.ndarray
+    sign: np.ndarray
+    challenge: np.ndarray
+    level: np.ndarray
+    train: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,6 +321,75 @@ def _check_labels(labels: np.ndarray, name: str) -> None:
         raise DatasetError(
             f"{name}: expected labels 0 to {_CLASSES - 1}, got {labels[wrong[0]]} at position {wrong[0]}"
         )
+
+
+def load_cure_tsr(
+    folder: StrPath, *, challenges: Iterable[int] | None = None, size: int = 28, real: bool = True
+) -> ConditionSet:
+    """CURE-TSR from its folders (`Real_Train/ChallengeFree/*.bmp`, `Real_Test/...`), resized to `size` squared.
+
+    What a picture shows is read from its name, `sequenceType_signType_challengeType_challengeLevel_Index`, or, in
+    copies with seven fields, `sequenceType_sequenceNumber_challengeSource_challengeType_challengeLevel_signType_Index`;
+    whether it is for training or testing from the folder above it that ends in `_train` or `_test`. `challenges` to
+    read (default: all); of sequences, the real ones (type 1) or the simulated ones (type 2). Ordered by path.
+    Raises DatasetError where there is no such picture, on a name of another form or with a field out of range, on a
+    picture in neither part, and on a damaged one.
+    Source: D. Temel, G. Kwon, M. Prabhushankar, G. AlRegib, "CURE-TSR: Challenging unreal and real environments for
+    traffic sign recognition", NeurIPS MLITS workshop 2017.
+    """
+    from PIL import Image  # comes with matplotlib
+
+    if not os.path.isdir(folder):
+        raise DatasetError(f"CURE-TSR: expected a folder, got {os.fspath(folder)!r}")
+    wanted = set(range(len(CURE_TSR_CHALLENGES)) if challenges is None else challenges)
+    images, facts = [], []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() not in _CURE_TSR_SUFFIXES:
+            continue
+        sequence, sign, challenge, level = _cure_tsr_fields(path)
+        if challenge not in wanted or (sequence == 1) != real:
+            continue
+        parts = [part.lower() for part in path.relative_to(folder).parent.parts]
+        train, test = (any(part.endswith(end) for part in parts) for end in ("_train", "_test"))
+        if train == test:
+            raise DatasetError(f"{path}: expected it below one folder that ends in _Train or _Test")
+        try:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DatasetError(f"{path}: damaged or unreadable: {error}") from error
+        images.append(pixels.transpose(2, 0, 1))
+        facts.append((sign, challenge, level, train))
+    if not images:
+        raise DatasetError(
+            f"{os.fspath(folder)}: expected {'real' if real else 'simulated'} pictures of challenges {sorted(wanted)}, "
+            "such as Real_Train/ChallengeFree/01_04_00_00_0012.bmp, got none"
+        )
+    sign, challenge, level, train = np.array(facts, np.int64).T
+    return ConditionSet(np.stack(images), sign, challenge, level, train.astype(bool))
+
+
+def _cure_tsr_fields(path: Path) -> tuple[int, int, int, int]:
+    """(sequence type, sign type, challenge type, challenge level) of a picture's name."""
+    fields = path.stem.split("_")
+    if len(fields) not in (5, 7) or not all(field.isascii() and field.isdigit() for field in fields):
+        raise DatasetError(f"{path}: expected a name of five or seven numbers, such as 01_04_09_03_0012.bmp")
+    numbers = [int(field) for field in fields]
+    if len(fields) == 5:
+        sequence, sign, challenge, level, _ = numbers
+    else:
+        sequence, _, _, challenge, level, sign, _ = numbers
+    levels = range(1, _CURE_TSR_LEVELS + 1) if challenge else (0,)
+    ranges = {
+        "sequence type": (sequence, range(1, 3)),
+        "sign type": (sign, range(1, _CURE_TSR_SIGNS + 1)),
+        "challenge type": (challenge, range(len(CURE_TSR_CHALLENGES))),
+        "challenge level": (level, levels),
+    }
+    for name, (value, allowed) in ranges.items():
+        if value not in allowed:
+            raise DatasetError(f"{path}: {name}: expected {allowed[0]} to {allowed[-1]}, got {value}")
+    return sequence, sign, challenge, level
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -1,24 +1,37 @@
-"""The examples of use in other projects: each against what it claims to compute, written out."""
+"""The experiments: the examples of use in other projects against what they claim to compute, written out; the paper's
+results and the machinery of their runs on small generated data."""
 
+import gzip
+import importlib
 import importlib.util
+import io
+import json
+import re
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.func import functional_call, grad, vmap
+
+from gradext import datasets
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def load(name: str):
     # By path: the tests run on the installed package, without the source folder on sys.path.
-    spec = importlib.util.spec_from_file_location(f"gradext_experiments_{name}", EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    if "experiments" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "experiments", EXPERIMENTS / "__init__.py", submodule_search_locations=[str(EXPERIMENTS)]
+        )
+        sys.modules["experiments"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"experiments.{name}")
 
 
 @pytest.fixture
@@ -122,3 +135,232 @@ def test_importance_weights_leave_the_mean_gradient_unchanged(problem):
     assert module.variance(model, x, y, 4, uniform=False, repeats=400) < module.variance(
         model, x, y, 4, uniform=True, repeats=400
     )
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same(tmp_path):
+    runs, log = load("runs"), tmp_path / "log.jsonl"
+    tasks = [{"k": k, "options": [k, "a"]} for k in range(5)]
+    calls = []
+
+    def work(task, fails_at=None):
+        if task["k"] == fails_at:
+            raise KeyboardInterrupt
+        calls.append(task["k"])
+        return {"square": task["k"] ** 2}
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(log, tasks, lambda task: work(task, fails_at=3))
+    with log.open("a") as file:
+        file.write('{"k": 3, "squ')  # killed while writing
+    rows = runs.run(log, tasks, work)
+    assert calls == [0, 1, 2, 3, 4], "nothing was run twice"
+    assert [(row["k"], row["square"]) for row in rows] == [(k, k * k) for k in range(5)]
+    assert [json.loads(line) for line in log.read_text().splitlines()] == rows
+    assert all({"command", "commit", "versions", "machine", "seconds"} <= row.keys() for row in rows)
+    runs.run(log, [{**tasks[0], "options": [0, "b"]}], work)
+    assert calls == [0, 1, 2, 3, 4, 0], "another option is another run"
+
+
+# --- the paper's results ---------------------------------------------------------------------------------------------
+
+
+def write_idx(path, array):
+    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Ten classes of 6x6 images, each a bright square at a place of its own, in MNIST's files."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "mnist").mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 300), ("t10k", 50)):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 60, (count, 6, 6))
+        for image, label in zip(images, labels, strict=True):
+            image[label % 5 : label % 5 + 2, 3 * (label // 5) : 3 * (label // 5) + 3] += 150
+        write_idx(folder / "mnist" / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(folder / "mnist" / f"{part}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+def test_table1(data_dir, tmp_path, capsys):
+    table1 = load("table1")
+    arguments = ["--quick", "--seeds", "0", "1", "--classes", "2", "5", "--epochs", "60"]
+    table1.main([*arguments, "--data-dir", str(data_dir), "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "table1-mnist-quick.jsonl").read_text().splitlines()]
+    assert {(row["seed"], row["inlier"]) for row in rows} == {(s, c) for s in (0, 1) for c in (2, 5)}
+    means = {name: np.mean([row["auroc"][name] for row in rows]) for name in rows[0]["auroc"]}
+    assert means["kronecker_fisher"] > 0.9, "the classes are easy to tell apart"
+    text = (tmp_path / "table1-mnist-quick.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    line = next(line for line in text.splitlines() if line.startswith("| gradient norm "))
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells[2] == f"{means['gradient_norm']:.3f}"
+    of_seeds = [np.mean([row["auroc"]["gradient_norm"] for row in rows if row["seed"] == s]) for s in (0, 1)]
+    assert cells[3] == f"{np.std(of_seeds, ddof=1):.3f}"
+    assert "| *0.941* | *0.926* |" in re.sub(" +", " ", text), "the paper's figures stand beside"
+    assert str(data_dir) not in text + (tmp_path / "table1-mnist-quick.jsonl").read_text()
+
+
+def test_processes_do_not_change_results(data_dir, tmp_path):
+    arguments = ["--quick", "--data-dir", str(data_dir), "--epochs", "2", "--classes", "0", "7"]
+    load("table1").main([*arguments, "--out", str(tmp_path / "alone")])
+    command = [sys.executable, "-m", "experiments.table1", *arguments, "--jobs", "2", "--out", str(tmp_path / "two")]
+    subprocess.run(command, cwd=EXPERIMENTS.parent, check=True, capture_output=True)
+    alone, two = (
+        {row["inlier"]: row["auroc"] for row in load("runs").read(tmp_path / folder / "table1-mnist-quick.jsonl")}
+        for folder in ("alone", "two")
+    )
+    assert alone == two
+
+
+def test_papers_rows_have_the_averages_that_it_states():
+    stated = {
+        "mnist": (0.230, 0.718, 0.953),
+        "fashion-mnist": (0.818, 0.741, 0.918),
+        "cifar-10": (0.542, 0.562, 0.582),
+    }
+    for dataset, rows in load("table1").PAPER.items():
+        for values, average in zip(rows.values(), stated[dataset], strict=True):
+            assert np.mean(values) == pytest.approx(average, abs=6e-4), dataset
+
+
+def test_fig2(data_dir, tmp_path):
+    fig2 = load("fig2")
+    fig2.main(["--quick", "--inlier", "3", "--data-dir", str(data_dir), "--out", str(tmp_path)])
+    (row,) = [json.loads(line) for line in (tmp_path / "fig2-quick.jsonl").read_text().splitlines()]
+    inside, outside = fig2.parts(row, "gradient_norm")
+    assert len(inside) == len(outside) == 7, "a fifth of the 35 images of a digit, and as many outliers"
+    share = fig2.overlap(inside, outside)[0]
+    assert f"{share:.1%}" in (tmp_path / "fig2-quick.md").read_text()
+    with Image.open(tmp_path / "fig2-quick.png") as picture:
+        assert picture.width > 3 * picture.height
+
+
+# --- novel conditions ------------------------------------------------------------------------------------------------
+
+
+def sign_image(rng, size=32):
+    image = np.full((size, size, 3), rng.integers(30, 90), np.uint8)
+    image[size // 4 : -size // 4, size // 4 : -size // 4] = (200, 40, 40)
+    image[size // 2 - 2 : size // 2 + 2, size // 3 : -size // 3] = 240
+    return Image.fromarray(image)
+
+
+@pytest.fixture
+def belgium_dir(tmp_path):
+    rng, content, rows = np.random.default_rng(0), {}, ["file,split,class_id,cure_tsr_type"]
+    for split, tracks in (("train", 12), ("test", 8)):
+        for track in range(tracks):
+            for frame in range(3):
+                name = f"{split}/00021/{track:05}_{frame:05}.png"
+                buffer = io.BytesIO()
+                sign_image(rng).save(buffer, "PNG")
+                content[name] = buffer.getvalue()
+                rows.append(f"{name},{split},21,{'stop' if track else ''}")
+    content["images.csv"] = "\n".join(rows).encode()
+    folder = tmp_path / "data" / "belgiumtsc"
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "belgiumtsc-32.tar.gz", "w:gz") as tar:
+        for name, value in content.items():
+            info = tarfile.TarInfo(f"belgiumtsc/{name}")
+            info.size = len(value)
+            tar.addfile(info, io.BytesIO(value))
+    return folder.parent
+
+
+def test_stand_in_says_so_everywhere(belgium_dir, tmp_path, capsys):
+    fig4 = load("fig4")
+    signs = fig4.read_belgiumtsc(belgium_dir)
+    assert signs.train.shape == (33, 3, 32, 32), "track 0 has no CURE-TSR type"
+    assert len(set(signs.groups)) == 11, "frames of a track are one group"
+    out = tmp_path / "out"
+    fig4.main(["--quick", "--data-dir", str(belgium_dir), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert printed.startswith(fig4.STAND_IN)
+    text = (out / "fig4-stand-in-quick.md").read_text()
+    assert fig4.STAND_IN in text
+    assert {path.name for path in out.iterdir()} == {
+        f"fig4-stand-in-quick{end}" for end in (".jsonl", ".md", ".png", "-conditions.png")
+    }
+    (row,) = [json.loads(line) for line in (out / "fig4-stand-in-quick.jsonl").read_text().splitlines()]
+    assert row["set"] == "stand-in"
+    of_haze = row["auroc"]["gradient_norm"]["haze"]
+    assert len(of_haze) == 5
+    assert of_haze[-1] > 0.9, "dense haze is far from what was trained on"
+
+
+def test_simulated_conditions_are_seeded_and_grow_with_the_level():
+    fig4 = load("fig4")
+    images = np.stack([np.asarray(sign_image(np.random.default_rng(k))).transpose(2, 0, 1) for k in range(4)])
+    images = (images / 255).astype(np.float32)
+    for condition in fig4.CONDITIONS:
+        changed = [fig4.simulate(images, condition, level, seed=1) for level in fig4.LEVELS]
+        assert np.array_equal(changed[2], fig4.simulate(images, condition, 3, seed=1))
+        assert all(c.shape == images.shape and c.dtype == np.float32 and 0 <= c.min() <= c.max() <= 1 for c in changed)
+        distance = [float(np.abs(c - images).mean()) for c in changed]
+        assert distance == sorted(distance), condition
+        assert distance[0] > 0, condition
+    with pytest.raises(ValueError, match="level"):
+        fig4.simulate(images, "haze", 6)
+
+
+def write_cure_tsr(folder, seven_fields):
+    """A small tree in the format of CURE-TSR: one sign type, every condition of Fig. 4 and one other."""
+    rng = np.random.default_rng(0)
+    names = {0: "ChallengeFree", 2: "LensBlur", 5: "DirtyLens", 7: "GaussianBlur", 8: "Noise", 9: "Rain", 12: "Haze"}
+    for part in ("Real_Train", "Real_Test"):
+        for challenge, name in names.items():
+            if part == "Real_Train" and challenge:
+                continue
+            for level in range(1, 6) if challenge else (0,):
+                below = folder / part / (f"{name}-{level}" if challenge else name)
+                below.mkdir(parents=True)
+                for index in range(20 if part == "Real_Train" else 4):
+                    file = f"01_05_{challenge:02}_{level:02}_{index:04}.bmp"
+                    if seven_fields:
+                        file = f"01_01_01_{challenge:02}_{level:02}_05_{index:04}.bmp"
+                    image = np.asarray(sign_image(rng, size=20 + index)).astype(float) * (1 - 0.15 * level)
+                    Image.fromarray(image.astype(np.uint8)).save(below / file)
+
+
+@pytest.mark.parametrize("seven_fields", [False, True])
+def test_fig4_reads_cure_tsr(tmp_path, capsys, seven_fields):
+    fig4, out = load("fig4"), tmp_path / "out"
+    write_cure_tsr(tmp_path / "CURE-TSR", seven_fields)
+    found = datasets.load_cure_tsr(tmp_path / "CURE-TSR")
+    assert found.images.shape == (20 + 4 + 6 * 5 * 4, 3, 28, 28)
+    assert set(found.sign) == {5}
+    assert found.train.sum() == 20
+    assert ((found.challenge == 9) & (found.level == 3)).sum() == 4
+    fig4.main(["--quick", "--data-dir", str(tmp_path), "--out", str(out)])
+    assert "STAND-IN" not in capsys.readouterr().out
+    (row,) = [json.loads(line) for line in (out / "fig4-cure-tsr-quick.jsonl").read_text().splitlines()]
+    assert set(row["auroc"]["gradient_classifier"]) == set(fig4.CONDITIONS)
+
+
+def test_cure_tsr_refuses_what_it_cannot_read(tmp_path):
+    def refused(name, content=b"", match=""):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        with pytest.raises(datasets.DatasetError, match=match):
+            datasets.load_cure_tsr(tmp_path / "tree")
+        path.unlink()
+
+    (tmp_path / "tree").mkdir()
+    with pytest.raises(datasets.DatasetError, match=re.escape("got none")):
+        datasets.load_cure_tsr(tmp_path / "tree")
+    refused("Real_Train/ChallengeFree/sign.bmp", match="five or seven numbers")
+    refused("Real_Train/ChallengeFree/01_15_00_00_0001.bmp", match="sign type: expected 1 to 14, got 15")
+    refused("Real_Train/ChallengeFree/01_05_00_02_0001.bmp", match="challenge level: expected 0 to 0, got 2")
+    refused("Real_Train/ChallengeFree/01_05_13_01_0001.bmp", match="challenge type")
+    refused("ChallengeFree/01_05_00_00_0001.bmp", match="_Train or _Test")
+    refused("Real_Train/ChallengeFree/01_05_00_00_0001.bmp", b"BM cut short", match="damaged or unreadable")
+    with pytest.raises(datasets.DatasetError, match="expected a folder"):
+        datasets.load_cure_tsr(tmp_path / "nowhere")

@@ -147,10 +147,19 @@ def test_characterize_takes_either_end_of_the_decoder_and_any_batching(model, di
     whole, parts = characterize(model, x), characterize(model, x, batch_size=3)
     torch.testing.assert_close(parts.gradient.materialize(), whole.gradient.materialize())
     torch.testing.assert_close(parts[2:5].latent, whole.latent[2:5])
-    with pytest.raises(ValueError, match="layer: expected one layer"):
-        characterize(model, x, layer="all")
     with pytest.raises(ValueError, match="at least one sample"):
         characterize(model, x[:0])
+
+
+def test_characterize_keeps_several_layers_in_the_order_of_the_choice(model, digits):
+    x = digits[0][:5]
+    both = characterize(model, x, layer=("last", "first"))
+    assert list(both.gradients) == ["decoder.2", "decoder.0"]
+    assert both.gradient is both.gradients["decoder.2"]
+    for name in both.gradients:
+        expected = loop_layer_grads(model, x, bce, [f"{name}.weight"])[f"{name}.weight"]
+        torch.testing.assert_close(both.gradients[name].materialize(), expected)
+        torch.testing.assert_close(both[1:3].gradients[name].materialize(), expected[1:3])
 
 
 def test_characterize_leaves_the_model_in_its_mode(digits):
@@ -259,21 +268,61 @@ def test_classifier_separates_and_is_seeded(model, digits, inliers):
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_their_formulas(model, digits, inliers):
-    sample = characterize(model, digits[1][:20])
-    statistics = Statistics.of(inliers)
-    gradient = sample.gradient.materialize().flatten(1).double()
-    mean = inliers.gradient.materialize().mean(0).flatten().double()
+def test_scores_are_their_formulas(model, digits):
+    layers = ("first", "last")
+    inliers, sample = characterize(model, digits[0], layer=layers), characterize(model, digits[1][:20], layer=layers)
+    gradient, inside = (seen.gradient.materialize().flatten(1).double() for seen in (sample, inliers))
+    delta, activation = sample.gradient.delta.double(), sample.gradient.activation.double()
+    mean, fisher = inside.mean(0), inside.square().mean(0)
+
+    def inverse(rows):
+        moments = rows.double().T @ rows.double() / len(rows)
+        return torch.linalg.inv(moments + 0.1 * moments.diagonal().mean() * torch.eye(len(moments)))
+
+    def standardised(of):
+        logs = torch.stack([of(seen.gradients[name]).double().log() for name in names for seen in (inliers,)], dim=1)
+        found = torch.stack([of(sample.gradients[name]).double().log() for name in names], dim=1)
+        return (found - logs.mean(0)) / logs.std(0, correction=0)
+
+    names = ["decoder.0", "decoder.2"]
+    delta_inverse = inverse(inliers.gradient.delta)
+    whitened = torch.einsum("bo,op,bp->b", delta, delta_inverse, delta)
+    inside_delta = inliers.gradient.delta.double()
+    inside_whitened = torch.einsum("bo,op,bp->b", inside_delta, delta_inverse, inside_delta).sqrt().log()
+    z_whitened = (whitened.sqrt().log() - inside_whitened.mean()) / inside_whitened.std(correction=0)
+    z_delta = standardised(lambda gradient: gradient.delta.norm(dim=1))
+    z_gradient = standardised(lambda gradient: gradient.materialize().flatten(1).norm(dim=1))
+    kronecker = torch.einsum("bi,ij,bj->b", activation, inverse(inliers.gradient.activation), activation) * whitened
     expected = {
         "gradient_norm": gradient.norm(dim=1),
-        "delta_norm": sample.gradient.delta.double().norm(dim=1),
+        "delta_norm": delta.norm(dim=1),
         "gradient_cosine": 1 - gradient @ mean / (gradient.norm(dim=1) * mean.norm()),
+        "diagonal_fisher": (gradient.square() / (fisher + 0.1 * fisher.mean())).sum(1).sqrt(),
+        "kronecker_fisher": kronecker.sqrt(),
+        "whitened_delta_norm": whitened.sqrt(),
+        "log_norm_density": z_gradient.square().sum(1) / 2,
+        "combined_delta_norm": z_delta.sum(1),
+        "combined_whitened_norm": z_whitened + z_delta[:, 1],
         "reconstruction_error": sample.reconstruction.double().sum(1),
         "latent_loss": sample.latent.double().sum(1),
     }
     assert set(expected) == set(SCORES)
     for name, value in expected.items():
-        torch.testing.assert_close(SCORES[name](sample, statistics).double(), value, rtol=1e-4, atol=1e-5, msg=name)
+        found = SCORES[name](sample, Statistics.of(inliers, [name]))
+        torch.testing.assert_close(found.double(), value, rtol=2e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(SCORES[name](sample, Statistics.of(inliers)), found)
+
+
+def test_scores_of_dead_gradients_are_finite(digits):
+    """A decoder whose hidden units never fire gives gradients of zero: no NaN, and no novelty either."""
+    dead = VAE(64, 8, 2).eval()
+    with torch.no_grad():
+        dead.decoder[0].bias.fill_(-100)
+    seen = characterize(dead, digits[0][:9], layer=("first", "last"))
+    assert seen.gradient.norm().eq(0).all()
+    statistics = Statistics.of(seen)
+    for name, score in SCORES.items():
+        assert score(seen, statistics).isfinite().all(), name
 
 
 def test_fit_score_refuses_unknown_names_and_missing_outliers(inliers):

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from .. import datasets
 from ..layer_grads import batch_layer_factors, batch_layer_grads
+from ..layers import LayerChoice
 from ..losses import bce
 from ..oracles import loop_layer_grads, vmap_layer_grads
 from .detector import CLASSIFIER_SCORES, fit_score
 from .models import VAE
 from .plots import novelty_figure
 from .representations import characterize, distort
-from .scores import SCORES
+from .scores import SCORES, Statistics
 from .training import History, train
 
+# The curves of the picture: more of them cannot be told apart.
+ROC = ("gradient_norm", "combined_whitened_norm", "reconstruction_error", "latent_loss", *CLASSIFIER_SCORES)
 TITLES = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
 
 
@@ -52,28 +55,52 @@ def evaluate_class(
     fold: int = 0,
     seed: int = 0,
     epochs: int | None = None,
-    layer: str = "first",
+    hidden_dim: int = 400,
+    latent_dim: int = 20,
+    layer: LayerChoice | Sequence[LayerChoice] = ("first", "last"),
     noise_std: float = 0.1,
+    noise_clip: bool = False,
     progress: bool = True,
 ) -> ClassResult:
     """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers."""
     split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
     part = lambda index: torch.from_numpy(image_set.pixels(index)).flatten(1)  # noqa: E731
-    x, test = part(split.train), np.concatenate([split.test, split.outliers])
+    x, validation, test = part(split.train), part(split.validation), np.concatenate([split.test, split.outliers])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VAE(x.shape[1]).eval()
-    history = train(
-        model, x, part(split.validation), epochs=epochs, seed=seed, progress=progress, description=f"class {inlier}"
-    )
-    inliers, sample = characterize(model, x, layer=layer), characterize(model, part(test), layer=layer)
-    distorted = characterize(model, distort(x, std=noise_std, seed=seed), layer=layer)
-    scores = {
-        name: fit_score(name, inliers, distorted, seed=seed)(sample).double().numpy()
-        for name in (*SCORES, *CLASSIFIER_SCORES)
-    }
+        model = VAE(x.shape[1], hidden_dim, latent_dim).eval()
+    history = train(model, x, validation, epochs=epochs, seed=seed, progress=progress, description=f"class {inlier}")
+    score = fit_all_scores(model, x, validation, layer=layer, noise_std=noise_std, noise_clip=noise_clip, seed=seed)
     outlier = np.arange(len(test)) >= len(split.test)
-    return ClassResult(model, history, split, image_set.pixels(test), scores, outlier)
+    return ClassResult(model, history, split, image_set.pixels(test), score(part(test)), outlier)
+
+
+def fit_all_scores(
+    model: nn.Module,
+    x: Tensor,
+    validation: Tensor,
+    *,
+    layer: LayerChoice | Sequence[LayerChoice] = ("first", "last"),
+    noise_std: float = 0.1,
+    noise_clip: bool = False,
+    seed: int = 0,
+) -> Callable[[Tensor], dict[str, np.ndarray]]:
+    """A function from samples [N, D] to every score by name: the label-free ones and the paper's three classifiers.
+
+    Label-free scores compare with the ``validation`` inliers, classifiers are trained on ``x`` and its distorted copy.
+    """
+    inliers, held_out = (characterize(model, part, layer=layer) for part in (x, validation))
+    distorted = characterize(model, distort(x, std=noise_std, clip=noise_clip, seed=seed), layer=layer)
+    statistics = Statistics.of(held_out)
+    classifiers = {name: fit_score(name, inliers, distorted, seed=seed) for name in CLASSIFIER_SCORES}
+
+    def score(samples: Tensor) -> dict[str, np.ndarray]:
+        seen = characterize(model, samples, layer=layer)
+        values = {name: function(seen, statistics) for name, function in SCORES.items()}
+        values |= {name: classifier(seen) for name, classifier in classifiers.items()}
+        return {name: value.double().numpy() for name, value in values.items()}
+
+    return score
 
 
 def run(
@@ -203,5 +230,5 @@ def _draw(result: ClassResult, title: str):
         "Latent loss": (result.scores["latent_loss"], "summed KL divergence, nats"),
         "Gradient": (result.scores["gradient_norm"], "norm of the first decoder layer's gradient"),
     }
-    roc = {name.replace("_", " "): score for name, score in result.scores.items()}
+    roc = {name.replace("_", " "): result.scores[name] for name in ROC}
     return novelty_figure(title, histograms, roc, result.outlier, result.images, result.scores["gradient_norm"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..factors import GradFactors
+from ..factors import GradFactors, LayerFactors
 from ..layer_grads import batch_layer_factors
 from ..layers import LayerChoice
 from .models import latent_loss
@@ -18,26 +19,32 @@ class Characterization:
     """N samples as the model sees them; indexing gives that of some of them.
 
     reconstruction: [N, D], the binary cross entropy of every pixel, nats; latent: [N, L], the Kullback-Leibler
-    divergence to N(0, 1) of every latent dimension, nats; gradient: the factors of the per-sample gradient of the
-    summed reconstruction error with respect to one decoder layer's weight.
+    divergence to N(0, 1) of every latent dimension, nats; gradients: the factors of the per-sample gradient of the
+    summed reconstruction error with respect to the weights of the chosen layers, by name, in the order of the choice.
     """
 
     reconstruction: Tensor
     latent: Tensor
-    gradient: GradFactors
+    gradients: LayerFactors
+
+    @property
+    def gradient(self) -> GradFactors:
+        """The gradient that the scores of one layer use: of the layer that was chosen first."""
+        return next(iter(self.gradients.values()))
 
     def __len__(self) -> int:
         return len(self.reconstruction)
 
     def __getitem__(self, index) -> Characterization:
-        return Characterization(*(getattr(self, field.name)[index] for field in fields(self)))
+        gradients = LayerFactors((name, factors[index]) for name, factors in self.gradients.items())
+        return Characterization(self.reconstruction[index], self.latent[index], gradients)
 
     @staticmethod
     def cat(parts: list[Characterization]) -> Characterization:
         return Characterization(
             torch.cat([part.reconstruction for part in parts]),
             torch.cat([part.latent for part in parts]),
-            GradFactors.cat([part.gradient for part in parts]),
+            LayerFactors.cat([part.gradients for part in parts]),
         )
 
 
@@ -53,14 +60,14 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def characterize(
-    model: nn.Module, x: Tensor, *, layer: LayerChoice = "first", batch_size: int = 1024
+    model: nn.Module, x: Tensor, *, layer: LayerChoice | Sequence[LayerChoice] = "first", batch_size: int = 1024
 ) -> Characterization:
     """The three representations of ``x`` [N, ...] under a model that returns ``(reconstruction, mu, logvar)``.
 
-    ``layer`` chooses one layer as in `gradext.batch_layer_grads`: the paper takes the first of the decoder for novel
-    classes, the last for novel conditions. The model runs in evaluation mode and is left as it was; results are on
-    its device. Memory O(N (D + L + O + I)): no gradient is written. Raises ValueError for an empty ``x`` or where
-    ``layer`` stands for several layers.
+    ``layer`` chooses as in `gradext.batch_layer_grads`, and ``("first", "last")`` both of these: the paper takes the
+    first layer of the decoder for novel classes, the last for novel conditions. The model runs in evaluation mode and
+    is left as it was; results are on its device. Memory O(N (D + L + O + I)): no gradient is written. Raises ValueError
+    for an empty ``x``.
     """
     if len(x) == 0:
         raise ValueError("x: expected at least one sample, but got none")
@@ -69,6 +76,7 @@ def characterize(
     model.eval()
     parts = []
     try:
+        names = _layer_names(model, x[:1].to(device), layer)
         for batch in x.split(batch_size):
             batch = batch.to(device)
             seen = {}
@@ -77,19 +85,23 @@ def characterize(
                 seen["pixels"] = reconstruction_loss(output, target)
                 return seen["pixels"].sum(1)
 
-            factors = batch_layer_factors(model, batch, loss=loss, layers=layer)
-            if len(factors) != 1:
-                raise ValueError(
-                    f"layer: expected one layer, but {layer!r} stands for {len(factors)}: {sorted(factors)}"
-                )
+            found = batch_layer_factors(model, batch, loss=loss, layers=names)
+            gradients = LayerFactors((name, found[name]) for name in names)
             with torch.no_grad():
                 _, mu, logvar = model(batch)
-                parts.append(
-                    Characterization(seen["pixels"].detach(), latent_loss(mu, logvar), next(iter(factors.values())))
-                )
+            parts.append(Characterization(seen["pixels"].detach(), latent_loss(mu, logvar), gradients))
     finally:
         model.train(was_training)
     return Characterization.cat(parts)
+
+
+def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice]) -> list[str]:
+    """The layers' names in the order of the choice, read off one sample: what runs first is known by running."""
+    names: dict[str, None] = {}
+    for choice in layer if isinstance(layer, (list, tuple)) else [layer]:
+        loss = lambda output, target: reconstruction_loss(output, target).sum(1)  # noqa: E731
+        names |= dict.fromkeys(batch_layer_factors(model, x, loss=loss, layers=choice))
+    return list(names)
 
 
 def distort(x: Tensor, *, std: float = 0.1, clip: bool = False, seed: int = 0) -> Tensor:
