@@ -17,9 +17,9 @@ from .models import latent_loss
 class Characterization:
     """N samples as the model sees them; indexing gives that of some of them.
 
-    reconstruction: [N, D], the binary cross entropy of every pixel, nats; latent: [N, L], the Kullback-Leibler
-    divergence to N(0, 1) of every latent dimension, nats; gradient: the factors of the per-sample gradient of the
-    summed reconstruction error with respect to one decoder layer's weight.
+    reconstruction: [N, D], the binary cross entropy of every pixel, nats, or its squared error; latent: [N, L], the
+    Kullback-Leibler divergence to N(0, 1) of every latent dimension, nats (L = 0: no VAE); gradient: the factors of
+    the per-sample gradient of the summed reconstruction error with respect to one decoder layer's weight.
     """
 
     reconstruction: Tensor
@@ -52,10 +52,30 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return -torch.lerp(log_q, log_p, target)
 
 
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """``(output - target)²`` of every element -> [B, D]."""
+    return (output - target.reshape(output.shape)).square()
+
+
+RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
+
+
+def parts_of(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
+    """(reconstruction [B, ...], latent loss [B, L]) of an output ``(reconstruction, mu, logvar)``; L = 0 of others."""
+    if isinstance(output, Tensor):
+        return output, output.new_zeros(len(output), 0)
+    reconstruction, *rest = output
+    if len(rest) == 2 and all(isinstance(v, Tensor) for v in rest) and rest[0].shape == rest[1].shape:
+        return reconstruction, latent_loss(*rest).flatten(1)
+    return reconstruction, reconstruction.new_zeros(len(reconstruction), 0)
+
+
 def characterize(
-    model: nn.Module, x: Tensor, *, layer: LayerChoice = "first", batch_size: int = 1024
+    model: nn.Module, x: Tensor, *, layer: LayerChoice = "first", loss: str = "bce", batch_size: int = 1024
 ) -> Characterization:
     """The three representations of ``x`` [N, ...] under a model that returns ``(reconstruction, mu, logvar)``.
+
+    A model without a latent distribution returns the reconstruction alone. ``loss``: of `RECONSTRUCTION_LOSSES`.
 
     ``layer`` chooses one layer as in `gradext.batch_layer_grads`: the paper takes the first of the decoder for novel
     classes, the last for novel conditions. The model runs in evaluation mode and is left as it was; results are on
@@ -73,20 +93,18 @@ def characterize(
             batch = batch.to(device)
             seen = {}
 
-            def loss(output, target, seen=seen):
-                seen["pixels"] = reconstruction_loss(output, target)
+            def summed(output, target, seen=seen):
+                seen["pixels"] = RECONSTRUCTION_LOSSES[loss](output, target).flatten(1)
                 return seen["pixels"].sum(1)
 
-            factors = batch_layer_factors(model, batch, loss=loss, layers=layer)
+            factors = batch_layer_factors(model, batch, loss=summed, layers=layer)
             if len(factors) != 1:
                 raise ValueError(
                     f"layer: expected one layer, but {layer!r} stands for {len(factors)}: {sorted(factors)}"
                 )
             with torch.no_grad():
-                _, mu, logvar = model(batch)
-                parts.append(
-                    Characterization(seen["pixels"].detach(), latent_loss(mu, logvar), next(iter(factors.values())))
-                )
+                _, latent = parts_of(model(batch))
+            parts.append(Characterization(seen["pixels"].detach(), latent, next(iter(factors.values()))))
     finally:
         model.train(was_training)
     return Characterization.cat(parts)
