@@ -381,32 +381,22 @@ def test_detector_takes_images_flat_arrays_tensors_and_other_float_types(detecto
         np.testing.assert_allclose(detector.score_samples(same), expected, rtol=1e-5)
 
 
-def test_threshold_holds_the_wanted_false_positive_rate_on_the_held_out_part(digits):
-    for rate in (0.1, 0.3):
-        detector = NoveltyDetector(target_fpr=rate, **FAST).fit(digits[0][:100], X_validation=digits[0][100:])
-        held_out = digits[0][100:]
-        alarms = (detector.predict(held_out) == -1).mean()
-        assert abs(alarms - rate) <= 1 / len(held_out) + 1e-9
-
-
 def test_parameters_are_kept_as_given():
     detector = NoveltyDetector("delta_norm", epochs=3, target_fpr=0.2)
-    assert detector.get_params()["score"] == "delta_norm"
+    assert detector.get_params()["novelty_score"] == "delta_norm"
     assert clone(detector).set_params(epochs=4).epochs == 4
 
 
 @pytest.mark.parametrize(
     ("X", "error", "message"),
     [
-        (np.zeros((0, 64)), ValueError, "X: expected at least one sample"),
-        (np.zeros((4, 0)), ValueError, "at least one value"),
-        (np.zeros(64), ValueError, "expected shape"),
-        (np.zeros((4, 64), np.uint8), TypeError, "for 8-bit images pass X / 255"),
+        (np.zeros((0, 64)), ValueError, r"Found array with 0 sample\(s\)"),
+        (np.zeros((0, 8, 8)), ValueError, r"Found array with 0 sample\(s\)"),
+        (np.zeros((4, 0)), ValueError, r"Found array with 0 feature\(s\)"),
+        (np.zeros(64), ValueError, "Expected 2D array, got 1D array instead"),
         (np.full((4, 64), np.nan), ValueError, "4 samples hold NaN or infinity"),
         (np.full((4, 64), np.inf), ValueError, "4 samples hold NaN or infinity"),
-        (np.full((4, 64), 1.5), ValueError, r"expected values in \[0, 1\], but they span \[1.5, 1.5\]"),
-        (np.full((4, 64), -0.1), ValueError, r"expected values in \[0, 1\]"),
-        (np.zeros((1, 64)), ValueError, "at least 2 samples"),
+        (np.zeros((1, 64)), ValueError, "at least 3 samples"),
     ],
 )
 def test_fit_names_what_is_wrong_with_its_input(X, error, message):
@@ -417,9 +407,9 @@ def test_fit_names_what_is_wrong_with_its_input(X, error, message):
 def test_detector_refuses_wrong_use(detector):
     with pytest.raises(NotFittedError):
         NoveltyDetector().score_samples(np.zeros((2, 64)))
-    with pytest.raises(ValueError, match="expected 64 values a sample, as in fit, but got 63"):
+    with pytest.raises(ValueError, match="X has 63 features, but NoveltyDetector is expecting 64 features"):
         detector.score_samples(np.zeros((2, 63)))
-    with pytest.raises(ValueError, match="score: expected one of"):
+    with pytest.raises(ValueError, match="novelty_score: expected one of"):
         NoveltyDetector("norm").fit(np.zeros((4, 4)))
     with pytest.raises(ValueError, match="target_fpr"):
         NoveltyDetector(target_fpr=1.0).fit(np.zeros((4, 4)))

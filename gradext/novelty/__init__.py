@@ -1,12 +1,16 @@
 """Gradient-based novelty detection with autoencoders, after Kwon, Prabhushankar, Temel and AlRegib, "Novelty Detection
 Through Model-Based Characterization of Neural Networks", ICIP 2020.
 
-model (`VAE`, `train`) -> `characterize` -> `SCORES` and `NoiseClassifier` -> `NoveltyDetector`.
+model (`VAE`, `train`) -> `characterize` -> `SCORES` and `NoiseClassifier`: a `FittedScore` -> `NoveltyDetector`, with a
+`Calibration` -> `save`, `load`.
 """
 
+from .calibration import Calibration, benjamini_hochberg
 from .classifier import GradientFeatures, NoiseClassifier, features, train_classifier
 from .detector import NoveltyDetector
+from .fitted import FittedScore, fit_score
 from .models import VAE
+from .persistence import ModelFileError, load, save
 from .representations import Characterization, characterize, distort
 from .scores import SCORES, Statistics
 from .training import History, train
@@ -14,15 +18,22 @@ from .training import History, train
 __all__ = [
     "SCORES",
     "VAE",
+    "Calibration",
     "Characterization",
+    "FittedScore",
     "GradientFeatures",
     "History",
+    "ModelFileError",
     "NoiseClassifier",
     "NoveltyDetector",
     "Statistics",
+    "benjamini_hochberg",
     "characterize",
     "distort",
     "features",
+    "fit_score",
+    "load",
+    "save",
     "train",
     "train_classifier",
 ]

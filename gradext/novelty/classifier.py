@@ -67,15 +67,28 @@ def log_norm(gradient: GradFactors) -> Tensor:
     return norm.clamp_min(torch.finfo(norm.dtype).tiny).log()
 
 
-def features(representation: str, inliers: Characterization):
-    """A function from a `Characterization` to the classifier's features, scaled by the training inliers."""
+@dataclass(frozen=True)
+class Features:
+    """What a classifier sees of a `Characterization`; mean and std: of the training inliers' log-norms of gradients."""
+
+    representation: str
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, sample: Characterization) -> Tensor | GradientFeatures:
+        if self.representation != "gradient":
+            return getattr(sample, self.representation)
+        return GradientFeatures.of(sample.gradient, self.mean, self.std)
+
+
+def features(representation: str, inliers: Characterization) -> Features:
+    """The classifier's features, scaled by the training inliers."""
     if representation not in REPRESENTATIONS:
         raise ValueError(f"representation: expected one of {REPRESENTATIONS}, but got {representation!r}")
     if representation != "gradient":
-        return lambda sample: getattr(sample, representation)
+        return Features(representation)
     logs = log_norm(inliers.gradient)
-    mean, std = logs.mean().item(), logs.std(correction=0).item()
-    return lambda sample: GradientFeatures.of(sample.gradient, mean, std or 1.0)
+    return Features(representation, logs.mean().item(), logs.std(correction=0).item() or 1.0)
 
 
 class NoiseClassifier(nn.Module):

@@ -1,68 +1,70 @@
-"""`NoveltyDetector`: model, representation and score as one scikit-learn estimator."""
+"""`NoveltyDetector`: model, representation, score and calibration as one scikit-learn estimator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
 
-from .classifier import REPRESENTATIONS, features, train_classifier
+from ..losses import resolve
+from .calibration import Calibration, benjamini_hochberg
+from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
-from .representations import Characterization, characterize, distort
-from .scores import SCORES, Statistics
+from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, parts_of
+from .scores import SCORES
 from .training import train
 
-CLASSIFIER_SCORES = {f"{name}_classifier": name for name in REPRESENTATIONS}
+__all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "fit_score"]
 
-
-def fit_score(
-    name: str, inliers: Characterization, distorted: Characterization | None, *, seed: int = 0, **classifier
-) -> Callable[[Characterization], Tensor]:
-    """The score called ``name`` (of `SCORES`, or ``"<representation>_classifier"``) with what it keeps of the inliers.
-
-    ``distorted``: the characterised training outliers, needed by classifiers only; further arguments go to
-    `train_classifier`.
-    """
-    if name in SCORES:
-        score, statistics = SCORES[name], Statistics.of(inliers)
-        return lambda sample: score(sample, statistics)
-    if name not in CLASSIFIER_SCORES:
-        raise ValueError(f"score: expected one of {sorted([*SCORES, *CLASSIFIER_SCORES])}, but got {name!r}")
-    if distorted is None:
-        raise ValueError(f"score {name!r}: expected characterised training outliers, but got None")
-    featurize = features(CLASSIFIER_SCORES[name], inliers)
-    model = train_classifier(featurize(inliers), featurize(distorted), seed=seed, **classifier)
-    return torch.no_grad()(lambda sample: model(featurize(sample)))
+SCORED_AT_A_TIME = 1024
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class NoveltyDetector(OutlierMixin, BaseEstimator):
     """Novelty detection by what a sample would change in an autoencoder that was trained on normal samples only.
 
-    A `VAE` is trained on ``X``; a sample's novelty is read from the gradient of its reconstruction error with respect
-    to one decoder layer (or, for comparison, from the error and the latent loss themselves).
+    An autoencoder is trained on ``X``; a sample's novelty is read from the gradient of its reconstruction error with
+    respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
-        score: a label-free score, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
+        novelty_score: a label-free score, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
             ``"reconstruction_error"`` or ``"latent_loss"``; or the paper's classifier trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"`` or ``"latent_classifier"``.
+        model: an autoencoder of your own, ``x -> reconstruction`` or ``x -> (reconstruction, mu, logvar)``; None: a
+            `VAE`. It is copied, never changed. If it has a method ``loss(x) -> [B]``, that is what is trained.
+        input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``.
         layer: the decoder layer, ``"first"`` (novel classes), ``"last"`` (novel conditions), or a module's name.
+        loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce where the output ends in a sigmoid
+            and ``X`` lies in [0, 1].
+        scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"auto"``: 8-bit integers
+            are divided by 255, values in [0, 1] stay, all others are scaled as by minmax.
         hidden_dim, latent_dim: sizes of the VAE.
-        epochs: training epochs; None: 50, more on small sets.
+        epochs: training epochs; None: 50, more on small sets; 0: ``model`` is trained already.
         batch_size, learning_rate: of Adam.
         noise_std, noise_clip: the classifier's training outliers, ``X + N(0, noise_std²)``, clipped to [0, 1] or not.
-        validation_fraction: share of ``X`` held out to choose the epoch and the threshold.
+        validation_fraction: share of ``X`` held out to choose the epoch (none with ``epochs=0``).
+        calibration_fraction: share of ``X`` held out for threshold and p-values.
         target_fpr: the wanted rate of false alarms on normal samples; sets ``offset_``.
+        contamination: the share of ``X`` that is novel, in (0, 0.5]: sets ``offset_`` in place of ``target_fpr`` so
+            that this share of the training samples is called novel. p-values need clean data all the same.
         random_state: None, an integer or a RandomState.
         device: where to compute, such as ``"cuda"``; None: the CPU.
+        dtype: in which scores are computed: with ``"float64"`` they do not depend on order or batching beyond 1e-9 of
+            their size; ``"float32"`` is faster.
         verbose: whether to show a progress bar (on terminals).
 
-    Attributes: ``model_`` the trained VAE, ``history_`` its losses, ``offset_`` the threshold on `score_samples`,
-    ``n_features_in_``.
+    Attributes: ``model_`` the trained autoencoder, ``history_`` its losses (None with ``epochs=0``), ``score_`` the
+    `FittedScore`, ``calibration_`` the held-out novelties, ``offset_`` the threshold on `score_samples`, ``loss_``,
+    ``input_shape_``, ``shift_`` and ``scale_`` [D] (the model sees ``(X - shift_) / scale_``), ``n_features_in_``,
+    ``feature_names_in_`` (of data frames).
 
     >>> import numpy as np
     >>> from gradext.novelty import NoveltyDetector
@@ -74,9 +76,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        score: str = "gradient_norm",
+        novelty_score: str = "gradient_norm",
         *,
+        model: nn.Module | None = None,
+        input_shape: Sequence[int] | None = None,
         layer: str = "first",
+        loss: str = "auto",
+        scaling: str = "auto",
         hidden_dim: int = 400,
         latent_dim: int = 20,
         epochs: int | None = None,
@@ -84,14 +90,21 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         learning_rate: float = 1e-3,
         noise_std: float = 0.1,
         noise_clip: bool = False,
-        validation_fraction: float = 0.25,
+        validation_fraction: float = 0.15,
+        calibration_fraction: float = 0.2,
         target_fpr: float = 0.05,
+        contamination: float | None = None,
         random_state=None,
         device: str | None = None,
+        dtype: str = "float64",
         verbose: bool = False,
     ) -> None:
-        self.score = score
+        self.novelty_score = novelty_score
+        self.model = model
+        self.input_shape = input_shape
         self.layer = layer
+        self.loss = loss
+        self.scaling = scaling
         self.hidden_dim = hidden_dim
         self.latent_dim = latent_dim
         self.epochs = epochs
@@ -100,57 +113,162 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.noise_std = noise_std
         self.noise_clip = noise_clip
         self.validation_fraction = validation_fraction
+        self.calibration_fraction = calibration_fraction
         self.target_fpr = target_fpr
+        self.contamination = contamination
         self.random_state = random_state
         self.device = device
+        self.dtype = dtype
         self.verbose = verbose
 
-    def fit(self, X, y=None, *, X_validation=None) -> NoveltyDetector:
-        """Train on normal samples ``X`` [N, ...] in [0, 1], flat or image-shaped, numpy arrays or tensors.
+    # --- fitting -----------------------------------------------------------------------------------------------------
 
-        ``X_validation`` replaces the held-out part. ``y`` is ignored.
+    def fit(self, X, y=None, *, X_calibration=None) -> NoveltyDetector:
+        """Train on normal samples ``X`` [N, ...], flat or image-shaped: arrays, tensors, data frames.
+
+        ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
         """
-        if self.score not in SCORES and self.score not in CLASSIFIER_SCORES:
-            raise ValueError(f"score: expected one of {sorted([*SCORES, *CLASSIFIER_SCORES])}, but got {self.score!r}")
-        if not 0 < self.target_fpr < 1:
-            raise ValueError(f"target_fpr: expected a number between 0 and 1, but got {self.target_fpr!r}")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction: expected a number in (0, 1), but got {self.validation_fraction!r}")
-        samples = as_samples(X, "X")
-        if X_validation is None:
-            if len(samples) < 2:
-                raise ValueError(f"X: expected at least 2 samples, to train on and to hold out, but got {len(samples)}")
-            seed = int(check_random_state(self.random_state).randint(2**31))
-            order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-            held_out = min(max(1, round(self.validation_fraction * len(samples))), len(samples) - 1)
-            validation, samples = samples[order[:held_out]], samples[order[held_out:]]
+        self._check_parameters()
+        X = self._validated(X, reset=True)
+        if X_calibration is not None:
+            X_calibration = self._validated(X_calibration)
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
+        self.shift_, self.scale_ = self._fit_scaling(X[training])
+        samples = self._as_samples(X[training], torch.float32)
+        self._make_model(samples, seed)
+        self.history_ = None
+        if self.epochs != 0:
+            self.history_ = train(
+                self.model_, samples, self._as_samples(X[validation], torch.float32), epochs=self.epochs,
+                batch_size=self.batch_size, learning_rate=self.learning_rate, loss=self._objective(), seed=seed,
+                progress=self.verbose,
+            )  # fmt: skip
+        self.model_.to(DTYPES[self.dtype])
+        self.score_ = self._fit_score(self._as_samples(X[training], DTYPES[self.dtype]), seed)
+        self.calibration_ = Calibration(self._novelty(X[calibration] if X_calibration is None else X_calibration))
+        if self.contamination is None:
+            self._warn_where_too_few()
+            self.offset_ = -self.calibration_.threshold(self.target_fpr)
         else:
-            seed = int(check_random_state(self.random_state).randint(2**31))
-            validation = as_samples(X_validation, "X_validation", n_features=samples.shape[1])
-        device = torch.device(self.device or "cpu")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model_ = VAE(samples.shape[1], self.hidden_dim, self.latent_dim).to(device).eval()
-        self.n_features_in_ = samples.shape[1]
-        self.history_ = train(
-            self.model_, samples, validation, epochs=self.epochs, batch_size=self.batch_size,
-            learning_rate=self.learning_rate, seed=seed, progress=self.verbose,
-        )  # fmt: skip
-        inliers = self._characterize(samples)
-        distorted = None
-        if self.score in CLASSIFIER_SCORES:
-            noisy = distort(samples, std=self.noise_std, clip=self.noise_clip, seed=seed)
-            distorted = self._characterize(noisy)
-        self.score_ = fit_score(self.score, inliers, distorted, seed=seed)
-        held_out_scores = -self.score_(self._characterize(validation)).double().cpu().numpy()
-        self.offset_ = float(np.quantile(held_out_scores, self.target_fpr))
+            self.offset_ = float(np.percentile(-self._novelty(X), 100 * self.contamination))
         return self
+
+    def _check_parameters(self) -> None:
+        choices = {
+            "novelty_score": [*SCORES, *CLASSIFIER_SCORES],
+            "loss": ["auto", *RECONSTRUCTION_LOSSES],
+            "scaling": ["auto", "minmax", "none"],
+            "dtype": list(DTYPES),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {sorted(allowed)}, but got {value!r}")
+        for name in ("target_fpr", "validation_fraction", "calibration_fraction"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise ValueError(f"{name}: expected a number between 0 and 1, but got {value!r}")
+        if self.validation_fraction + self.calibration_fraction >= 1:
+            raise ValueError("validation_fraction, calibration_fraction: expected a sum below 1, to train on the rest")
+        if self.contamination is not None and not 0 < self.contamination <= 0.5:
+            raise ValueError(f"contamination: expected None or a number in (0, 0.5], but got {self.contamination!r}")
+        if self.model is not None and not isinstance(self.model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module or None, but got {type(self.model).__name__}")
+        if self.epochs == 0 and self.model is None:
+            raise ValueError("epochs: expected a positive integer or None, but got 0, which is for a trained model=")
+
+    def _split(self, N: int, seed: int, calibration_given: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Shuffled indices of the training, validation and calibration part; at least one in each that is needed."""
+        shares = (
+            0 if self.epochs == 0 else self.validation_fraction,
+            0 if calibration_given else self.calibration_fraction,
+        )
+        held_out = [max(1, round(share * N)) if share else 0 for share in shares]
+        needed = 1 + sum(share > 0 for share in shares)
+        if needed > N:
+            raise ValueError(
+                f"X: expected at least {needed} samples, to train on and to hold out, but got n_samples = {N}"
+            )
+        while sum(held_out) >= N:
+            held_out[held_out.index(max(held_out))] -= 1
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).numpy()
+        validation, calibration, training = np.split(order, np.cumsum(held_out))
+        return training, validation, calibration
+
+    def _fit_scaling(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shift [D], scale [D])."""
+        D = X.shape[1]
+        low, high = X.min(0).astype(np.float64), X.max(0).astype(np.float64)
+        if self.scaling == "auto" and X.dtype == np.uint8:
+            return np.zeros(D), np.full(D, 255.0)
+        if self.scaling == "none" or (self.scaling == "auto" and low.min() >= 0 and high.max() <= 1):
+            return np.zeros(D), np.ones(D)
+        return low, np.where(high > low, high - low, 1.0)
+
+    def _make_model(self, samples: Tensor, seed: int) -> None:
+        """``model_`` and ``loss_``, tried on the first samples."""
+        device = torch.device(self.device or "cpu")
+        in_unit_range = bool(samples.min() >= 0) and bool(samples.max() <= 1)
+        if self.model is None:
+            if not in_unit_range:
+                raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim)
+        else:
+            model = copy.deepcopy(self.model).float()
+        self.model_ = model.to(device).eval()
+        first = samples[:2].to(device).requires_grad_()
+        with torch.enable_grad():
+            reconstruction, latent = parts_of(self.model_(first))
+        if reconstruction.shape[:1] != first.shape[:1] or reconstruction.numel() != first.numel():
+            raise ValueError(
+                f"model: expected a reconstruction of {list(first.shape)}, but got {list(reconstruction.shape)}; "
+                "input_shape= says how samples reach the model"
+            )
+        if latent.shape[1] == 0 and self.novelty_score.startswith("latent"):
+            raise ValueError(
+                f"novelty_score: {self.novelty_score!r} needs a model that returns (reconstruction, mu, logvar)"
+            )
+        self.loss_ = self.loss
+        if self.loss == "auto":
+            self.loss_ = resolve("auto", reconstruction, first.detach()) if in_unit_range else "mse"
+
+    def _objective(self):
+        """What is trained, x [B, ...] -> [B]: the model's own ``loss``, else reconstruction error and latent loss."""
+        own = getattr(self.model_, "loss", None)
+        if callable(own):
+            return own
+
+        def summed(x: Tensor) -> Tensor:
+            reconstruction, latent = parts_of(self.model_(x))
+            return RECONSTRUCTION_LOSSES[self.loss_](reconstruction, x).flatten(1).sum(1) + latent.sum(1)
+
+        return summed
+
+    def _fit_score(self, samples: Tensor, seed: int) -> FittedScore:
+        distorted = None
+        if self.novelty_score in CLASSIFIER_SCORES:
+            distorted = self._characterize(distort(samples, std=self.noise_std, clip=self.noise_clip, seed=seed))
+        return fit_score(self.novelty_score, self._characterize(samples), distorted, seed=seed)
+
+    def _warn_where_too_few(self) -> None:
+        attainable = self.calibration_.attainable_fpr
+        if attainable > self.target_fpr:
+            warnings.warn(
+                f"target_fpr={self.target_fpr:g} cannot be promised with {len(self.calibration_.scores)} held-out "
+                f"samples: the threshold is the largest of their scores, for false alarms at up to {attainable:.3g}; "
+                f"hold out {math.ceil(1 / self.target_fpr) - 1} or more (calibration_fraction=, X_calibration=)",
+                stacklevel=3,
+            )
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
 
     def score_samples(self, X) -> np.ndarray:
         """How normal each sample is, [N]; higher is more normal, as in scikit-learn."""
         check_is_fitted(self)
-        samples = as_samples(X, "X", n_features=self.n_features_in_)
-        return -self.score_(self._characterize(samples)).double().cpu().numpy()
+        return -self._novelty(self._validated(X))
 
     def decision_function(self, X) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
@@ -160,34 +278,58 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         """+1 for normal samples, -1 for novel ones."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
+    def p_values(self, X) -> np.ndarray:
+        """Conformal p-values [N]: a normal sample gets one of at most t with probability at most t."""
+        return self.calibration_.p_values(-self.score_samples(X))
+
+    def discoveries(self, X, *, fdr: float = 0.1) -> np.ndarray:
+        """Which samples to call novel so that about ``fdr`` of the calls are false at most (Benjamini-Hochberg)."""
+        return benjamini_hochberg(self.p_values(X), fdr)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def _validated(self, X, *, reset: bool = False) -> np.ndarray:
+        """``X`` as an array [N, D] of its own type, not copied where that can be; the errors are scikit-learn's."""
+        if isinstance(X, Tensor):
+            X = X.detach().cpu()
+            X = (X.float() if X.dtype in (torch.bfloat16, torch.float16) else X).numpy()
+        if isinstance(X, np.ndarray) and X.ndim > 2:
+            shape = X.shape[1:]
+            X = X.reshape(len(X), math.prod(shape))
+        else:
+            shape = None
+        X = validate_data(self, X, reset=reset, ensure_all_finite=False)
+        for start in range(0, len(X), 4096):  # in blocks, so that a memory map is not read into memory
+            block = X[start : start + 4096]
+            if block.dtype.kind == "f" and not (finite := np.isfinite(block).all(1)).all():
+                bad = (start + np.flatnonzero(~finite)).tolist()
+                raise ValueError(
+                    f"X: expected finite values, but {len(bad)} samples hold NaN or infinity, first {bad[:5]}"
+                )
+        if reset:
+            own = None if self.input_shape is None else tuple(int(size) for size in self.input_shape)
+            self.input_shape_ = own or shape or (X.shape[1],)
+            if math.prod(self.input_shape_) != X.shape[1]:
+                raise ValueError(f"input_shape: expected {X.shape[1]} values as in X, but got {self.input_shape_}")
+        elif shape is not None and len(self.input_shape_) > 1:
+            squeezed, expected = ([size for size in s if size != 1] for s in (shape, self.input_shape_))
+            if squeezed != expected:
+                raise ValueError(f"X: expected samples of shape {list(self.input_shape_)}, but got {list(shape)}")
+        return X
+
+    def _as_samples(self, X: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """``(X - shift_) / scale_`` in the model's shape [N, *input_shape_]."""
+        scaled = np.subtract(X, self.shift_, dtype=np.float64)
+        scaled /= self.scale_
+        return torch.from_numpy(scaled).to(dtype).reshape(len(X), *self.input_shape_)
+
+    def _batches(self, X: np.ndarray) -> Iterator[Tensor]:
+        for start in range(0, len(X), SCORED_AT_A_TIME):
+            yield self._as_samples(X[start : start + SCORED_AT_A_TIME], DTYPES[self.dtype])
+
     def _characterize(self, samples: Tensor) -> Characterization:
-        return characterize(self.model_, samples, layer=self.layer)
+        return characterize(self.model_, samples, layer=self.layer, loss=self.loss_, batch_size=SCORED_AT_A_TIME)
 
-
-def as_samples(X, name: str, n_features: int | None = None) -> Tensor:
-    """``X`` [N, ...] as a float32 tensor [N, D] on the CPU or its own device, after checking its values.
-
-    Raises TypeError for integer data, ValueError for wrong shapes, empty data, NaN, infinity, or values outside [0, 1].
-    """
-    samples = X if isinstance(X, Tensor) else torch.as_tensor(np.ascontiguousarray(X))
-    if samples.ndim < 2:
-        raise ValueError(f"{name}: expected shape [N, D] or [N, ...], but got {list(samples.shape)}")
-    if samples.shape[0] == 0 or samples[0].numel() == 0:
-        raise ValueError(f"{name}: expected at least one sample of at least one value, but got {list(samples.shape)}")
-    if not samples.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floating-point values in [0, 1], but got {samples.dtype}; for 8-bit images pass X / 255"
-        )
-    samples = samples.detach().flatten(1)
-    if n_features is not None and samples.shape[1] != n_features:
-        raise ValueError(f"{name}: expected {n_features} values a sample, as in fit, but got {samples.shape[1]}")
-    finite = samples.isfinite().all(1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
-        raise ValueError(
-            f"{name}: expected finite values, but {len(bad)} samples hold NaN or infinity, first {bad[:5]}"
-        )
-    low, high = samples.min().item(), samples.max().item()
-    if low < 0 or high > 1:
-        raise ValueError(f"{name}: expected values in [0, 1], but they span [{low:g}, {high:g}]; scale the data")
-    return samples.float()
+    def _novelty(self, X: np.ndarray) -> np.ndarray:
+        parts = [self.score_(self._characterize(batch)) for batch in self._batches(X)]
+        return torch.cat(parts).double().cpu().numpy()

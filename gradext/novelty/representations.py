@@ -18,9 +18,10 @@ from .models import latent_loss
 class Characterization:
     """N samples as the model sees them; indexing gives that of some of them.
 
-    reconstruction: [N, D], the binary cross entropy of every pixel, nats; latent: [N, L], the Kullback-Leibler
-    divergence to N(0, 1) of every latent dimension, nats; gradients: the factors of the per-sample gradient of the
-    summed reconstruction error with respect to the weights of the chosen layers, by name, in the order of the choice.
+    reconstruction: [N, D], the binary cross entropy of every pixel, nats, or its squared error; latent: [N, L], the
+    Kullback-Leibler divergence to N(0, 1) of every latent dimension, nats (L = 0: no VAE); gradients: the factors of
+    the per-sample gradient of the summed reconstruction error with respect to the weights of the chosen layers, by
+    name, in the order of the choice.
     """
 
     reconstruction: Tensor
@@ -59,10 +60,35 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return -torch.lerp(log_q, log_p, target)
 
 
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """``(output - target)²`` of every element -> [B, D]."""
+    return (output - target.reshape(output.shape)).square()
+
+
+RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
+
+
+def parts_of(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
+    """(reconstruction [B, ...], latent loss [B, L]) of an output ``(reconstruction, mu, logvar)``; L = 0 of others."""
+    if isinstance(output, Tensor):
+        return output, output.new_zeros(len(output), 0)
+    reconstruction, *rest = output
+    if len(rest) == 2 and all(isinstance(v, Tensor) for v in rest) and rest[0].shape == rest[1].shape:
+        return reconstruction, latent_loss(*rest).flatten(1)
+    return reconstruction, reconstruction.new_zeros(len(reconstruction), 0)
+
+
 def characterize(
-    model: nn.Module, x: Tensor, *, layer: LayerChoice | Sequence[LayerChoice] = "first", batch_size: int = 1024
+    model: nn.Module,
+    x: Tensor,
+    *,
+    layer: LayerChoice | Sequence[LayerChoice] = "first",
+    loss: str = "bce",
+    batch_size: int = 1024,
 ) -> Characterization:
     """The three representations of ``x`` [N, ...] under a model that returns ``(reconstruction, mu, logvar)``.
+
+    A model without a latent distribution returns the reconstruction alone. ``loss``: of `RECONSTRUCTION_LOSSES`.
 
     ``layer`` chooses as in `gradext.batch_layer_grads`, and ``("first", "last")`` both of these: the paper takes the
     first layer of the decoder for novel classes, the last for novel conditions. The model runs in evaluation mode and
@@ -76,31 +102,34 @@ def characterize(
     model.eval()
     parts = []
     try:
-        names = _layer_names(model, x[:1].to(device), layer)
+        names = _layer_names(model, x[:1].to(device), layer, loss)
         for batch in x.split(batch_size):
             batch = batch.to(device)
             seen = {}
 
-            def loss(output, target, seen=seen):
-                seen["pixels"] = reconstruction_loss(output, target)
+            def summed(output, target, seen=seen):
+                seen["pixels"] = RECONSTRUCTION_LOSSES[loss](output, target).flatten(1)
                 return seen["pixels"].sum(1)
 
-            found = batch_layer_factors(model, batch, loss=loss, layers=names)
+            found = batch_layer_factors(model, batch, loss=summed, layers=names)
             gradients = LayerFactors((name, found[name]) for name in names)
             with torch.no_grad():
-                _, mu, logvar = model(batch)
-            parts.append(Characterization(seen["pixels"].detach(), latent_loss(mu, logvar), gradients))
+                _, latent = parts_of(model(batch))
+            parts.append(Characterization(seen["pixels"].detach(), latent, gradients))
     finally:
         model.train(was_training)
     return Characterization.cat(parts)
 
 
-def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice]) -> list[str]:
+def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice], loss: str) -> list[str]:
     """The layers' names in the order of the choice, read off one sample: what runs first is known by running."""
+
+    def summed(output: Tensor, target: Tensor) -> Tensor:
+        return RECONSTRUCTION_LOSSES[loss](output, target).flatten(1).sum(1)
+
     names: dict[str, None] = {}
     for choice in layer if isinstance(layer, (list, tuple)) else [layer]:
-        loss = lambda output, target: reconstruction_loss(output, target).sum(1)  # noqa: E731
-        names |= dict.fromkeys(batch_layer_factors(model, x, loss=loss, layers=choice))
+        names |= dict.fromkeys(batch_layer_factors(model, x, loss=summed, layers=choice))
     return list(names)
 
 

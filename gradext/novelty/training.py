@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,15 +33,17 @@ def train(
     epochs: int | None = None,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
+    loss: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
     description: str = "training",
 ) -> History:
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
-    Adam on the mean over the batch of ``model.loss``; ``epochs`` None: `auto_epochs`. The same seed, data, machine and
-    thread count give the same weights; the global random state is left as it was. The progress bar is shown on
-    terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
+    Adam on the mean over the batch of ``loss`` (x [B, ...] -> [B]; default ``model.loss``); ``epochs`` None:
+    `auto_epochs`. The same seed, data, machine and thread count give the same weights; the global random state is left
+    as it was. The progress bar is shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss
+    becomes NaN.
     """
     for name, data in (("x", x), ("x_validation", x_validation)):
         if len(data) == 0:
@@ -50,6 +53,7 @@ def train(
     epochs = auto_epochs(len(x), batch_size) if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
+    objective = model.loss if loss is None else loss
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     order = torch.Generator().manual_seed(seed)
     history, best = History(), None
@@ -61,14 +65,14 @@ def train(
             model.train()
             total = torch.zeros((), device=device)
             for index in torch.randperm(len(x), generator=order).split(batch_size):
-                loss = model.loss(x[index.to(device)]).mean()
+                value = objective(x[index.to(device)]).mean()
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                value.backward()
                 optimizer.step()
-                total += loss.detach() * len(index)
+                total += value.detach() * len(index)
             model.eval()
             with torch.no_grad():
-                validation = sum(model.loss(b).sum().item() for b in x_validation.split(4096)) / len(x_validation)
+                validation = sum(objective(b).sum().item() for b in x_validation.split(4096)) / len(x_validation)
             history.train.append(total.item() / len(x))
             history.validation.append(validation)
             if not math.isfinite(validation):

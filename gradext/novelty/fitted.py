@@ -1,0 +1,68 @@
+"""`FittedScore`: a score together with what it keeps of the training inliers. Plain data, no closures."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .classifier import REPRESENTATIONS, Features, NoiseClassifier, features, train_classifier
+from .representations import Characterization
+from .scores import SCORES, Statistics
+
+CLASSIFIER_SCORES = {f"{name}_classifier": name for name in REPRESENTATIONS}
+
+
+@dataclass(frozen=True, eq=False)
+class FittedScore:
+    """``score(sample) -> [N]``, higher is more novel: label-free with `Statistics`, or features and a classifier."""
+
+    name: str
+    statistics: Statistics | None = None
+    features: Features | None = None
+    classifier: NoiseClassifier | None = None
+
+    @torch.no_grad()
+    def __call__(self, sample: Characterization) -> Tensor:
+        if self.classifier is None:
+            return SCORES[self.name](sample, self.statistics)
+        return self.classifier(self.features(sample))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything learned, by name: the fields of the statistics, or the features' scale and the weights."""
+        if self.classifier is None:
+            kept = {field.name: getattr(self.statistics, field.name) for field in fields(self.statistics)}
+            return {name: value for name, value in kept.items() if value is not None}
+        scale = torch.tensor([self.features.mean, self.features.std], dtype=torch.float64)
+        return {"features": scale, **self.classifier.state_dict()}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> FittedScore:
+        """The same score with other learned values, named as `tensors` names them."""
+        if self.classifier is None:
+            return replace(self, statistics=Statistics(**tensors))
+        state = dict(tensors)
+        mean, std = state.pop("features").tolist()
+        classifier = copy.deepcopy(self.classifier)
+        classifier.load_state_dict(state)
+        return replace(self, features=Features(self.features.representation, mean, std), classifier=classifier)
+
+
+def fit_score(
+    name: str, inliers: Characterization, distorted: Characterization | None, *, seed: int = 0, **classifier
+) -> FittedScore:
+    """The score called ``name`` (of `SCORES`, or ``"<representation>_classifier"``) with what it keeps of the inliers.
+
+    ``distorted``: the characterised training outliers, needed by classifiers only; further arguments go to
+    `train_classifier`.
+    """
+    if name in SCORES:
+        return FittedScore(name, Statistics.of(inliers, [name]))
+    if name not in CLASSIFIER_SCORES:
+        raise ValueError(f"score: expected one of {sorted([*SCORES, *CLASSIFIER_SCORES])}, but got {name!r}")
+    if distorted is None:
+        raise ValueError(f"score {name!r}: expected characterised training outliers, but got None")
+    featurize = features(CLASSIFIER_SCORES[name], inliers)
+    model = train_classifier(featurize(inliers), featurize(distorted), seed=seed, **classifier)
+    return FittedScore(name, None, featurize, model)

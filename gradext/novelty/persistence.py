@@ -1,0 +1,316 @@
+"""Saving and loading a fitted `NoveltyDetector`: one safetensors file whose metadata are one JSON object.
+
+Nothing in a file is executed, and nothing is believed before it is checked: lengths and offsets (safetensors), a
+SHA-256 of description and tensors, the type of every entry, the shape and type of every tensor against what the
+described architecture has. The JSON object, format version 1:
+
+    format, format_version, versions    what wrote the file
+    parameters                          of the estimator, but for ``model`` and ``random_state``
+    architecture                        {"type": "VAE", sizes}, or {"type": "own", "class": its name}
+    n_features, feature_names, input_shape, loss, offset, image_format, history
+    sha256                              of all else
+
+The tensors: ``model.*`` the state of the autoencoder, ``score.*`` that of the `FittedScore`, ``calibration`` [n],
+``shift`` [D], ``scale`` [D].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..sources import ImageFormat
+from .calibration import Calibration
+from .detector import DTYPES, NoveltyDetector
+from .fitted import CLASSIFIER_SCORES, fit_score
+from .models import VAE
+from .representations import RECONSTRUCTION_LOSSES, characterize
+from .training import History
+
+FORMAT = "gradext.novelty"
+FORMAT_VERSION = 1
+VAE_SIZES = ("input_dim", "hidden_dim", "latent_dim")
+NOT_SAVED = ("model", "random_state", "device")
+
+
+class ModelFileError(ValueError):
+    """A model file that is missing, damaged, of a newer format, or not what it says."""
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise OSError where ``path`` could not be written, before there is something to lose."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{path}: expected a file in a folder that can be written to, but {os.strerror(error.errno)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb", **options):
+    """A file that appears under its name only when it is whole; until then, and after an error, the old one stays."""
+    path = Path(path)
+    check_writable(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(descriptor, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            f"{path}: could not be written, what was there is unchanged: {error.strerror or error}"
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
+    """Write a fitted detector to ``path``, whole or not at all.
+
+    The architecture of a ``model`` of your own is code, which no file holds: hand one to `load`. Raises NotFittedError,
+    ValueError for a ``layer`` that is not a name, OSError where the file cannot be written.
+    """
+    check_is_fitted(detector)
+    if not isinstance(detector.layer, str):
+        raise ValueError(f"layer: expected a name, to be saved, but got {type(detector.layer).__name__}")
+    model = detector.model_
+    own = detector.model is not None
+    parameters = {name: value for name, value in detector.get_params(deep=False).items() if name not in NOT_SAVED}
+    if parameters["input_shape"] is not None:
+        parameters["input_shape"] = [int(size) for size in parameters["input_shape"]]
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": {"gradext": __version__}
+        | {package: metadata.version(package) for package in ("torch", "numpy", "scikit-learn")},
+        "parameters": {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()},
+        "architecture": {"type": "own", "class": type(model).__qualname__}
+        if own
+        else {
+            "type": "VAE",
+            "input_dim": model.input_dim,
+            "hidden_dim": model.mu.in_features,
+            "latent_dim": model.mu.out_features,
+        },
+        "n_features": int(detector.n_features_in_),
+        "feature_names": [str(name) for name in detector.feature_names_in_]
+        if hasattr(detector, "feature_names_in_")
+        else None,
+        "input_shape": list(detector.input_shape_),
+        "loss": detector.loss_,
+        "offset": float(detector.offset_),
+        "image_format": asdict(detector.image_format_) if getattr(detector, "image_format_", None) else None,
+        "history": asdict(detector.history_) if detector.history_ else None,
+    }
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"score.{name}": value for name, value in detector.score_.tensors().items()}
+    tensors |= {
+        "calibration": torch.from_numpy(detector.calibration_.scores),
+        "shift": torch.from_numpy(detector.shift_),
+        "scale": torch.from_numpy(detector.scale_),
+    }
+    # Own storage for each: safetensors refuses tied weights.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    description["sha256"] = _digest(description, tensors)
+    content = safetensors.torch.save(tensors, {FORMAT: json.dumps(description, allow_nan=False)})
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def load(path: str | os.PathLike, *, model: nn.Module | None = None, device: str | None = None) -> NoveltyDetector:
+    """The detector in a file that `save` wrote; it gives the same scores, bit for bit on the same machine.
+
+    ``model``: for a detector with a model of your own, one of the same architecture, whose weights do not matter; it is
+    copied. Raises ModelFileError for a file that is missing, cut short, altered, or of a newer format.
+    """
+    description, tensors = _read(Path(path))
+    try:
+        return _rebuild(description, tensors, model, device)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
+        raise ModelFileError(f"{path}: not a detector as gradext saves it: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    if not path.is_file():
+        raise ModelFileError(f"{path}: expected a model file, as `gradext fit` writes it, but there is no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(FORMAT)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: cut short, damaged, or not a model file: {error}") from error
+    if text is None:
+        raise ModelFileError(f"{path}: a safetensors file, but not one that gradext wrote")
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path}: expected a JSON description, but {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ModelFileError(f"{path}: expected a description of the format {FORMAT!r}")
+    version = description.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ModelFileError(f"{path}: format_version: expected a positive integer, but got {version!r}")
+    if version > FORMAT_VERSION:
+        raise ModelFileError(
+            f"{path}: written in format {version}, and this gradext ({__version__}) reads up to {FORMAT_VERSION}; "
+            "upgrade gradext"
+        )
+    if description.get("sha256") != _digest(description, tensors):
+        raise ModelFileError(f"{path}: its content does not match its SHA-256: damaged or altered")
+    return description, tensors
+
+
+def _digest(description: dict, tensors: dict[str, Tensor]) -> str:
+    described = {key: value for key, value in description.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _rebuild(
+    description: dict, tensors: dict[str, Tensor], model: nn.Module | None, device: str | None
+) -> NoveltyDetector:
+    parameters = _entry(description, "parameters", dict)
+    known = set(NoveltyDetector().get_params()) - set(NOT_SAVED)
+    if unknown := set(parameters) - known:
+        raise ModelFileError(f"parameters: expected some of {sorted(known)}, but got {sorted(unknown)}")
+    architecture = _entry(description, "architecture", dict)
+    own = _entry(architecture, "type", str) != "VAE"
+    if own and model is None:
+        raise ModelFileError(
+            f"its model is of a class of your own, {architecture.get('class')!r}, which no file holds: pass "
+            "load(..., model=) one of the same architecture"
+        )
+    if not own and model is not None:
+        raise ModelFileError("its model is gradext's VAE: leave model= out")
+    detector = NoveltyDetector(**parameters, model=model, device=device)
+    detector._check_parameters()
+    if not isinstance(detector.layer, str):
+        raise ModelFileError(f"layer: expected a name, but got {detector.layer!r}")
+    dtype = DTYPES[detector.dtype]
+
+    D = _entry(description, "n_features", int)
+    names = _entry(description, "feature_names", list, optional=True)
+    if names is not None and (len(names) != D or not all(isinstance(name, str) for name in names)):
+        raise ModelFileError(f"feature_names: expected {D} names, but got {names!r}")
+    input_shape = _entry(description, "input_shape", list)
+    if not all(type(size) is int and size > 0 for size in input_shape) or math.prod(input_shape) != D:
+        raise ModelFileError(f"input_shape: expected positive sizes with the product {D}, but got {input_shape}")
+    detector.n_features_in_ = D
+    if names is not None:
+        detector.feature_names_in_ = np.asarray(names, dtype=object)
+    detector.input_shape_ = tuple(input_shape)
+    detector.loss_ = _entry(description, "loss", str)
+    if detector.loss_ not in RECONSTRUCTION_LOSSES:
+        raise ModelFileError(f"loss: expected one of {list(RECONSTRUCTION_LOSSES)}, but got {detector.loss_!r}")
+    detector.offset_ = _entry(description, "offset", float)
+    image_format = _entry(description, "image_format", dict, optional=True)
+    detector.image_format_ = None if image_format is None else ImageFormat(**image_format)
+    history = _entry(description, "history", dict, optional=True)
+    detector.history_ = None if history is None else _history(history)
+
+    given = dict(tensors)
+    detector.shift_, detector.scale_ = (_vector(given, name, D) for name in ("shift", "scale"))
+    if not (detector.scale_ > 0).all():
+        raise ModelFileError("scale: expected positive values")
+    detector.calibration_ = Calibration(_vector(given, "calibration"))
+    state = {name.removeprefix("model."): given.pop(name) for name in tensors if name.startswith("model.")}
+    if own:
+        detector.model_ = copy.deepcopy(model).to(dtype)
+    else:
+        sizes = {name: _entry(architecture, name, int) for name in VAE_SIZES}
+        if sizes["input_dim"] != D:
+            raise ModelFileError(f"input_dim: expected {D} as n_features, but got {sizes['input_dim']}")
+        with torch.device("meta"):  # sizes that no tensor has are found before memory is asked for
+            detector.model_ = VAE(**sizes).to(dtype)
+    _check_tensors(state, detector.model_.state_dict(), "model")
+    detector.model_.load_state_dict(state, assign=not own)
+    detector.model_.to(torch.device(device or "cpu")).eval()
+
+    # What the score must hold: its names, shapes and types for this model, from two samples of zeros.
+    zeros = torch.zeros(2, *detector.input_shape_, dtype=dtype)
+    seen = characterize(detector.model_, zeros, layer=detector.layer, loss=detector.loss_)
+    options = {"epochs": 1} if detector.novelty_score in CLASSIFIER_SCORES else {}
+    template = fit_score(detector.novelty_score, seen, seen, **options)
+    learned = {name.removeprefix("score."): given.pop(name) for name in tensors if name.startswith("score.")}
+    _check_tensors(learned, template.tensors(), "score")
+    if given:
+        raise ModelFileError(f"tensors: unknown names {sorted(given)}")
+    detector.score_ = template.with_tensors({k: learned[k].to(like.device) for k, like in template.tensors().items()})
+    return detector
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    if set(tensors) != set(expected):
+        missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        raise ModelFileError(f"{what}: tensors missing: {missing}, unknown: {unknown}")
+    for name, tensor in tensors.items():
+        like = expected[name]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise ModelFileError(
+                f"{what}.{name}: expected {like.dtype} {list(like.shape)}, but got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelFileError(f"{what}.{name}: expected finite values")
+
+
+def _history(entries: dict) -> History:
+    history = History(**entries)
+    if type(history.best_epoch) is not int or not all(
+        isinstance(losses, list) and all(type(loss) is float for loss in losses)
+        for losses in (history.train, history.validation)
+    ):
+        raise ModelFileError("history: expected two lists of losses and an epoch")
+    return history
+
+
+def _entry(description: dict, key: str, kind: type, *, optional: bool = False):
+    value = description.get(key)
+    if value is None and optional:
+        return None
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ModelFileError(f"{key}: expected {kind.__name__}, but got {value!r}")
+    return value
+
+
+def _vector(tensors: dict[str, Tensor], name: str, size: int | None = None) -> np.ndarray:
+    value = tensors.pop(name, None)
+    if value is None or value.dtype != torch.float64 or value.ndim != 1 or size not in (None, len(value)):
+        came = "none" if value is None else f"{value.dtype} {list(value.shape)}"
+        raise ModelFileError(f"{name}: expected torch.float64 [{'n' if size is None else size}], but got {came}")
+    if not value.isfinite().all():
+        raise ModelFileError(f"{name}: expected finite values")
+    return value.numpy()

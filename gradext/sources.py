@@ -1,0 +1,382 @@
+"""Samples to fit and score, as people have them: image folders, arrays, tables, and the standard sets by name.
+
+A `Source` gives its samples by blocks of rows, so that memory holds one block and not the set. This file must know
+nothing about models, gradients or torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import datasets
+from .datasets import DatasetError
+
+TABLES = (".csv", ".parquet")
+ARRAYS = (".npy", ".npz")
+MODES = ("L", "RGB")
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What every image is brought to: height and width in pixels, mode "L" (grey) or "RGB".
+
+    resize: whether images of other sizes are resized to it, or refused.
+    """
+
+    height: int
+    width: int
+    mode: str
+    resize: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value <= 1 << 16:
+                raise DatasetError(f"image {name}: expected 1 to {1 << 16} pixels, got {value!r}")
+        if self.mode not in MODES:
+            raise DatasetError(f"image mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        if type(self.resize) is not bool:
+            raise DatasetError(f"image resize: expected true or false, got {self.resize!r}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) or (3, H, W)."""
+        return (self.height, self.width) if self.mode == "L" else (3, self.height, self.width)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width} {self.mode}"
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some rows of a source: their indices [n], and the samples [n, ...] (an array or a data frame)."""
+
+    index: np.ndarray
+    samples: object
+
+
+@dataclass(eq=False)
+class Source:
+    """N samples by row. names: one a row; labels: one a row, as text, or None; skipped: row -> why it is left out."""
+
+    names: Sequence[str]
+    labels: np.ndarray | None
+    fingerprint: str  # the same as long as nobody changes the data
+    skipped: dict[int, str] = field(default_factory=dict)
+    image_format: ImageFormat | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def blocks(self, rows: np.ndarray, size: int) -> Iterator[Block]:
+        """The given rows in their order, at most ``size`` at a time; rows that had to be skipped are not among them."""
+        for start in range(0, len(rows), size):
+            yield self.read(rows[start : start + size])
+
+    def read(self, rows: np.ndarray) -> Block:
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class ArraySource(Source):
+    """Rows of an array in memory or mapped, or of a data frame."""
+
+    rows: object = None
+
+    def read(self, rows: np.ndarray) -> Block:
+        taken = self.rows.iloc[rows] if hasattr(self.rows, "iloc") else self.rows[rows]
+        return Block(rows, taken)
+
+
+@dataclass(eq=False)
+class ImageFolder(Source):
+    """Image files, decoded when their rows are read."""
+
+    root: Path = Path()
+    skip_unreadable: bool = False
+
+    def read(self, rows: np.ndarray) -> Block:
+        kept, images, failed = [], [], {}
+        for row in rows.tolist():
+            try:
+                images.append(read_image(self.root / self.names[row], self.image_format))
+                kept.append(row)
+            except DatasetError as error:
+                failed[row] = str(error)
+        if failed and not self.skip_unreadable:
+            some = "; ".join(list(failed.values())[:3])
+            raise DatasetError(
+                f"{len(failed)} of {len(rows)} images cannot be used: {some}{'; ...' if len(failed) > 3 else ''}. "
+                "Mend or remove them, or pass --skip-unreadable"
+            )
+        self.skipped |= failed
+        samples = np.stack(images) if images else np.empty((0, *self.image_format.shape), np.uint8)
+        return Block(np.asarray(kept, np.int64), samples)
+
+
+def open_source(
+    data: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    labels: str | None = None,
+    image_format: ImageFormat | None = None,
+    size: tuple[int, int] | None = None,
+    mode: str | None = None,
+    skip_unreadable: bool = False,
+) -> Source:
+    """The samples that ``data`` names.
+
+    A folder of images in any format that Pillow reads, nested or not; ``.npy`` (memory-mapped), ``.npz`` (its array
+    ``X``, or its only one); a ``.csv`` or ``.parquet`` table of numeric columns; or a set of `datasets.NAMES`, such as
+    ``mnist``, ``mnist:train``, ``mnist:test``.
+
+    ``labels``: where each row's label is found: a column of the table, an array of the ``.npz``, or a file (``.npy``,
+    or text with one a line). Without it: the folder below ``data`` that an image is in, the ``y`` of an ``.npz``, the
+    classes of a set.
+    ``image_format``: what images are brought to; None: ``size`` (height, width) and ``mode``, or those of the first
+    readable image, which all others must then have.
+
+    Raises DatasetError for what is missing, of no known kind, or does not fit.
+    """
+    text = os.fspath(data)
+    path = Path(text)
+    name, _, part = text.partition(":")
+    if name in datasets.NAMES and not path.exists():
+        return _standard_set(name, part, data_dir)
+    if path.is_dir():
+        return _image_folder(path, labels, image_format, size, mode, skip_unreadable)
+    if not path.is_file():
+        raise DatasetError(
+            f"{text}: expected a folder of images, a file ({', '.join(ARRAYS + TABLES)}), or one of "
+            f"{', '.join(datasets.NAMES)}, but there is nothing of that name"
+        )
+    suffix = path.suffix.lower()
+    if suffix in ARRAYS:
+        return _array_file(path, labels)
+    if suffix in TABLES:
+        return _table(path, labels)
+    raise DatasetError(f"{text}: expected a file of type {', '.join(ARRAYS + TABLES)}, got {suffix or 'no suffix'}")
+
+
+def _fingerprint(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def _standard_set(name: str, part: str, data_dir) -> Source:
+    image_set = datasets.load(name, data_dir)
+    parts = {"": slice(None)}
+    if image_set.train is not None:
+        parts |= {"train": slice(image_set.train), "test": slice(image_set.train, None)}
+    if part not in parts:
+        raise DatasetError(
+            f"{name}: expected one of the parts {', '.join(p for p in parts if p) or 'none'}, got {part!r}"
+        )
+    chosen = parts[part]
+    images = image_set.images[chosen] if image_set.scale == 255 else image_set.pixels(chosen)
+    first = chosen.start or 0
+    return ArraySource(
+        names=[f"{name}/{first + k}" for k in range(len(images))],
+        labels=image_set.labels[chosen].astype(str),
+        fingerprint=_fingerprint(name, part, len(images)),
+        rows=images,
+    )
+
+
+def _array_file(path: Path, labels: str | None) -> Source:
+    try:
+        content = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            array, others = content, {}
+        else:
+            with content:
+                others = {key: content[key] for key in content.files}
+            array = _main_array(path, others, labels)
+    except DatasetError:
+        raise
+    except Exception as error:  # zipfile, zlib, struct and numpy each have their own
+        raise DatasetError(f"{path}: damaged, or not an array of numbers: {error}") from error
+    if array.ndim < 2 or len(array) == 0:
+        raise DatasetError(f"{path}: expected an array [N, D] or [N, ...], N >= 1, got {list(array.shape)}")
+    if labels is None:
+        given = others.get("y")
+    elif labels in others:
+        given = others[labels]
+    else:
+        given = _label_file(Path(labels))
+    return ArraySource(
+        names=[str(row) for row in range(len(array))],
+        labels=_as_labels(given, len(array), str(path)),
+        fingerprint=_fingerprint(_stamp(path)),
+        rows=array,
+    )
+
+
+def _main_array(path: Path, arrays: dict[str, np.ndarray], labels: str | None) -> np.ndarray:
+    if "X" in arrays:
+        return arrays["X"]
+    candidates = [key for key in arrays if key not in ("y", labels)]
+    if len(candidates) != 1:
+        raise DatasetError(f"{path}: expected an array named X, or a single one, got {candidates}")
+    return arrays[candidates[0]]
+
+
+def _label_file(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise DatasetError(f"--labels {path}: expected a column or array of the data, or a file, got neither")
+    if path.suffix.lower() == ".npy":
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise DatasetError(f"--labels {path}: {error}") from error
+    try:
+        return np.asarray(path.read_text(encoding="utf-8").splitlines(), dtype=str)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"--labels {path}: expected text, one label a line: {error}") from error
+
+
+def _as_labels(values, N: int, where: str) -> np.ndarray | None:
+    if values is None:
+        return None
+    values = np.asarray(values)
+    if values.shape != (N,):
+        raise DatasetError(f"{where}: expected {N} labels, one a row, got shape {list(values.shape)}")
+    if values.dtype.kind == "f" and (values == values.round()).all():
+        values = values.astype(np.int64)
+    return np.char.strip(values.astype(str))
+
+
+def _table(path: Path, labels: str | None) -> Source:
+    try:
+        import pandas
+    except ImportError:
+        raise DatasetError(
+            f"{path}: tables need pandas (and pyarrow for .parquet): pip install 'gradext[tables]'"
+        ) from None
+    try:
+        frame = pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+    except ImportError as error:
+        raise DatasetError(f"{path}: .parquet needs pyarrow: pip install 'gradext[tables]'") from error
+    except (ValueError, OSError, pandas.errors.ParserError) as error:  # pyarrow's errors are among them
+        raise DatasetError(f"{path}: damaged, or not a table: {error}") from error
+    given = None
+    if labels is not None:
+        given = frame.pop(labels).to_numpy() if labels in frame.columns else _label_file(Path(labels))
+    text = [str(c) for c in frame.columns if frame[c].dtype.kind not in "fiub"]
+    if text:
+        raise DatasetError(
+            f"{path}: expected numeric columns, got {', '.join(text[:5])}; remove them, or name one with --labels"
+        )
+    if frame.empty:
+        raise DatasetError(f"{path}: expected at least one row and one column, got {list(frame.shape)}")
+    frame.columns = [str(c) for c in frame.columns]
+    return ArraySource(
+        names=[str(row) for row in range(len(frame))],
+        labels=_as_labels(given, len(frame), str(path)),
+        fingerprint=_fingerprint(_stamp(path)),
+        rows=frame,
+    )
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _image_folder(root: Path, labels, image_format, size, mode, skip_unreadable: bool) -> Source:
+    from PIL import Image
+
+    if labels is not None:
+        raise DatasetError(f"--labels {labels}: an image's label is the folder it is in; leave --labels out")
+    files = sorted(
+        p for p in root.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(root).parts)
+    )
+    known = Image.registered_extensions()
+    paths = [p for p in files if p.suffix.lower() in known]
+    others = [p for p in files if p.suffix.lower() not in known]
+    if not paths:
+        raise DatasetError(f"{root}: expected image files, got {len(files)} files, none with an image's suffix")
+    if others:
+        warnings.warn(
+            f"{root}: {len(others)} files have no image's suffix and are left out: "
+            f"{', '.join(str(p.relative_to(root)) for p in others[:3])}{', ...' if len(others) > 3 else ''}",
+            stacklevel=2,
+        )
+    if image_format is None:
+        image_format = _first_format(paths, size, mode)
+    names = [p.relative_to(root).as_posix() for p in paths]
+    odd = [name for name in names if not name.isprintable()]
+    if odd:
+        raise DatasetError(f"{root}: expected names of printable characters, got {odd[0]!r}; rename {len(odd)} files")
+    folders = np.asarray([name.rpartition("/")[0].rpartition("/")[2] for name in names])
+    return ImageFolder(
+        names=names,
+        labels=folders if (folders != "").all() else None,
+        fingerprint=_fingerprint(image_format, *map(_stamp, paths)),
+        image_format=image_format,
+        root=root,
+        skip_unreadable=skip_unreadable,
+    )
+
+
+def _first_format(paths: Sequence[Path], size, mode) -> ImageFormat:
+    for path in paths:
+        try:
+            image = _opened(path)
+        except DatasetError:
+            continue
+        if mode is None:
+            mode = "L" if image.mode in ("1", "L", "LA") or image.mode.startswith("I") else "RGB"
+        height, width = size or (image.height, image.width)
+        return ImageFormat(height, width, mode, resize=size is not None)
+    raise DatasetError(f"{paths[0].parent}: none of {len(paths)} images can be read")
+
+
+def _opened(path: Path):
+    """A decoded, upright image; DatasetError where it cannot be."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{path}: {error}") from error
+    except Image.DecompressionBombWarning as error:
+        raise DatasetError(f"{path}: {error}") from error
+
+
+def read_image(path: str | os.PathLike, image_format: ImageFormat) -> np.ndarray:
+    """One image as uint8 [H, W] or [3, H, W]; 16-bit grey is scaled to 8. DatasetError where it cannot be used."""
+    from PIL import Image
+
+    image = _opened(Path(path))
+    if image.mode.startswith("I"):  # 16 or 32 bits; convert() would cut them off at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise DatasetError(f"{path}: expected grey values of 16 bits, got {values.min()} to {values.max()}")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise DatasetError(f"{path}: expected 8 or 16 bits a channel, got floating-point pixels")
+    image = image.convert(image_format.mode)
+    if image.size != (image_format.width, image_format.height):
+        if not image_format.resize:
+            raise DatasetError(
+                f"{path}: expected {image_format.height}x{image_format.width} pixels, "
+                f"got {image.height}x{image.width}; "
+                "pass --size HxW to resize all"
+            )
+        image = image.resize((image_format.width, image_format.height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels if image_format.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
