@@ -5,7 +5,7 @@
 A VAE is trained on challenge-free traffic signs, then the paper's three classifiers on reconstruction error, latent
 loss and the gradients of the last decoder layer; test images without a challenge are inliers, those of one condition at
 one level outliers, as many of either. CURE-TSR comes from ``DIR/CURE-TSR`` (`gradext.datasets.load_cure_tsr`), by
-default at 28x28, as in its authors' public code. The classifier sees every weight of the last layer: the narrow defaults
+default at 28x28, as in its authors' code. The classifier sees every weight of the last layer: the narrow defaults
 of the VAE and the classifier keep its own weights to 12 million, where 400 and 64 would need 79 million.
 
 Where it is not there, or with ``--stand-in``, the same runs on BelgiumTSC, the 14 sign types of CURE-TSR at 32x32, with
