@@ -84,15 +84,17 @@ def fit_all_scores(
     noise_std: float = 0.1,
     noise_clip: bool = False,
     seed: int = 0,
+    **classifier,
 ) -> Callable[[Tensor], dict[str, np.ndarray]]:
     """A function from samples [N, D] to every score by name: the label-free ones and the paper's three classifiers.
 
-    Label-free scores compare with the ``validation`` inliers, classifiers are trained on ``x`` and its distorted copy.
+    Label-free scores compare with the ``validation`` inliers, classifiers are trained on ``x`` and its distorted copy,
+    with any further arguments of `train_classifier`.
     """
     inliers, held_out = (characterize(model, part, layer=layer) for part in (x, validation))
     distorted = characterize(model, distort(x, std=noise_std, clip=noise_clip, seed=seed), layer=layer)
     statistics = Statistics.of(held_out)
-    classifiers = {name: fit_score(name, inliers, distorted, seed=seed) for name in CLASSIFIER_SCORES}
+    classifiers = {name: fit_score(name, inliers, distorted, seed=seed, **classifier) for name in CLASSIFIER_SCORES}
 
     def score(samples: Tensor) -> dict[str, np.ndarray]:
         seen = characterize(model, samples, layer=layer)
