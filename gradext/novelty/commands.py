@@ -192,8 +192,16 @@ def _tell(text: str) -> None:
 
 @contextlib.contextmanager
 def _warnings_told():
-    """Warnings as one line each on standard error, without file and line of the code."""
+    """Warnings as one line each on standard error, one of a kind, without file and line of the code."""
+    told = set()
+
+    def tell(message, *_, **__) -> None:
+        kind = str(message).partition(":")[0]
+        if kind not in told:
+            told.add(kind)
+            _tell(f"warning: {message}")
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
+        warnings.showwarning = tell
         yield
