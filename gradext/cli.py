@@ -31,6 +31,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", default="gradext-demo", metavar="DIR", help="where pictures go (default gradext-demo)")
     demo.set_defaults(run=_demo)
 
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument(
+        "data",
+        metavar="DATA",
+        help="a folder of images (nested or not), a .npy, .npz, .csv or .parquet file, or a set by name: digits, "
+        "mnist, mnist:train, mnist:test, ...",
+    )
+    data.add_argument("--data-dir", metavar="DIR", help="folder with the named sets' standard files")
+    data.add_argument(
+        "--labels",
+        metavar="WHERE",
+        help="the rows' labels: a table's column, an .npz' array, or a file with one a line; images have folders",
+    )
+    data.add_argument("--normal", nargs="+", metavar="LABEL", help="the labels of normal samples")
+    data.add_argument("--skip-unreadable", action="store_true", help="go on without images that cannot be used")
+    data.add_argument("--device", help="where to compute, such as cuda (default: the CPU)")
+    data.add_argument("--json", action="store_true", help="print one JSON object")
+    data.add_argument("--quiet", action="store_true", help="no progress bars (there are none but on terminals)")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", metavar="MODEL", help="a file that `gradext fit` wrote")
+
+    fit = commands.add_parser("fit", parents=[data], help="train a detector on normal samples and save it")
+    fit.add_argument("--out", required=True, metavar="MODEL", help="the model file to write")
+    fit.add_argument("--score", default="gradient_norm", help="see NoveltyDetector (default gradient_norm)")
+    fit.add_argument("--layer", default="first", help="first, last, or a layer's name (default first)")
+    fit.add_argument(
+        "--size", metavar="HxW", help="resize images to this (default: all must be of the first one's size)"
+    )
+    fit.add_argument("--mode", choices=("L", "RGB"), help="grey or colour (default: as the first image)")
+    fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default 50, more on small sets)")
+    fit.add_argument("--hidden-dim", type=int, default=400, metavar="N")
+    fit.add_argument("--latent-dim", type=int, default=20, metavar="N")
+    fit.add_argument("--target-fpr", type=float, default=0.05, metavar="P", help="wanted rate of false alarms")
+    fit.add_argument("--contamination", type=float, metavar="P", help="share of DATA that is novel (default: none)")
+    fit.add_argument("--seed", type=int, default=0, metavar="S")
+    fit.set_defaults(run=_novelty)
+
+    score = commands.add_parser(
+        "score", parents=[model, data], help="write a table of scores; resumes where it stopped"
+    )
+    score.add_argument("--out", required=True, metavar="TABLE", help="a .csv or .parquet file to write")
+    score.set_defaults(run=_novelty)
+
+    evaluate = commands.add_parser("evaluate", parents=[model, data], help="how well labelled samples are told apart")
+    evaluate.set_defaults(run=_novelty)
+
+    images = commands.add_parser(
+        "images", help="write a named set out as PNG files, DIR/train/LABEL/ and DIR/test/LABEL/"
+    )
+    images.add_argument("data", metavar="SET", help="digits (bundled), mnist, fashion-mnist or cifar-10")
+    images.add_argument("--data-dir", metavar="DIR", help="folder with the set's standard files")
+    images.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    images.set_defaults(run=_novelty)
+
     info = commands.add_parser("info", help="versions, build configuration, and which backends work")
     info.set_defaults(run=_info)
 
@@ -66,6 +120,12 @@ def _demo(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
     )
     return 0
+
+
+def _novelty(arguments: argparse.Namespace) -> int:
+    from .novelty import commands
+
+    return getattr(commands, arguments.command)(arguments)
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from .calibration import Calibration, benjamini_hochberg
 from .classifier import GradientFeatures, NoiseClassifier, features, train_classifier
 from .detector import NoveltyDetector
 from .fitted import FittedScore, fit_score
+from .guards import DetectorWarning
 from .models import VAE
 from .persistence import ModelFileError, load, save
 from .representations import Characterization, characterize, distort
@@ -20,6 +21,7 @@ __all__ = [
     "VAE",
     "Calibration",
     "Characterization",
+    "DetectorWarning",
     "FittedScore",
     "GradientFeatures",
     "History",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from ..losses import resolve
+from . import guards
 from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
@@ -136,6 +137,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
         self.shift_, self.scale_ = self._fit_scaling(X[training])
         samples = self._as_samples(X[training], torch.float32)
+        self.profile_ = guards.Profile.of(samples)
         self._make_model(samples, seed)
         self.history_ = None
         if self.epochs != 0:
@@ -145,7 +147,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 progress=self.verbose,
             )  # fmt: skip
         self.model_.to(DTYPES[self.dtype])
-        self.score_ = self._fit_score(self._as_samples(X[training], DTYPES[self.dtype]), seed)
+        self.score_ = self._fit_score(self._as_samples(X[training], DTYPES[self.dtype]), training, seed)
         self.calibration_ = Calibration(self._novelty(X[calibration] if X_calibration is None else X_calibration))
         if self.contamination is None:
             self._warn_where_too_few()
@@ -200,10 +202,11 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         """(shift [D], scale [D])."""
         D = X.shape[1]
         low, high = X.min(0).astype(np.float64), X.max(0).astype(np.float64)
-        if self.scaling == "auto" and X.dtype == np.uint8:
-            return np.zeros(D), np.full(D, 255.0)
-        if self.scaling == "none" or (self.scaling == "auto" and low.min() >= 0 and high.max() <= 1):
-            return np.zeros(D), np.ones(D)
+        in_bytes = self.scaling == "auto" and X.dtype == np.uint8
+        as_is = self.scaling == "none" or (self.scaling == "auto" and low.min() >= 0 and high.max() <= 1)
+        _warn(guards.of_features(low, high, minmax=not (in_bytes or as_is)))
+        if in_bytes or as_is:
+            return np.zeros(D), np.full(D, 255.0 if in_bytes else 1.0)
         return low, np.where(high > low, high - low, 1.0)
 
     def _make_model(self, samples: Tensor, seed: int) -> None:
@@ -247,11 +250,15 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
         return summed
 
-    def _fit_score(self, samples: Tensor, seed: int) -> FittedScore:
-        distorted = None
+    def _fit_score(self, samples: Tensor, rows: np.ndarray, seed: int) -> FittedScore:
+        inliers, distorted = self._characterize(samples), None
         if self.novelty_score in CLASSIFIER_SCORES:
             distorted = self._characterize(distort(samples, std=self.noise_std, clip=self.noise_clip, seed=seed))
-        return fit_score(self.novelty_score, self._characterize(samples), distorted, seed=seed)
+        score = fit_score(self.novelty_score, inliers, distorted, seed=seed)
+        _warn(guards.of_representations(inliers, self.novelty_score, self.layer))
+        if self.contamination is None:
+            _warn(guards.of_training_scores(score(inliers).double().cpu().numpy(), rows))
+        return score
 
     def _warn_where_too_few(self) -> None:
         attainable = self.calibration_.attainable_fpr
@@ -260,6 +267,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 f"target_fpr={self.target_fpr:g} cannot be promised with {len(self.calibration_.scores)} held-out "
                 f"samples: the threshold is the largest of their scores, for false alarms at up to {attainable:.3g}; "
                 f"hold out {math.ceil(1 / self.target_fpr) - 1} or more (calibration_fraction=, X_calibration=)",
+                guards.DetectorWarning,
                 stacklevel=3,
             )
 
@@ -268,7 +276,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def score_samples(self, X) -> np.ndarray:
         """How normal each sample is, [N]; higher is more normal, as in scikit-learn."""
         check_is_fitted(self)
-        return -self._novelty(self._validated(X))
+        X = self._validated(X)
+        if self.profile_ is not None:
+            _warn(guards.of_input(self._as_samples(X[:SCORED_AT_A_TIME], torch.float32), self.profile_))
+        return -self._novelty(X)
 
     def decision_function(self, X) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
@@ -319,9 +330,11 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _as_samples(self, X: np.ndarray, dtype: torch.dtype) -> Tensor:
         """``(X - shift_) / scale_`` in the model's shape [N, *input_shape_]."""
-        scaled = np.subtract(X, self.shift_, dtype=np.float64)
+        samples = torch.empty(X.shape, dtype=torch.float64)  # torch's alignment: on it depend the last bits of products
+        scaled = samples.numpy()
+        np.subtract(X, self.shift_, out=scaled)
         scaled /= self.scale_
-        return torch.from_numpy(scaled).to(dtype).reshape(len(X), *self.input_shape_)
+        return samples.to(dtype).reshape(len(X), *self.input_shape_)
 
     def _batches(self, X: np.ndarray) -> Iterator[Tensor]:
         for start in range(0, len(X), SCORED_AT_A_TIME):
@@ -333,3 +346,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _novelty(self, X: np.ndarray) -> np.ndarray:
         parts = [self.score_(self._characterize(batch)) for batch in self._batches(X)]
         return torch.cat(parts).double().cpu().numpy()
+
+
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        warnings.warn(message, guards.DetectorWarning, stacklevel=3)

@@ -7,7 +7,7 @@ described architecture has. The JSON object, format version 1:
     format, format_version, versions    what wrote the file
     parameters                          of the estimator, but for ``model`` and ``random_state``
     architecture                        {"type": "VAE", sizes}, or {"type": "own", "class": its name}
-    n_features, feature_names, input_shape, loss, offset, image_format, history
+    n_features, feature_names, input_shape, loss, offset, image_format, history, profile
     sha256                              of all else
 
 The tensors: ``model.*`` the state of the autoencoder, ``score.*`` that of the `FittedScore`, ``calibration`` [n],
@@ -40,6 +40,7 @@ from ..sources import ImageFormat
 from .calibration import Calibration
 from .detector import DTYPES, NoveltyDetector
 from .fitted import CLASSIFIER_SCORES, fit_score
+from .guards import Profile
 from .models import VAE
 from .representations import RECONSTRUCTION_LOSSES, characterize
 from .training import History
@@ -129,6 +130,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
         "offset": float(detector.offset_),
         "image_format": asdict(detector.image_format_) if getattr(detector, "image_format_", None) else None,
         "history": asdict(detector.history_) if detector.history_ else None,
+        "profile": asdict(detector.profile_) if detector.profile_ else None,
     }
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"score.{name}": value for name, value in detector.score_.tensors().items()}
@@ -166,7 +168,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(FORMAT)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Cloned into torch's own alignment, on which the last bits of matrix products depend.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ModelFileError(f"{path}: cut short, damaged, or not a model file: {error}") from error
     if text is None:
@@ -242,6 +245,9 @@ def _rebuild(
     history = _entry(description, "history", dict, optional=True)
     detector.history_ = None if history is None else _history(history)
 
+    profile = _entry(description, "profile", dict, optional=True)
+    detector.profile_ = None if profile is None else _profile(profile)
+
     given = dict(tensors)
     detector.shift_, detector.scale_ = (_vector(given, name, D) for name in ("shift", "scale"))
     if not (detector.scale_ > 0).all():
@@ -295,6 +301,16 @@ def _history(entries: dict) -> History:
     ):
         raise ModelFileError("history: expected two lists of losses and an epoch")
     return history
+
+
+def _profile(entries: dict) -> Profile:
+    known = {name: _entry(entries, name, float) for name in ("low", "high")}
+    for name in ("channel_mean", "channel_std"):
+        values = _entry(entries, name, list)
+        if len(values) not in (0, 3) or not all(type(value) is float and math.isfinite(value) for value in values):
+            raise ModelFileError(f"profile: {name}: expected none or three numbers, but got {values!r}")
+        known[name] = tuple(values)
+    return Profile(**known)
 
 
 def _entry(description: dict, key: str, kind: type, *, optional: bool = False):

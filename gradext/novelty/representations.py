@@ -56,13 +56,21 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     `F.binary_cross_entropy` refuses them. Logarithms end at -100 as there.
     """
     target = target.reshape(output.shape)
-    log_p, log_q = output.log().clamp_min(-100), torch.log1p(-output).clamp_min(-100)
+    # Where a sigmoid has saturated: the gradient is zero in place of NaN.
+    p, q = output > 0, output < 1
+    log_p = torch.where(p, torch.where(p, output, 1).log(), -100).clamp_min(-100)
+    log_q = torch.where(q, torch.log1p(-torch.where(q, output, 0)), -100).clamp_min(-100)
     return -torch.lerp(log_q, log_p, target)
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """``(output - target)²`` of every element -> [B, D]."""
     return (output - target.reshape(output.shape)).square()
+
+
+def continued_bce(output: Tensor, target: Tensor) -> Tensor:
+    """`reconstruction_loss` summed over each sample's elements -> [B]; nats."""
+    return reconstruction_loss(output, target).flatten(1).sum(1)
 
 
 RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
@@ -105,17 +113,14 @@ def characterize(
         names = _layer_names(model, x[:1].to(device), layer, loss)
         for batch in x.split(batch_size):
             batch = batch.to(device)
-            seen = {}
-
-            def summed(output, target, seen=seen):
-                seen["pixels"] = RECONSTRUCTION_LOSSES[loss](output, target).flatten(1)
-                return seen["pixels"].sum(1)
-
-            found = batch_layer_factors(model, batch, loss=summed, layers=names)
+            # By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1].
+            named = loss != "bce" or bool(((batch >= 0) & (batch <= 1)).all())
+            found = batch_layer_factors(model, batch, loss=loss if named else continued_bce, layers=names)
             gradients = LayerFactors((name, found[name]) for name in names)
             with torch.no_grad():
-                _, latent = parts_of(model(batch))
-            parts.append(Characterization(seen["pixels"].detach(), latent, gradients))
+                reconstruction, latent = parts_of(model(batch))
+                pixels = RECONSTRUCTION_LOSSES[loss](reconstruction, batch).flatten(1)
+            parts.append(Characterization(pixels, latent, gradients))
     finally:
         model.train(was_training)
     return Characterization.cat(parts)
@@ -124,12 +129,10 @@ def characterize(
 def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice], loss: str) -> list[str]:
     """The layers' names in the order of the choice, read off one sample: what runs first is known by running."""
 
-    def summed(output: Tensor, target: Tensor) -> Tensor:
-        return RECONSTRUCTION_LOSSES[loss](output, target).flatten(1).sum(1)
-
+    named = continued_bce if loss == "bce" else loss
     names: dict[str, None] = {}
     for choice in layer if isinstance(layer, (list, tuple)) else [layer]:
-        names |= dict.fromkeys(batch_layer_factors(model, x, loss=summed, layers=choice))
+        names |= dict.fromkeys(batch_layer_factors(model, x, loss=named, layers=choice))
     return list(names)
 
 

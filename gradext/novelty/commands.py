@@ -1,0 +1,207 @@
+"""``gradext fit``, ``score``, ``evaluate``, ``images``: from the command line's arguments to files and printed results.
+
+Each returns the exit status. Results go to standard output (``--json``: as one object), all else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from .. import datasets
+from ..datasets import DatasetError
+from ..sources import Source, open_source
+from . import persistence, scoring
+from .detector import NoveltyDetector
+
+
+def fit(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    persistence.check_writable(out)
+    with _warnings_told():
+        source = _source(arguments, size=_size(arguments.size), mode=arguments.mode)
+        rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
+        block = source.read(rows)
+        detector = NoveltyDetector(
+            arguments.score, layer=arguments.layer, epochs=arguments.epochs, hidden_dim=arguments.hidden_dim,
+            latent_dim=arguments.latent_dim, target_fpr=arguments.target_fpr, contamination=arguments.contamination,
+            random_state=arguments.seed, device=arguments.device, verbose=not arguments.quiet,
+        ).fit(block.samples)  # fmt: skip
+    detector.image_format_ = source.image_format
+    persistence.save(detector, out)
+    result = {
+        "model": str(out),
+        "samples": len(block.index),
+        "skipped": _skipped(source),
+        "input_shape": list(detector.input_shape_),
+        "score": detector.novelty_score,
+        "best_epoch": detector.history_.best_epoch,
+        "threshold": -detector.offset_,
+        "calibration_samples": len(detector.calibration_.scores),
+    }
+    _print(
+        arguments,
+        result,
+        f"{out}: {detector.novelty_score} of a VAE trained on {len(block.index)} samples of shape "
+        f"{'x'.join(map(str, detector.input_shape_))}; novel above {-detector.offset_:.4g}, from "
+        f"{result['calibration_samples']} held-out samples",
+    )
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    scoring.check_out(arguments.out)
+    with _warnings_told():
+        detector, source = _open(arguments)
+        model_id = hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest()
+        try:
+            scoring.score_to_file(detector, source, arguments.out, model_id=model_id, progress=not arguments.quiet)
+        except (KeyboardInterrupt, OSError):
+            _tell(f"what is done is kept in {scoring.partial_path(arguments.out)}; run the same command again to go on")
+            raise
+    errors = scoring.finish(arguments.out, len(source))
+    for entry in errors:
+        _tell(f"skipped: {entry['error']}")
+    _print(
+        arguments,
+        {"out": arguments.out, "rows": len(source), "skipped": {e["sample"]: e["error"] for e in errors}},
+        f"{arguments.out}: {len(source)} rows" + (f", {len(errors)} of them skipped" if errors else ""),
+    )
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    with _warnings_told():
+        detector, source = _open(arguments)
+        normal = _normal(source, arguments)
+        parts = list(scoring.novelties(detector, source, progress=not arguments.quiet))
+    index, novelty = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
+    novel = ~normal[index]
+    if novel.all() or not novel.any():
+        raise ValueError(
+            f"labels: expected normal and novel samples, but all are {'novel' if novel.all() else 'normal'}"
+        )
+    called = novelty > -detector.offset_
+    result = {
+        "normal": int((~novel).sum()),
+        "novel": int(novel.sum()),
+        "auroc": float(roc_auc_score(novel, novelty)),
+        "average_precision": float(average_precision_score(novel, novelty)),
+        "false_alarm_rate": float(called[~novel].mean()),
+        "detection_rate": float(called[novel].mean()),
+        "skipped": _skipped(source),
+    }
+    _print(
+        arguments,
+        result,
+        f"{result['normal']} normal and {result['novel']} novel samples\n"
+        f"AUROC              {result['auroc']:.4f}\n"
+        f"average precision  {result['average_precision']:.4f}\n"
+        f"at the threshold   {result['detection_rate']:.1%} of the novel found, "
+        f"{result['false_alarm_rate']:.1%} false alarms",
+    )
+    return 0
+
+
+def images(arguments: argparse.Namespace) -> int:
+    image_set = datasets.load(arguments.data, arguments.data_dir)
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: expected a new or empty folder")
+    for row, label in enumerate(image_set.labels.tolist()):
+        # A set without parts of its own: each fifth image is for testing.
+        test = row % 5 == 4 if image_set.train is None else row >= image_set.train
+        folder = out / ("test" if test else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.round(image_set.pixels(row) * 255).astype(np.uint8)
+        Image.fromarray(pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0)).save(folder / f"{row:05d}.png")
+    print(f"{out}: {len(image_set)} images")
+    return 0
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
+    detector = persistence.load(arguments.model, device=arguments.device)
+    return detector, _source(arguments, image_format=detector.image_format_)
+
+
+def _source(arguments: argparse.Namespace, **image_options) -> Source:
+    return open_source(
+        arguments.data,
+        data_dir=arguments.data_dir,
+        labels=arguments.labels,
+        skip_unreadable=arguments.skip_unreadable,
+        **image_options,
+    )
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    if not match:
+        raise ValueError(f"--size: expected HxW, such as 28x28, but got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _normal(source: Source, arguments: argparse.Namespace) -> np.ndarray:
+    """Which rows are normal, bool [N]: those with a label of ``--normal``; by default 0 of 0 and 1."""
+    if source.labels is None:
+        raise DatasetError(f"{arguments.data}: expected labels, but it has none; say where they are with --labels")
+    present = sorted(set(source.labels.tolist()))
+    if arguments.normal is None:
+        if not set(present) <= {"0", "1"}:
+            shown = ", ".join(present[:12])
+            raise ValueError(
+                f"--normal: which labels are normal? There are {shown}{', ...' if len(present) > 12 else ''}"
+            )
+        return source.labels == "0"
+    if unknown := sorted(set(arguments.normal) - set(present)):
+        raise ValueError(f"--normal: expected some of {', '.join(present[:12])}, but got {', '.join(unknown)}")
+    return np.isin(source.labels, arguments.normal)
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def _skipped(source: Source) -> dict[str, str]:
+    for reason in source.skipped.values():
+        _tell(f"skipped: {reason}")
+    return {source.names[row]: reason for row, reason in source.skipped.items()}
+
+
+def _print(arguments: argparse.Namespace, result: dict, text: str) -> None:
+    print(json.dumps(result, indent=2) if arguments.json else text)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _warnings_told():
+    """Warnings as one line each on standard error, one of a kind, without file and line of the code."""
+    told = set()
+
+    def tell(message, *_, **__) -> None:
+        kind = str(message).partition(":")[0]
+        if kind not in told:
+            told.add(kind)
+            _tell(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = tell
+        yield

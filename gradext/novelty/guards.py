@@ -1,0 +1,132 @@
+"""What makes a detector worthless without an error: each check gives a warning with its evidence, or None.
+
+Every message begins with a name of its kind, up to the colon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .representations import Characterization
+
+ACTIVE_NATS = 0.01  # a latent dimension whose mean divergence is below carries nothing (Burda et al., ICLR 2016)
+FENCE = 3.0  # interquartile ranges beyond the upper quartile: "far out" in Tukey, Exploratory Data Analysis, 1977
+
+
+class DetectorWarning(UserWarning):
+    """The detector works as asked, but what it says may be worth little."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the scaled training samples looked like: range, and mean and spread of every channel's mean by image.
+
+    channel_mean, channel_std: of three channels, else empty.
+    """
+
+    low: float
+    high: float
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+
+    @staticmethod
+    def of(samples: Tensor) -> Profile:
+        """samples: [N, D] or [N, C, H, W]."""
+        low, high = samples.min().item(), samples.max().item()
+        if samples.ndim != 4 or samples.shape[1] != 3:
+            return Profile(low, high)
+        means = samples.double().mean((2, 3))
+        return Profile(low, high, tuple(means.mean(0).tolist()), tuple(means.std(0, correction=0).tolist()))
+
+    @property
+    def span(self) -> float:
+        return self.high - self.low
+
+
+# --- in fit ----------------------------------------------------------------------------------------------------------
+
+
+def of_features(low: np.ndarray, high: np.ndarray, minmax: bool) -> Iterator[str]:
+    """low, high [D]: each feature's training range; minmax: whether features are scaled by it."""
+    constant = np.flatnonzero(low == high)
+    if len(constant) == len(low):
+        yield "constant data: all training samples are the same, so that nothing can be learned from them"
+    elif minmax and len(constant):
+        yield (
+            f"constant features: {len(constant)} of {len(low)} are the same in all training samples, first "
+            f"{constant[:5].tolist()}; they are left unscaled, and any change in them counts in full: leave them out"
+        )
+
+
+def of_representations(inliers: Characterization, score: str, layer: object) -> Iterator[str]:
+    """Gradients that are zero, and latent dimensions that carry nothing, in the training samples."""
+    if score.startswith(("gradient", "delta")):
+        dead = int((inliers.gradient.norm() == 0).sum())
+        if dead > 0.01 * len(inliers):
+            yield (
+                f"dead gradients: that of the layer {layer!r} is exactly zero for {dead} of {len(inliers)} training "
+                "samples (dead or saturated units); choose another layer, lower learning_rate, or scale the data"
+            )
+    latent = inliers.latent.mean(0)
+    if latent.numel() and bool((latent < ACTIVE_NATS).all()):
+        yield (
+            f"collapsed posterior: the {latent.numel()} latent dimensions carry {latent.sum().item():.2g} nats "
+            "together, so that the decoder gives the same image for all; train longer, or with fewer latent dimensions"
+        )
+
+
+def of_training_scores(novelty: np.ndarray, rows: np.ndarray) -> Iterator[str]:
+    """Training samples far above the others: novelties that the training data already hold.
+
+    Beyond ``Q3 + 3 (Q3 - Q1)``, of the logarithm where all scores are positive; a normal distribution has one in
+    850,000 there.
+    """
+    values = np.log(novelty) if (novelty > 0).all() else novelty
+    lower, upper = np.quantile(values, [0.25, 0.75])
+    far = np.flatnonzero(values > upper + FENCE * (upper - lower))
+    if upper > lower and len(far) > 0.002 * len(values):
+        far = far[np.argsort(-novelty[far])]
+        yield (
+            f"novelties in the training data: {len(far)} of {len(values)} samples score far above the others, rows "
+            f"{rows[far[:5]].tolist()} the most ({novelty[far[0]]:.4g}, where the median is {np.median(novelty):.4g}); "
+            "look at them, or say contamination="
+        )
+
+
+# --- in scoring ------------------------------------------------------------------------------------------------------
+
+
+def of_input(samples: Tensor, profile: Profile) -> Iterator[str]:
+    """Scaled samples [N, *input_shape] that do not look as the training samples did."""
+    low, high, span = samples.min().item(), samples.max().item(), profile.span
+    if span == 0:
+        return
+    seen = f"[{low:.3g}, {high:.3g}], where the training samples spanned [{profile.low:.3g}, {profile.high:.3g}]"
+    outside = ((samples < profile.low - span) | (samples > profile.high + span)).flatten(1).any(1)
+    if outside.any():
+        yield (
+            f"inputs outside the training range: scaled values span {seen}, far outside in {int(outside.sum())} of "
+            f"{len(samples)} samples; are they on the scale of fit, such as 0 to 1 or 0 to 255?"
+        )
+    elif high - low < span / 50 and high < profile.low + span / 50:
+        yield f"inputs of a smaller scale: scaled values span {seen}; were they divided by 255 once too often?"
+    if len(profile.channel_mean) == 3 and len(samples) >= 8 and outside.logical_not().any():
+        means = samples.double().mean((0, 2, 3)).cpu()
+        trained = torch.tensor(profile.channel_mean, dtype=torch.float64)
+        spread = torch.tensor(profile.channel_std, dtype=torch.float64).clamp_min(1e-6)
+        as_is, reversed_ = (((m - trained) / spread).norm().item() for m in (means, means.flip(0)))
+        if as_is * math.sqrt(len(samples)) > 15 and reversed_ < as_is / 3:
+            yield (
+                f"channels in another order: their means are {_shown(means)}, in fit they were {_shown(trained)}, "
+                "which the reversed order fits better; RGB or BGR?"
+            )
+
+
+def _shown(values: Tensor) -> str:
+    return "(" + ", ".join(f"{value:.2f}" for value in values.tolist()) + ")"

@@ -1,0 +1,193 @@
+"""Scores of a whole source into a file: in bounded memory, resumable, by one process or several.
+
+Rows are written to ``OUT.partial`` block by block. When all are there, the table is written under its own name at once.
+A run that was stopped is taken up after the last whole block. Several processes (`torchrun`) each write a contiguous
+share of the rows to a file of their own; the first one puts them together in the order of the rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..datasets import DatasetError
+from ..sources import Source
+from .detector import NoveltyDetector
+from .persistence import atomic_write, check_writable
+
+COLUMNS = ("row", "sample", "novelty", "p_value", "novel", "error")
+FILE_TYPES = (".csv", ".parquet")
+ROWS_AT_A_TIME = 1024
+
+
+def novelties(
+    detector: NoveltyDetector, source: Source, rows: np.ndarray | None = None, *, progress: bool = True
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """By block: the rows asked for [n], and of those that could be read the rows [m] and novelties [m]."""
+    rows = np.arange(len(source)) if rows is None else rows
+    with tqdm(total=len(rows), desc="scoring", unit=" samples", leave=False, disable=None if progress else True) as bar:
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            asked = rows[start : start + ROWS_AT_A_TIME]
+            block = source.read(asked)
+            found = -detector.score_samples(block.samples) if len(block.index) else np.empty(0)
+            yield asked, block.index, found
+            bar.update(len(asked))
+
+
+def score_to_file(
+    detector: NoveltyDetector,
+    source: Source,
+    out: str | os.PathLike,
+    *,
+    model_id: str,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+) -> Path:
+    """Score this process's share of the rows, going on where an earlier run was stopped -> its file of rows.
+
+    ``model_id`` names the detector: a file left over from another one, or from other data, is refused. With one process
+    `finish` makes the table of it; with several, once all of them are through.
+    """
+    check_out(out)
+    partial = partial_path(out, rank, world)
+    share = np.arange(len(source) * rank // world, len(source) * (rank + 1) // world)
+    head = json.dumps({"model": model_id, "data": source.fingerprint, "rows": len(source), "world": world})
+    done = _resume(partial, head)
+    with open(partial, "a", encoding="utf-8", newline="") as file:
+        if done is None:
+            file.write(head + "\n")
+        for asked, index, found in novelties(detector, source, share[done or 0 :], progress=progress):
+            p_values = detector.calibration_.p_values(found)
+            values = dict(zip(index.tolist(), zip(found.tolist(), p_values.tolist(), strict=True), strict=True))
+            text = io.StringIO(newline="")
+            writer = csv.writer(text, lineterminator="\n")
+            for row in asked.tolist():
+                if row in values:
+                    novelty, p = values[row]
+                    # repr round-trips: the table holds the same bits as score_samples
+                    writer.writerow(
+                        [row, source.names[row], repr(novelty), repr(p), int(-novelty < detector.offset_), ""]
+                    )
+                else:
+                    reason = " ".join(source.skipped[row].split())
+                    writer.writerow([row, source.names[row], "", "", "", reason])
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+    return partial
+
+
+def check_out(out: str | os.PathLike) -> None:
+    """Raise ValueError or OSError for a table that could not be written, before anything is computed."""
+    path = Path(out)
+    if path.suffix.lower() not in FILE_TYPES:
+        raise ValueError(f"--out {path}: expected a file of type {', '.join(FILE_TYPES)}")
+    check_writable(path)
+    if path.suffix.lower() == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise ValueError(f"--out {path}: .parquet needs pyarrow: pip install 'gradext[tables]'") from None
+
+
+def partial_path(out: str | os.PathLike, rank: int = 0, world: int = 1) -> Path:
+    path = Path(out)
+    return path.with_name(f"{path.name}.partial" + ("" if world == 1 else f"-{rank}-of-{world}"))
+
+
+def _resume(partial: Path, head: str) -> int | None:
+    """How many rows are there, after cutting off what was not written whole; None: nothing is."""
+    try:
+        content = partial.read_bytes()
+    except FileNotFoundError:
+        return None
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
+        partial.unlink()
+        return None
+    first, _, rows = whole.partition(b"\n")
+    if first != head.encode():
+        raise DatasetError(
+            f"{partial}: left over from a run with another model, other data or another number of processes; "
+            "delete it to start anew"
+        )
+    if len(whole) < len(content):
+        os.truncate(partial, len(whole))
+    return rows.count(b"\n")
+
+
+def finish(out: str | os.PathLike, rows: int, world: int = 1) -> list[dict]:
+    """Put the shares together under the name ``out``, delete them, and return the rows that have an error.
+
+    Raises DatasetError where a row is missing or doubled.
+    """
+    path = Path(out)
+    partials = [partial_path(path, rank, world) for rank in range(world)]
+    missing = [str(partial) for partial in partials if not partial.exists()]
+    if missing:
+        raise DatasetError(f"{path}: expected the shares of all processes, but {', '.join(missing)} are not there")
+    count, errors = 0, []
+
+    def lines() -> Iterator[list[str]]:
+        nonlocal count
+        for partial in partials:
+            with open(partial, encoding="utf-8", newline="") as file:
+                file.readline()
+                for line in csv.reader(file):
+                    if int(line[0]) != count:
+                        raise DatasetError(f"{partial}: expected row {count}, but got row {line[0]}; delete it")
+                    count += 1
+                    if line[-1]:
+                        errors.append(dict(zip(COLUMNS, line, strict=True)))
+                    yield line
+        if count != rows:
+            raise DatasetError(f"{path}: expected {rows} rows, but got {count}; run the same command again to go on")
+
+    if path.suffix.lower() == ".csv":
+        with atomic_write(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(lines())
+    else:
+        _write_parquet(path, lines())
+    for partial in partials:
+        partial.unlink()
+    return errors
+
+
+def _write_parquet(path: Path, lines: Iterator[list[str]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {
+        "row": pyarrow.int64(),
+        "novelty": pyarrow.float64(),
+        "p_value": pyarrow.float64(),
+        "novel": pyarrow.bool_(),
+    }
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+    read = {"row": int, "novelty": float, "p_value": float, "novel": lambda text: text == "1"}
+    with atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        block: list[list] = []
+
+        def write() -> None:
+            columns = zip(*block, strict=True)
+            writer.write_table(pyarrow.table(dict(zip(COLUMNS, map(list, columns), strict=True)), schema))
+            block.clear()
+
+        for line in lines:
+            block.append(
+                [read.get(n, str)(value) if value != "" else None for n, value in zip(COLUMNS, line, strict=True)]
+            )
+            if len(block) == 1 << 16:
+                write()
+        if block:
+            write()
