@@ -178,7 +178,13 @@ def forge(file, tensors=None, **entries):
         ({}, {"model.mu.weight": torch.full((3, 16), float("inf"), dtype=torch.float64)}, "finite"),
         ({}, {"model.mu.weight": None}, "missing: .'mu.weight'"),
         ({}, {"model.more": torch.zeros(1)}, "unknown: .'more'"),
-        ({}, {"score.mean_gradient": torch.zeros(2, 2, dtype=torch.float64)}, "score.mean_gradient: expected"),
+        ({}, {"score.mean_gradient": torch.zeros(2, 2, dtype=torch.float64)}, r"unknown: .'mean_gradient'"),
+        ({"parameters": {"novelty_score": "gradient_cosine"}}, {}, r"missing: .'mean_gradient'"),
+        (
+            {"parameters": {"novelty_score": "gradient_cosine"}},
+            {"score.mean_gradient": torch.zeros(2, 2, dtype=torch.float64)},
+            "score.mean_gradient: expected",
+        ),
         ({}, {"more": torch.zeros(1)}, "unknown names"),
     ],
 )

@@ -128,7 +128,6 @@ def characterize(
 
 def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice], loss: str) -> list[str]:
     """The layers' names in the order of the choice, read off one sample: what runs first is known by running."""
-
     named = continued_bce if loss == "bce" else loss
     names: dict[str, None] = {}
     for choice in layer if isinstance(layer, (list, tuple)) else [layer]:

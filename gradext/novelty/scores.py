@@ -185,4 +185,5 @@ def _ridge(moments: Tensor) -> Tensor:
 def _ridge_inverse(matrix: Tensor) -> Tensor:
     wide = matrix.double()
     wide = wide + torch.diag(_ridge(wide.diagonal()).expand(len(wide)))
-    return torch.cholesky_inverse(torch.linalg.cholesky(wide)).to(matrix.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
+    return inverse.to(matrix.dtype).contiguous()  # the order in memory decides how products round, and is not saved
