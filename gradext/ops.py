@@ -288,6 +288,11 @@ def check_out(out: Tensor, shape: tuple[int, ...], device: torch.device, name: s
 
 def check_apart(outs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
     """Refuse results that share memory with each other or with what is read while they are written."""
+    outs, inputs = list(outs), list(inputs)
+    if len(outs) == 1:  # the usual case, in less time than sorting takes
+        begin, end = _span(outs[0])
+        if all(first >= end or last <= begin for first, last in map(_span, inputs)):
+            return
     spans = sorted(
         (*_span(t), k, written, t)
         for k, (written, t) in enumerate([*((True, t) for t in outs), *((False, t) for t in inputs)])
@@ -309,10 +314,10 @@ def check_apart(outs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
 def _span(t: Tensor) -> tuple[int, int]:
     """Its first byte and the one behind its last; nothing where there is no memory."""
     begin = t.data_ptr()
-    if begin == 0 or t.numel() == 0:
-        return 0, 0
     if t.is_contiguous():
         return begin, begin + t.nbytes
+    if t.numel() == 0:
+        return begin, begin
     return begin, begin + (
         1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     ) * t.itemsize
