@@ -12,7 +12,7 @@ per-sample losses to the recorded outputs gives every delta.
 
 What the mode cannot see (custom autograd functions, scripted code, a weight's view made beforehand) still shows in the
 graph: no path may lead from the losses to a chosen parameter other than through its alias. Frozen parameters require
-grad during the forward for that purpose alone.
+grad during the forwards for that purpose alone.
 
 Which rows of a use are which sample's is read from the shapes, and proved by a second backward, from losses of
 different weights: always where the shapes leave a choice, else once for each model and arrangement of shapes.
@@ -43,6 +43,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import closed_form, reading
 from . import layers as rules
+from .borrowing import Afterwards, Loans, function_modes, torch_state
 from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors
 from .layers import Chosen
@@ -183,8 +184,10 @@ class _Capture(TorchFunctionMode):
         names = {**func.__globals__, "has_torch_function": lambda arguments: False}
         inside = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
         inside.__kwdefaults__ = func.__kwdefaults__
+        end = Afterwards(function_modes())
         try:
-            with self:
+            with end, end:
+                self.__enter__()
                 return inside(*args, **kwargs)
         finally:
             self.time_major = former
@@ -324,6 +327,14 @@ def capture(
     a way for which there is no rule, that never ran, or whose input was overwritten, is missing in the result. Raises
     CaptureError where samples mix.
     """
+    end = Afterwards(torch_state())
+    with end, end:
+        return _capture(model, args, kwargs, objective, chosen, named_loss, check_samples, create_graph)
+
+
+def _capture(
+    model, args, kwargs, objective, chosen: Chosen, named_loss, check_samples: bool, create_graph: bool
+) -> Captured:
     if not (check_samples or create_graph) and _is_undisturbed(chosen):
         forms = {id(chosen.parameters[name]): Form(name, chosen.parameters[name].shape) for name in chosen.owners}
         if named_loss is not None and type(model) is nn.Sequential and len(args) == 1 and not kwargs:
@@ -352,20 +363,32 @@ def _captured(
 ) -> Captured:
     owners, pick = chosen.owners, chosen.pick
     mode = _Capture(chosen.parameters, owners, create_graph)
-    with contextlib.ExitStack() as stack:
+    loans, shared, state = Loans(), _SHARED_ROWS.get(), torch_state()
+    contexts = contextlib.ExitStack()
+
+    def put_back() -> None:
+        contexts.close()
+        state()
+        _SHARED_ROWS.set(shared)
+        loans.put_back()
+
+    end = Afterwards(put_back)
+    with end, end:
         if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_restored_buffers({"": model, **chosen.modules}))
-        stack.enter_context(_autocast_uncached())
+            contexts.enter_context(torch.inference_mode(False))
+        torch._C._set_grad_enabled(True)
+        # It keeps the cast of every leaf that requires grad until its context ends: for aliases, a leak.
+        torch.set_autocast_cache_enabled(False)
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        shared = _SHARED_ROWS.get()
-        stack.callback(_SHARED_ROWS.reset, _SHARED_ROWS.set(None))  # a call inside the model has rows of its own
+            contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        _SHARED_ROWS.set(None)  # a call inside the model has rows of its own
+        loans.keep(_changing_buffers({"": model, **chosen.modules}))
         args, kwargs = as_constant(args), as_constant(kwargs)
-        with _registered_layers(mode, chosen.layers), _thawed(chosen), mode:
-            output = model(*args, **kwargs)
-        with mode if named_loss is None else contextlib.nullcontext():
+        output = _forward(mode, model, args, kwargs, chosen)
+        modes = Afterwards(function_modes())
+        with modes, modes:
+            if named_loss is None:
+                mode.__enter__()
             root = objective(output)
         batch = root.gradient.shape[0]
         records = select(mode.records, pick, owners)
@@ -384,6 +407,24 @@ def _captured(
             readable = known and reading.is_readable(root.edge.node, [record.edge.node for record in records], batch)
             _readable.setdefault(model, {}).setdefault(_kind(model, chosen), readable)
         return Captured(uses, missing, batch)
+
+
+def _forward(mode: _Capture, model: nn.Module, args: tuple, kwargs: dict, chosen: Chosen):
+    """The watched forward, for whose time frozen parameters require grad: a use that the mode misses leaves a trace."""
+    loans, hooks, modes = Loans(), [], function_modes()
+
+    def put_back() -> None:
+        modes()
+        loans.put_back()
+        for module, hook in hooks:
+            _unhook(module, hook)
+
+    end = Afterwards(put_back)
+    with end, end:
+        loans.thaw(_leaves(chosen))
+        _watch_registered_layers(mode, chosen.layers, hooks)
+        mode.__enter__()
+        return model(*args, **kwargs)
 
 
 def _is_undisturbed(chosen: Chosen) -> bool:
@@ -417,7 +458,10 @@ def _kind(model: nn.Module, chosen: Chosen) -> tuple:
 def _read(model, args, kwargs, objective, forms: dict[int, Form], chosen: Chosen) -> Captured | None:
     """As `_captured`, from the graph of an unwatched forward; None where that cannot be read after all."""
     handles = RemovableHandle.next_id
-    with torch.enable_grad(), _thawed(chosen):
+    loans = Loans()
+    end = Afterwards(loans.put_back)
+    with end, end, torch.enable_grad():
+        loans.thaw(_leaves(chosen))
         root = objective(model(*as_constant(args), **as_constant(kwargs)))
     hooked = RemovableHandle.next_id != handles  # a hook was registered on the way
     batch = root.gradient.shape[0]
@@ -549,7 +593,9 @@ def _uses(
     def backward(gradient: Tensor, **options) -> list[Tensor]:
         # The backward of a checkpointed module runs its forward again, which has to meet the same aliases. Given
         # edges only, torch.autograd.grad stays below the mode, which then sees what the backward itself calls.
-        with mode, _after_hooks(dict(enumerate(edges)) if mode.hooked else {}) as hooked:
+        end = Afterwards(function_modes())
+        with end, end, _after_hooks(dict(enumerate(edges)) if mode.hooked else {}) as hooked:
+            mode.__enter__()
             found = torch.autograd.grad((root.edge,), edges, (gradient,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
@@ -706,11 +752,9 @@ def _walk(mode: _Capture, root: Root) -> tuple[set[Node | None], list[str]]:
     return seen, unseen
 
 
-@contextlib.contextmanager
-def _registered_layers(mode: _Capture, layers: dict[str, nn.Module]):
-    """Record the layers that have a rule of their user's own as wholes, by hooks for the time of one forward."""
+def _watch_registered_layers(mode: _Capture, layers: dict[str, nn.Module], hooks: list[tuple]) -> None:
+    """Record the layers that have a rule of their user's own as wholes, by (module, hook), which are appended."""
     thread = threading.get_ident()
-    handles = []
     versions: list[list[int]] = []  # of the inputs of the layers that are running
 
     def watched(layer, module, rule, include):
@@ -742,19 +786,25 @@ def _registered_layers(mode: _Capture, layers: dict[str, nn.Module]):
 
             mode.record(include, gradient, inputs[0], version[0], output, 1)
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        hooks.extend(((module, before), (module, after)))
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
-    try:
-        for layer, module in layers.items():
-            rule = rules.registered(module)
-            if rule is not None:
-                own = {role: mode.known[id(p)].form for role, p in module.named_parameters()}
-                watched(layer, module, rule, {role: form for role, form in own.items() if form is not None})
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for layer, module in layers.items():
+        rule = rules.registered(module)
+        if rule is not None:
+            own = {role: mode.known[id(p)].form for role, p in module.named_parameters()}
+            watched(layer, module, rule, {role: form for role, form in own.items() if form is not None})
+
+
+def _unhook(module: nn.Module, hook: Callable) -> None:
+    """By the hook itself, since an interrupt can come before its handle is returned."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, value in hooks.items() if value is hook]:
+            module._forward_hooks_always_called.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            del hooks[key]
 
 
 def _checked_gradient(layer: str, module: nn.Module, role: str, gradients, rows: int) -> GradFactors | Tensor:
@@ -788,44 +838,16 @@ def as_constant(value):
     return {key: as_constant(v) for key, v in value.items()} if type(value) is dict else value
 
 
-@contextlib.contextmanager
-def _restored_buffers(modules: dict[str, nn.Module]):
-    """Buffers that a forward in training mode updates (power iterations, running statistics) are put back."""
-    kept = []
+def _changing_buffers(modules: dict[str, nn.Module]) -> list[Tensor]:
+    """Those that a forward in training mode may update: power iterations, running statistics."""
+    found = []
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise CaptureError(_MIXING.format(f"{name or 'the model'} ({type(module).__name__})"))
         if module.training and module._buffers:
-            kept += [(b, b._version, b.clone()) for b in module._buffers.values() if b is not None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, value in kept:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            found += [buffer for buffer in module._buffers.values() if buffer is not None]
+    return found
 
 
-@contextlib.contextmanager
-def _thawed(chosen: Chosen):
-    """Frozen parameters require grad for the time of the forward, so that a use that the mode misses leaves a trace."""
-    every = [chosen.parameters[name] for name in chosen.owners]
-    parameters = [p for p in every if not (p.requires_grad or p.is_inference())]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _autocast_uncached():
-    """Autocast caches the cast of every leaf that requires grad until its context ends: for aliases, a leak."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
+def _leaves(chosen: Chosen) -> list[Tensor]:
+    return [chosen.parameters[name] for name in chosen.owners]

@@ -6,6 +6,7 @@ Parameters are handed to the model by `torch.func.functional_call`, so that its 
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ import torch
 import torch.utils._pytree as pytree  # what torch.func itself takes nested inputs apart with
 from torch import Tensor, nn
 
+from .borrowing import Afterwards, Loans
 from .errors import CaptureError
 
 # Of gradients at a time. vmap holds about twice as much besides.
 CHUNK_BYTES = 1 << 28
+
+_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -84,23 +88,29 @@ class Problem:
         The parameters themselves require grad meanwhile, so that no use of them is missed.
         """
         leaves = {name: self.parameters[name] for name in chosen}
-        frozen = [leaf for leaf in leaves.values() if not leaf.requires_grad]
-        try:
-            for leaf in frozen:
-                leaf.requires_grad_(True)
-            with torch.inference_mode(False), torch.enable_grad():
-                total = self.loss(self.model(*self.args, **self.kwargs), self.target)
-                if not total.requires_grad:
-                    return dict.fromkeys(leaves)
-                found = torch.autograd.grad(total, tuple(leaves.values()), allow_unused=True)
-        finally:
-            for leaf in frozen:
-                leaf.requires_grad_(False)
+        loans = Loans()
+        end = Afterwards(loans.put_back)
+        with end, end, torch.inference_mode(False), torch.enable_grad():
+            loans.thaw(leaves.values())
+            total = self.loss(self.model(*self.args, **self.kwargs), self.target)
+            if not total.requires_grad:
+                return dict.fromkeys(leaves)
+            found = torch.autograd.grad(total, tuple(leaves.values()), allow_unused=True)
         return dict(zip(leaves, found, strict=True))
 
     def _loss(self, parameters: dict[str, Tensor], sample: tuple) -> Tensor:
         args, kwargs, target = sample
-        return self.loss(torch.func.functional_call(self.model, parameters, args, kwargs), target)
+        owned: list[tuple[dict, str, nn.Parameter | None]] = []
+
+        def put_back() -> None:
+            for owner, name, parameter in owned:
+                owner[name] = parameter
+
+        # functional_call exchanges the model's own parameters for a while: one thread at a time, and back in any case.
+        end = Afterwards(put_back)
+        with _lock, end, end:
+            owned += [(m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items()]
+            return self.loss(torch.func.functional_call(self.model, parameters, args, kwargs), target)
 
     def _samples(self, batch: int) -> Samples:
         return Samples((self.args, dict(self.kwargs), self.target), batch)

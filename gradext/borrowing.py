@@ -1,0 +1,154 @@
+"""What a call changes in a model and in torch for its own time, and puts back however it ends.
+
+Calls in several threads may share a model: what one of them has changed for itself stays so until the last one that
+needs it has ended. And an interrupt can come anywhere, into torch's own context managers too, so that nothing here
+relies on a single `__exit__`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Afterwards:
+    """Calls a function at the end of a block.
+
+    ``with afterwards, afterwards:`` does so even if an interrupt cuts the first call short, or keeps it from beginning;
+    the function has to bear being called twice.
+    """
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, Exception):
+            # Torch's interrupted generators would end, and push their mode, when the trace is forgotten: end them now.
+            traceback.clear_frames(trace)
+        self.function()
+
+
+def torch_state() -> Callable[[], None]:
+    """A function that puts back grad mode, torch-function modes and autocast's cache as they are now."""
+    grad, cache, modes = torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), function_modes()
+
+    def put_back() -> None:
+        modes()
+        torch._C._set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+
+    return put_back
+
+
+def function_modes() -> Callable[[], None]:
+    """A function that puts back the stack of torch-function modes as it is now.
+
+    Torch takes a mode off the stack while it is called, and an interrupt there loses it.
+    """
+    stack = [torch._C._get_function_stack_at(k) for k in range(torch._C._len_torch_function_stack())]
+
+    def put_back() -> None:
+        while torch._C._len_torch_function_stack() > len(stack):
+            torch.overrides._pop_mode()
+        for mode in stack[torch._C._len_torch_function_stack() :]:
+            torch.overrides._push_mode(mode)
+
+    return put_back
+
+
+class _Loan(NamedTuple):
+    tensor: Tensor  # held, so that no other tensor gets its id
+    put_back: Callable[[], object]
+    calls: set[int]  # that need it changed
+
+
+_loans: dict[int, _Loan] = {}  # by the tensor's id
+_lock = threading.Lock()
+
+
+class Loans:
+    """The changes that one call needs; `put_back` ends its need of them.
+
+    >>> weight, loans = torch.zeros(3), Loans()
+    >>> with (end := Afterwards(loans.put_back)), end:
+    ...     loans.thaw([weight])
+    ...     weight.requires_grad
+    True
+    >>> weight.requires_grad
+    False
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def thaw(self, parameters: Iterable[Tensor]) -> None:
+        """Let the frozen ones among them require grad."""
+        with _lock, torch._C.DisableTorchFunction():  # a call around this one would see its weights used
+            for p in parameters:
+                if not p.is_inference() and (not p.requires_grad or id(p) in _loans):
+                    self._take(p, lambda p=p: p.requires_grad_(False))
+                    p.requires_grad_(True)
+
+    def keep(self, buffers: Iterable[Tensor]) -> None:
+        """Whatever is written into them is undone in the end."""
+        with _lock:
+            for buffer in buffers:
+                if id(buffer) in _loans:
+                    self._take(buffer, _nothing)
+                else:
+                    self._take(buffer, _Former(buffer))
+
+    def _take(self, tensor: Tensor, put_back: Callable[[], object]) -> None:
+        self.tensors.append(tensor)
+        _loans.setdefault(id(tensor), _Loan(tensor, put_back, set())).calls.add(id(self))
+
+    def put_back(self) -> None:
+        if not self.tensors:
+            return
+        with _lock, torch._C.DisableTorchFunction():  # nor may a mode look on that an interrupt has left behind
+            for tensor in self.tensors:
+                loan = _loans.get(id(tensor))
+                if loan is not None:
+                    loan.calls.discard(id(self))
+                    if not loan.calls:
+                        loan.put_back()
+                        del _loans[id(tensor)]
+            self.tensors.clear()
+
+
+class _Former:
+    """Writes a buffer's value of now into it, if it has changed since."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.version, self.value = buffer, buffer._version, buffer.clone()
+
+    def __call__(self) -> None:
+        if self.buffer._version != self.version:
+            with torch.no_grad():
+                self.buffer.copy_(self.value)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _after_fork() -> None:
+    """The other threads, with their calls, stayed in the parent: what they had changed is put back here."""
+    _lock.release()
+    for loan in list(_loans.values()):
+        loan.put_back()
+    _loans.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
