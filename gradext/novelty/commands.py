@@ -1,4 +1,4 @@
-"""``gradext fit``, ``score``, ``evaluate``, ``images``: from the command line's arguments to files and printed results.
+"""The commands ``fit``, ``score``, ``evaluate``, ``report`` and ``images``: from arguments to files and results.
 
 Each returns the exit status. Results go to standard output (``--json``: as one object), all else to standard error.
 """
@@ -21,7 +21,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from .. import datasets
 from ..datasets import DatasetError
 from ..sources import Source, open_source
-from . import persistence, scoring
+from . import persistence, reporting, scoring
 from .detector import NoveltyDetector
 
 
@@ -52,7 +52,7 @@ def fit(arguments: argparse.Namespace) -> int:
     _print(
         arguments,
         result,
-        f"{out}: {detector.novelty_score} of a VAE trained on {len(block.index)} samples of shape "
+        f"{out}: {detector.novelty_score} of a VAE fit on {len(block.index)} samples of shape "
         f"{'x'.join(map(str, detector.input_shape_))}; novel above {-detector.offset_:.4g}, from "
         f"{result['calibration_samples']} held-out samples",
     )
@@ -110,6 +110,35 @@ def evaluate(arguments: argparse.Namespace) -> int:
         f"at the threshold   {result['detection_rate']:.1%} of the novel found, "
         f"{result['false_alarm_rate']:.1%} false alarms",
     )
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    persistence.check_writable(arguments.out)
+    with _warnings_told():
+        detector, source = _open(arguments)
+        labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
+        normal = _normal(source, arguments) if labelled or arguments.normal else None
+        training = None
+        if arguments.training is not None:
+            training = open_source(
+                arguments.training,
+                data_dir=arguments.data_dir,
+                image_format=detector.image_format_,
+                skip_unreadable=arguments.skip_unreadable,
+            )
+        page = reporting.page(
+            detector,
+            source,
+            normal,
+            training,
+            title=f"{Path(arguments.model).name} on {arguments.data}",
+            progress=not arguments.quiet,
+        )
+    with persistence.atomic_write(arguments.out, "w", encoding="utf-8") as file:
+        file.write(page)
+    result = {"out": arguments.out, "rows": len(source), "skipped": _skipped(source)}
+    _print(arguments, result, f"{arguments.out}: {len(source)} samples")
     return 0
 
 
