@@ -9,12 +9,15 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -61,15 +64,25 @@ def fit(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     scoring.check_out(arguments.out)
-    with _warnings_told():
+    with _process_group() as (rank, world), _warnings_told():
+        if arguments.device == "cuda" and world > 1:
+            arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
         detector, source = _open(arguments)
         model_id = hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest()
         try:
-            scoring.score_to_file(detector, source, arguments.out, model_id=model_id, progress=not arguments.quiet)
+            scoring.score_to_file(
+                detector, source, arguments.out, model_id=model_id, rank=rank, world=world,
+                progress=not arguments.quiet and rank == 0,
+            )  # fmt: skip
         except (KeyboardInterrupt, OSError):
-            _tell(f"what is done is kept in {scoring.partial_path(arguments.out)}; run the same command again to go on")
+            partial = scoring.partial_path(arguments.out, rank, world)
+            _tell(f"what is done is kept in {partial}; run the same command again to go on")
             raise
-    errors = scoring.finish(arguments.out, len(source))
+        if world > 1:
+            torch.distributed.barrier()
+        if rank > 0:
+            return 0
+        errors = scoring.finish(arguments.out, len(source), world)
     for entry in errors:
         _tell(f"skipped: {entry['error']}")
     _print(
@@ -217,6 +230,23 @@ def _print(arguments: argparse.Namespace, result: dict, text: str) -> None:
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _process_group():
+    """(rank, number of processes): of `torchrun`, if that started this process, else (0, 1).
+
+    Processes share nothing but the end of their work, for which gloo is enough on any device.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank(), world
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
