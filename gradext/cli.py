@@ -77,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", parents=[model, data], help="how well labelled samples are told apart")
     evaluate.set_defaults(run=_novelty)
 
+    report = commands.add_parser("report", parents=[model, data], help="one HTML file with plots and explanations")
+    report.add_argument("--out", required=True, metavar="HTML", help="the file to write; it needs no network")
+    report.add_argument("--training", metavar="DATA", help="training samples, to show those nearest to the most novel")
+    report.set_defaults(run=_novelty)
+
     images = commands.add_parser(
         "images", help="write a named set out as PNG files, DIR/train/LABEL/ and DIR/test/LABEL/"
     )

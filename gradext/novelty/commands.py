@@ -1,4 +1,4 @@
-"""``gradext fit``, ``score``, ``evaluate``, ``images``: from the command line's arguments to files and printed results.
+"""The commands ``fit``, ``score``, ``evaluate``, ``report`` and ``images``: from arguments to files and results.
 
 Each returns the exit status. Results go to standard output (``--json``: as one object), all else to standard error.
 """
@@ -9,19 +9,22 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from .. import datasets
 from ..datasets import DatasetError
 from ..sources import Source, open_source
-from . import persistence, scoring
+from . import persistence, reporting, scoring
 from .detector import NoveltyDetector
 
 
@@ -52,7 +55,7 @@ def fit(arguments: argparse.Namespace) -> int:
     _print(
         arguments,
         result,
-        f"{out}: {detector.novelty_score} of a VAE trained on {len(block.index)} samples of shape "
+        f"{out}: {detector.novelty_score} of a VAE fit on {len(block.index)} samples of shape "
         f"{'x'.join(map(str, detector.input_shape_))}; novel above {-detector.offset_:.4g}, from "
         f"{result['calibration_samples']} held-out samples",
     )
@@ -61,15 +64,25 @@ def fit(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     scoring.check_out(arguments.out)
-    with _warnings_told():
+    with _process_group() as (rank, world), _warnings_told():
+        if arguments.device == "cuda" and world > 1:
+            arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
         detector, source = _open(arguments)
         model_id = hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest()
         try:
-            scoring.score_to_file(detector, source, arguments.out, model_id=model_id, progress=not arguments.quiet)
+            scoring.score_to_file(
+                detector, source, arguments.out, model_id=model_id, rank=rank, world=world,
+                progress=not arguments.quiet and rank == 0,
+            )  # fmt: skip
         except (KeyboardInterrupt, OSError):
-            _tell(f"what is done is kept in {scoring.partial_path(arguments.out)}; run the same command again to go on")
+            partial = scoring.partial_path(arguments.out, rank, world)
+            _tell(f"what is done is kept in {partial}; run the same command again to go on")
             raise
-    errors = scoring.finish(arguments.out, len(source))
+        if world > 1:
+            torch.distributed.barrier()
+        if rank > 0:
+            return 0
+        errors = scoring.finish(arguments.out, len(source), world)
     for entry in errors:
         _tell(f"skipped: {entry['error']}")
     _print(
@@ -110,6 +123,35 @@ def evaluate(arguments: argparse.Namespace) -> int:
         f"at the threshold   {result['detection_rate']:.1%} of the novel found, "
         f"{result['false_alarm_rate']:.1%} false alarms",
     )
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    persistence.check_writable(arguments.out)
+    with _warnings_told():
+        detector, source = _open(arguments)
+        labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
+        normal = _normal(source, arguments) if labelled or arguments.normal else None
+        training = None
+        if arguments.training is not None:
+            training = open_source(
+                arguments.training,
+                data_dir=arguments.data_dir,
+                image_format=detector.image_format_,
+                skip_unreadable=arguments.skip_unreadable,
+            )
+        page = reporting.page(
+            detector,
+            source,
+            normal,
+            training,
+            title=f"{Path(arguments.model).name} on {arguments.data}",
+            progress=not arguments.quiet,
+        )
+    with persistence.atomic_write(arguments.out, "w", encoding="utf-8") as file:
+        file.write(page)
+    result = {"out": arguments.out, "rows": len(source), "skipped": _skipped(source)}
+    _print(arguments, result, f"{arguments.out}: {len(source)} samples")
     return 0
 
 
@@ -188,6 +230,23 @@ def _print(arguments: argparse.Namespace, result: dict, text: str) -> None:
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _process_group():
+    """(rank, number of processes): of `torchrun`, if that started this process, else (0, 1).
+
+    Processes share nothing but the end of their work, for which gloo is enough on any device.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank(), world
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ class FittedScore:
     features: Features | None = None
     classifier: NoiseClassifier | None = None
 
-    @torch.no_grad()
     def __call__(self, sample: Characterization) -> Tensor:
         if self.classifier is None:
             return SCORES[self.name](sample, self.statistics)

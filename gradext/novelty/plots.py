@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 INLIER, OUTLIER, INK, GREY = "#2a6fbb", "#e8743b", "#22272e", "#8a939e"
 STYLE = {
@@ -72,6 +72,54 @@ def draw_roc(ax: Axes, scores: Mapping[str, np.ndarray], outlier: np.ndarray) ->
     ax.set(title="ROC, by AUROC", xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
     ax.set(xlim=(-0.01, 1), ylim=(0, 1.01), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     ax.legend(loc="upper left", bbox_to_anchor=(1.03, 1.02), fontsize=9, handlelength=1.4, borderaxespad=0)
+
+
+def draw_precision_recall(ax: Axes, novelty: np.ndarray, outlier: np.ndarray) -> None:
+    """Precision over recall of the novel samples; the dotted line is what chance gives."""
+    precision, recall, _ = precision_recall_curve(outlier, novelty)
+    label = f"average precision {average_precision_score(outlier, novelty):.3f}"
+    ax.step(recall, precision, where="post", color=INLIER, linewidth=2, label=label)
+    ax.axhline(outlier.mean(), color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(title="Precision and recall", xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
+    ax.legend(loc="lower left", fontsize=9)
+
+
+def draw_reliability(ax: Axes, p_values: np.ndarray, band: float | None) -> None:
+    """Share of samples with a p-value of at most t, over t: on the diagonal for normal samples.
+
+    band: half the width of the band around the diagonal in which normal samples stay (Kolmogorov); None: no band.
+    """
+    ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":", label="normal samples, expected")
+    if band is not None:
+        t = np.array([0, 1])
+        ax.fill_between(t, t - band, t + band, color=GREY, alpha=0.18, linewidth=0, label="95% band")
+    ordered = np.sort(p_values)
+    shares = np.arange(1, len(ordered) + 1) / len(ordered)
+    ax.step(np.r_[0, ordered, 1], np.r_[0, shares, 1], where="post", color=INLIER, linewidth=2, label="observed")
+    ax.set(title="Reliability of the p-values", xlabel="p-value t", ylabel="share with p at most t")
+    ax.set(xlim=(0, 1), ylim=(0, 1.01))
+    ax.legend(loc="lower right", fontsize=9)
+
+
+def draw_distribution(ax: Axes, novelty: np.ndarray, threshold: float, unit: str) -> None:
+    """One histogram, of samples whose labels are not known."""
+    low, high = novelty.min(), np.quantile(novelty, 0.99)
+    edges = np.linspace(low, high if high > low else low + 1, 41)
+    ax.stairs(_shares(novelty, edges), edges, fill=True, color=INLIER, alpha=0.35)
+    ax.set(title="Novelty", xlabel=unit, yticks=[], xlim=(edges[0], edges[-1]))
+    ax.spines["left"].set_visible(False)
+    draw_threshold(ax, threshold)
+
+
+def draw_threshold(ax: Axes, threshold: float) -> None:
+    ax.axvline(threshold, color=INK, linewidth=1.2, linestyle="--")
+    if ax.get_xlim()[0] <= threshold <= ax.get_xlim()[1]:
+        ax.annotate(
+            "threshold", (threshold, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+            fontsize=9, va="top", rotation=90,
+        )  # fmt: skip
+    else:
+        ax.set_xlim(min(ax.get_xlim()[0], threshold), max(ax.get_xlim()[1], threshold * 1.02))
 
 
 def draw_images(ax: Axes, images: np.ndarray, outlier: np.ndarray, title: str, columns: int) -> None:

@@ -80,6 +80,7 @@ def train(
             if best is None or validation < history.validation[history.best_epoch]:
                 history.best_epoch, best = epoch, {key: value.clone() for key, value in model.state_dict().items()}
             bar.set_postfix(train=f"{history.train[-1]:.1f}", validation=f"{validation:.1f}")
+    optimizer.zero_grad(set_to_none=True)
     model.load_state_dict(best)
     model.train(was_training)
     return history

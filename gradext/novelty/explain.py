@@ -1,0 +1,89 @@
+"""Why a sample is novel: which layers, which inputs, and which training samples its gradient is nearest to."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..factors import LayerFactors
+from ..layer_grads import batch_layer_factors
+from .detector import NoveltyDetector
+from .representations import RECONSTRUCTION_LOSSES, Characterization, parts_of
+
+ROWS_AT_A_TIME = 256
+
+
+def layer_shares(detector: NoveltyDetector, X) -> dict[str, np.ndarray]:
+    """Each decoder layer's share of the squared gradient norm, ``‖G_l‖² / Σ_k ‖G_k‖²``: name -> [N].
+
+    Layers are those that `gradext.batch_layer_factors` takes by default; where all gradients are zero so are shares.
+    """
+    samples = _samples(detector, X)
+    parts: list[dict[str, Tensor]] = []
+    for batch in samples.split(ROWS_AT_A_TIME):
+        factors = _factors(detector, detector.model_, batch, None)
+        parts.append({name: f.sq_norm().detach() for name, f in factors.items()})
+    squares = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    total = sum(squares.values())
+    return {n: torch.where(total > 0, s / total, torch.zeros_like(s)).cpu().numpy() for n, s in squares.items()}
+
+
+def saliency(detector: NoveltyDetector, X) -> np.ndarray:
+    """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
+    samples = _samples(detector, X)
+    names = list(_factors(detector, detector.model_, samples[:1], detector.layer))
+    found = []
+    for batch in samples.split(ROWS_AT_A_TIME):
+        shifted = _Shifted(detector.model_, batch).eval()
+        layers = [f"model.{name}" for name in names]
+        factors = _factors(detector, shifted, batch, layers, shift=shifted.shift, create_graph=True)
+        reconstruction, latent = parts_of(shifted(batch))
+        pixels = RECONSTRUCTION_LOSSES[detector.loss_](reconstruction, batch + shifted.shift).flatten(1)
+        novelty = detector.score_(Characterization(pixels, latent, next(iter(factors.values()))))
+        (gradient,) = torch.autograd.grad(novelty.sum(), shifted.shift)
+        found.append(gradient.cpu())
+    return torch.cat(found).numpy()
+
+
+def nearest_training(detector: NoveltyDetector, X, X_training, *, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ``X_training`` whose gradients point most nearly the same way, and the cosines: two times [N, k].
+
+    ``cos(G_i, G_j)`` of the detector's layer, from the factored Gram matrix: no gradient is written.
+    """
+    samples, training = _samples(detector, X), _samples(detector, X_training)
+    if not 1 <= k <= len(training):
+        raise ValueError(f"k: expected 1 to {len(training)}, the number of training samples, but got {k!r}")
+    of_samples = _factors(detector, detector.model_, samples, detector.layer)
+    cosines = []
+    for batch in training.split(ROWS_AT_A_TIME):
+        factors = _factors(detector, detector.model_, batch, detector.layer)
+        gram = sum(of_samples[name].gram(factors[name]) for name in factors)
+        norms = torch.outer(of_samples.norm(), factors.norm())
+        cosines.append((gram / norms.clamp_min(torch.finfo(norms.dtype).tiny)).detach())
+    best = torch.cat(cosines, dim=1).topk(k, dim=1)
+    return best.indices.cpu().numpy(), best.values.cpu().numpy()
+
+
+class _Shifted(nn.Module):
+    """``model(x + shift)``: an input to differentiate by, since gradext takes inputs as constants."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.model, self.shift = model, nn.Parameter(torch.zeros_like(x))
+
+    def forward(self, x: Tensor):
+        return self.model(x + self.shift)
+
+
+def _samples(detector: NoveltyDetector, X) -> Tensor:
+    samples = torch.cat(list(detector._batches(detector._validated(X))))
+    return samples.to(next(detector.model_.parameters()).device)
+
+
+def _factors(detector: NoveltyDetector, model, batch: Tensor, layers, *, shift=None, **options) -> LayerFactors:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        target = target if shift is None else target + shift
+        return RECONSTRUCTION_LOSSES[detector.loss_](output, target).flatten(1).sum(1)
+
+    return batch_layer_factors(model, batch, loss=loss, layers=layers, **options)

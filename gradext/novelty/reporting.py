@@ -1,0 +1,275 @@
+"""The HTML report: one file with everything in it, no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import platform
+
+import numpy as np
+import torch
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from .._version import __version__
+from ..sources import Source
+from . import plots
+from .detector import NoveltyDetector
+from .explain import layer_shares, nearest_training, saliency
+from .scoring import novelties
+
+SHOWN = 12  # most novel samples
+NEIGHBOURS = 5
+TRAINING_SHOWN = 4096  # training samples among which neighbours are sought
+EXPLAINED = 1024  # samples over which the layers' shares are averaged
+CSS = """
+:root { --ink: #22272e; --grey: #6b7480; --line: #e3e7ec; --blue: #2a6fbb; --orange: #e8743b; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f6f7f9; color: var(--ink); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 0 0 12px; }
+p { margin: 0 0 12px; } .note { color: var(--grey); font-size: 14px; }
+section { background: white; border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px; margin-top: 20px; }
+.facts { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 20px; }
+.fact { background: white; border: 1px solid var(--line); border-radius: 10px; padding: 12px 18px; flex: 1 1 140px; }
+.fact b { display: block; font-size: 24px; font-variant-numeric: tabular-nums; }
+.fact span { color: var(--grey); font-size: 14px; }
+img { max-width: 100%; display: block; } .plot { width: 100%; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 16px; }
+figure { margin: 0; font-size: 13px; overflow-wrap: anywhere; }
+figure .pair { display: flex; gap: 4px; } figure .pair img { width: 50%; }
+figure img, td img { image-rendering: pixelated; border-radius: 4px; border: 1px solid var(--line); }
+.novel { color: var(--orange); } .normal { color: var(--blue); }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+td, th { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { color: var(--grey); font-weight: normal; } td img { width: 48px; }
+.bar { background: var(--line); height: 10px; border-radius: 5px; } .bar i { display: block; height: 10px;
+  border-radius: 5px; background: var(--blue); }
+"""
+
+
+def page(
+    detector: NoveltyDetector,
+    source: Source,
+    normal: np.ndarray | None,
+    training: Source | None = None,
+    *,
+    title: str,
+    progress: bool = True,
+) -> str:
+    """The report on a source's samples. normal: [N], which rows are normal; None: not known.
+
+    ``training``: samples among which those nearest to the most novel are shown. Raises ValueError where no sample could
+    be read.
+    """
+    parts = list(novelties(detector, source, progress=progress))
+    index, novelty = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
+    if not len(index):
+        raise ValueError("expected at least one sample that can be read, but there is none")
+    p_values = detector.calibration_.p_values(novelty)
+    outlier = None if normal is None else ~normal[index]
+    both = outlier is not None and outlier.any() and not outlier.all()
+    top = np.argsort(-novelty, kind="stable")[:SHOWN]
+    blocks = [
+        _facts(detector, novelty, outlier, both, source),
+        _section("Scores", _plots(detector, novelty, p_values, outlier, both), _plots_note(outlier, both)),
+        _most_novel(
+            detector, source, index[top], novelty[top], p_values[top], None if outlier is None else outlier[top]
+        ),
+        _layers(detector, source, index, novelty > -detector.offset_),
+    ]
+    if training is not None:
+        blocks.append(_neighbours(detector, source, index[top], training))
+    if source.skipped:
+        rows = "".join(f"<tr><td>{_e(reason)}</td></tr>" for reason in list(source.skipped.values())[:50])
+        blocks.append(_section(f"Skipped: {len(source.skipped)}", f"<table>{rows}</table>"))
+    blocks.append(_section("Model", _model_table(detector)))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_e(title)}</title><style>{CSS}</style></head>\n<body><main><h1>{_e(title)}</h1>"
+        f'<p class="note">Novelty report by gradext {__version__}</p>{"".join(blocks)}</main></body></html>\n'
+    )
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    note = f'<p class="note">{note}</p>' if note else ""
+    return f"<section><h2>{_e(title)}</h2>{note}{body}</section>\n"
+
+
+def _facts(detector, novelty, outlier, both: bool, source: Source) -> str:
+    called = novelty > -detector.offset_
+    facts = [("samples", f"{len(novelty):,}"), ("called novel", f"{called.mean():.1%}")]
+    if both:
+        facts += [
+            ("AUROC", f"{roc_auc_score(outlier, novelty):.3f}"),
+            ("average precision", f"{average_precision_score(outlier, novelty):.3f}"),
+            ("of the novel found", f"{called[outlier].mean():.1%}"),
+        ]
+    if outlier is not None and not outlier.all():
+        facts.append(("false alarms", f"{called[~outlier].mean():.1%}"))
+    if source.skipped:
+        facts.append(("skipped", str(len(source.skipped))))
+    cells = "".join(f'<div class="fact"><b>{value}</b><span>{name}</span></div>' for name, value in facts)
+    return f'<div class="facts">{cells}</div>'
+
+
+def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
+    unit = detector.novelty_score.replace("_", " ")
+    with rc_context(plots.STYLE):
+        figure = Figure(figsize=(12, 8.2) if both else (12, 4), facecolor="white", layout="constrained")
+        axes = figure.subplots(2, 2).ravel() if both else figure.subplots(1, 2)
+        if both:
+            plots.draw_histogram(axes[0], novelty[~outlier], novelty[outlier], "Novelty", unit)
+            plots.draw_threshold(axes[0], -detector.offset_)
+            plots.draw_roc(axes[2], {unit: novelty}, outlier)
+            axes[2].legend(loc="lower right", fontsize=9)
+            plots.draw_precision_recall(axes[3], novelty, outlier)
+        else:
+            plots.draw_distribution(axes[0], novelty, -detector.offset_, unit)
+        known = p_values[~outlier] if outlier is not None and not outlier.all() else p_values
+        n, m = len(detector.calibration_.scores), len(known)
+        # Two samples: the calibration scores and these.
+        band = 1.358 * math.sqrt((n + m) / (n * m)) if outlier is not None and not outlier.all() else None
+        plots.draw_reliability(axes[1], known, band)
+        content = io.BytesIO()
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return f'<img class="plot" alt="plots of the scores" src="{_data("image/svg+xml", content.getvalue())}">'
+
+
+def _plots_note(outlier, both: bool) -> str:
+    if both:
+        return (
+            "The p-values are those of the normal samples: a valid p-value stays on or below the diagonal, in the band."
+        )
+    if outlier is None:
+        return "No labels: these are all samples' p-values. Normal ones follow the diagonal, novel ones rise above it."
+    return "All samples are of one kind, so that nothing can be said of how well kinds are told apart."
+
+
+def _most_novel(detector, source, rows, novelty, p_values, outlier) -> str:
+    samples = source.read(rows).samples
+    maps = np.abs(saliency(detector, samples))
+    figures = []
+    for k, row in enumerate(rows.tolist()):
+        pictures = ""
+        if _is_image(detector):
+            image = detector._as_samples(np.asarray(samples)[k : k + 1].reshape(1, -1), torch.float32)[0].numpy()
+            heat = maps[k].reshape(detector.input_shape_)
+            heat = heat if heat.ndim == 2 else heat.max(0)
+            pictures = f'<div class="pair">{_image(image)}{_image(_heated(heat))}</div>'
+        truth = "" if outlier is None else f' <b class="{_kind(outlier[k])}">{_kind(outlier[k])}</b>'
+        strongest = ""
+        if not _is_image(detector):
+            names = getattr(detector, "feature_names_in_", None)
+            flat = maps[k].ravel()
+            best = np.argsort(-flat)[:3]
+            strongest = "<br>" + _e(", ".join(str(names[i]) if names is not None else f"feature {i}" for i in best))
+        figures.append(
+            f"<figure>{pictures}{_e(source.names[row])}{truth}<br>{novelty[k]:.4g}, p = {p_values[k]:.3g}{strongest}"
+            "</figure>"
+        )
+    what = "image and saliency, the size of" if _is_image(detector) else "with the features of the largest"
+    note = f"By novelty; {what} the score's derivative with respect to each input."
+    return _section("Most novel", f'<div class="grid">{"".join(figures)}</div>', note)
+
+
+def _layers(detector, source, index, called) -> str:
+    chosen = index[np.linspace(0, len(index) - 1, min(EXPLAINED, len(index))).astype(int)]
+    shares = layer_shares(detector, source.read(chosen).samples)
+    called = called[np.isin(index, chosen)]
+    rows = []
+    for name, share in shares.items():
+        cells = ""
+        for kind in (~called, called):
+            mean = share[kind].mean() if kind.any() else 0.0
+            bar = f'<div class="bar"><i style="width:{100 * mean:.1f}%"></i></div>'
+            cells += f"<td>{mean:.1%}{bar}</td>" if kind.any() else "<td>none</td>"
+        rows.append(f"<tr><td>{_e(name)}</td>{cells}</tr>")
+    table = f"<table><tr><th>layer</th><th>called normal</th><th>called novel</th></tr>{''.join(rows)}</table>"
+    return _section("Layers", table, f"Mean share of the squared gradient norm, over {len(chosen):,} samples.")
+
+
+def _neighbours(detector, source, rows, training: Source) -> str:
+    among = np.linspace(0, len(training) - 1, min(TRAINING_SHOWN, len(training))).astype(int)
+    block = training.read(among)
+    samples = source.read(rows).samples
+    k = min(NEIGHBOURS, len(block.index))
+    nearest, cosines = nearest_training(detector, samples, block.samples, k=k)
+    lines = []
+    for j, row in enumerate(rows.tolist()):
+        cells = f"<td>{_thumbnail(detector, samples, j)}{_e(source.names[row])}</td>"
+        for i, cosine in zip(nearest[j], cosines[j], strict=True):
+            name = training.names[block.index[i]]
+            cells += f"<td>{_thumbnail(detector, block.samples, i)}{_e(name)}<br>{cosine:.3f}</td>"
+        lines.append(f"<tr>{cells}</tr>")
+    head = f'<tr><th>sample</th><th colspan="{k}">training samples and cosines</th></tr>'
+    note = f"By the cosine of the gradients of the detector's layer, among {len(block.index):,} training samples."
+    return _section("Nearest training gradients", f"<table>{head}{''.join(lines)}</table>", note)
+
+
+def _model_table(detector: NoveltyDetector) -> str:
+    history = detector.history_
+    rows = {
+        "score": detector.novelty_score,
+        "layer": detector.layer,
+        "model": type(detector.model_).__name__,
+        "parameters": f"{sum(p.numel() for p in detector.model_.parameters()):,}",
+        "input": "x".join(map(str, detector.input_shape_)),
+        "best epoch": "trained elsewhere" if history is None else f"{history.best_epoch + 1} of {len(history.train)}",
+        "threshold": f"{-detector.offset_:.6g}",
+        "held-out samples": f"{len(detector.calibration_.scores):,}",
+        "wanted rate of false alarms": f"{detector.target_fpr:g}"
+        if detector.contamination is None
+        else f"none; contamination {detector.contamination:g}",
+        "versions": f"gradext {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+    }
+    return "<table>" + "".join(f"<tr><th>{_e(k)}</th><td>{_e(v)}</td></tr>" for k, v in rows.items()) + "</table>"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _kind(novel: bool) -> str:
+    return "novel" if novel else "normal"
+
+
+def _is_image(detector: NoveltyDetector) -> bool:
+    """Whether samples are shown as images: [H, W], [1, H, W] or [3, H, W]."""
+    shape = detector.input_shape_
+    return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+def _thumbnail(detector, samples, k: int) -> str:
+    if not _is_image(detector):
+        return ""
+    return _image(detector._as_samples(np.asarray(samples)[k : k + 1].reshape(1, -1), torch.float32)[0].numpy())
+
+
+def _heated(values: np.ndarray) -> np.ndarray:
+    top = values.max()
+    return colormaps["magma"](values / top if top > 0 else values)[..., :3].transpose(2, 0, 1)
+
+
+def _image(pixels: np.ndarray) -> str:
+    """[H, W], [1, H, W] or [3, H, W] in [0, 1] as a PNG."""
+    from PIL import Image
+
+    pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
+    array = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    image = Image.fromarray(array if array.ndim == 2 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return f'<img alt="" src="{_data("image/png", content.getvalue())}">'
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,73 @@
+"""Explanations are what they say, held against autograd, finite differences and written-out gradients."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from gradext import batch_layer_grads
+from gradext.novelty import NoveltyDetector
+from gradext.novelty.detector import CLASSIFIER_SCORES
+from gradext.novelty.explain import layer_shares, nearest_training, saliency
+from gradext.novelty.scores import SCORES
+
+FAST = {"hidden_dim": 16, "latent_dim": 4, "epochs": 20, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    bunch = load_digits()
+    x = (bunch.data / 16).astype(np.float32)
+    return x[bunch.target == 0], x[bunch.target != 0]
+
+
+@pytest.fixture(scope="module")
+def detector(digits):
+    return NoveltyDetector(**FAST).fit(digits[0])
+
+
+def test_layer_shares_are_those_of_the_squared_norms(detector, digits):
+    X = digits[1][:9]
+    shares = layer_shares(detector, X)
+    assert list(shares) == ["decoder.0", "decoder.2"]
+    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double())
+    squares = {name.removesuffix(".weight"): g.square().sum((1, 2)) for name, g in grads.items()}
+    total = sum(squares.values())
+    for name, share in shares.items():
+        np.testing.assert_allclose(share, (squares[name] / total).detach(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
+def test_saliency_is_the_scores_derivative(score, digits):
+    detector = NoveltyDetector(score, **FAST).fit(digits[0])
+    X = 0.1 + 0.8 * digits[1][:3].astype(np.float64)
+    found = saliency(detector, X)
+    assert found.shape == (3, 64)
+    step = 1e-6
+    for pixel in (5, 20, 34, 59):
+        up, down = X.copy(), X.copy()
+        up[:, pixel] += step
+        down[:, pixel] -= step
+        difference = (detector.score_samples(down) - detector.score_samples(up)) / (2 * step)
+        np.testing.assert_allclose(found[:, pixel], difference, rtol=1e-4, atol=1e-6 * np.abs(found).max())
+
+
+def test_saliency_leaves_the_model_as_it_was(detector, digits):
+    saliency(detector, digits[1][:2])
+    assert all(p.grad is None for p in detector.model_.parameters())
+
+
+def test_nearest_training_gradients_are_those_of_the_written_out_ones(detector, digits):
+    index, cosine = nearest_training(detector, digits[1][:7], digits[0], k=3)
+    G, H = (
+        batch_layer_grads(detector.model_, torch.from_numpy(x).double(), layers="first")["decoder.0.weight"].flatten(1)
+        for x in (digits[1][:7], digits[0])
+    )
+    expected = torch.nn.functional.cosine_similarity(G[:, None], H[None], dim=2).topk(3, dim=1)
+    np.testing.assert_array_equal(index, expected.indices)
+    np.testing.assert_allclose(cosine, expected.values.detach(), rtol=1e-9)
+    itself, one = nearest_training(detector, digits[0][4:6], digits[0], k=1)
+    assert itself.ravel().tolist() == [4, 5]
+    np.testing.assert_allclose(one, 1, rtol=1e-9)
+    with pytest.raises(ValueError, match="k: expected 1 to 178"):
+        nearest_training(detector, digits[1][:7], digits[0], k=0)

@@ -1,0 +1,103 @@
+"""The report is one whole file: all that was promised is in it, nothing is loaded from elsewhere, names are escaped."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gradext.cli import main
+
+
+class Page(html.parser.HTMLParser):
+    """What a page loads, and whether its tags close."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loaded, self.tags, self.text = [], [], set(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "data", "action")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    assert main(["images", "digits", "--out", str(folder)]) == 0
+    arguments = ["--hidden-dim", "32", "--latent-dim", "4", "--epochs", "100"]
+    assert main(["fit", str(folder / "train" / "0"), "--out", str(folder / "m"), *arguments]) == 0
+    return folder
+
+
+def report(digits, *arguments):
+    out = digits / "report.html"
+    assert main(["report", str(digits / "m"), *map(str, arguments), "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    assert page.loaded
+    assert all(re.match(r"data:image/(png|svg\+xml);base64,", value) for value in page.loaded)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert not re.search(r"url\(|@import|https?:", text)
+    return page
+
+
+def test_labelled_images_with_training_samples(digits, capsys):
+    page = report(digits, digits / "test", "--normal", "0", "--training", digits / "train" / "0")
+    for part in ("AUROC", "average precision", "Most novel", "Layers", "decoder.2", "Nearest training gradients"):
+        assert part in page.text
+    capsys.readouterr()
+    assert main(["evaluate", str(digits / "m"), str(digits / "test"), "--normal", "0", "--json"]) == 0
+    assert f"{json.loads(capsys.readouterr().out)['auroc']:.3f}" in page.text
+    # plots, 12 samples with their saliency, 12 rows of a sample and 5 neighbours
+    assert len(page.loaded) == 1 + 12 * 2 + 12 * 6
+
+
+def test_without_labels_and_with_one_kind(digits):
+    assert "AUROC" not in report(digits, digits / "test").text
+    one = report(digits, digits / "test" / "0").text
+    assert "AUROC" not in one
+    assert "called novel" in one
+
+
+def test_tables_name_the_strongest_features(digits, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(np.random.default_rng(0).normal(size=(120, 5)), columns=list("abcde"))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    model = tmp_path / "m"
+    assert main(["fit", str(tmp_path / "t.csv"), "--out", str(model), "--hidden-dim", "8", "--epochs", "3"]) == 0
+    out = tmp_path / "r.html"
+    assert main(["report", str(model), str(tmp_path / "t.csv"), "--out", str(out)]) == 0
+    assert re.search(r"<br>[a-e], [a-e], [a-e]</figure>", out.read_text())
+
+
+def test_names_are_escaped_and_skipped_images_shown(digits, tmp_path):
+    folder = tmp_path / "<script>alert(1)<"
+    folder.mkdir()
+    for k in range(3):
+        pixels = np.random.default_rng(k).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"<b>{k}&.png")
+    (folder / "broken.png").write_bytes(b"")
+    page = report(digits, tmp_path, "--skip-unreadable")
+    assert "<b>0&.png" in page.text
+    assert "Skipped: 1" in page.text
+
+
+def test_an_unwritable_report_is_told_before_anything_is_scored(digits, tmp_path, capsys):
+    assert main(["report", str(digits / "m"), str(digits / "test"), "--out", str(tmp_path / "none" / "r.html")]) == 1
+    assert "No such file or directory" in capsys.readouterr().err
