@@ -34,7 +34,10 @@ TITLES = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"
 
 @dataclass(frozen=True, eq=False)
 class ClassResult:
-    """One class as inliers: the trained model, every score of the test images (inliers first), which are outliers."""
+    """One class as inliers: the trained model, every score of the test images (inliers first), which are outliers.
+
+    held_out: every score of the validation inliers.
+    """
 
     model: VAE
     history: History
@@ -42,6 +45,7 @@ class ClassResult:
     images: np.ndarray
     scores: dict[str, np.ndarray]
     outlier: np.ndarray
+    held_out: dict[str, np.ndarray]
 
     def auroc(self) -> dict[str, float]:
         """Area under the ROC curve of each score."""
@@ -54,6 +58,7 @@ def evaluate_class(
     *,
     fold: int = 0,
     seed: int = 0,
+    model_seed: int | None = None,
     epochs: int | None = None,
     hidden_dim: int = 400,
     latent_dim: int = 20,
@@ -62,8 +67,12 @@ def evaluate_class(
     noise_clip: bool = False,
     progress: bool = True,
 ) -> ClassResult:
-    """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers."""
+    """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers.
+
+    ``seed`` decides on the split, ``model_seed`` (default: the same) on everything else.
+    """
     split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
+    seed = seed if model_seed is None else model_seed
     part = lambda index: torch.from_numpy(image_set.pixels(index)).flatten(1)  # noqa: E731
     x, validation, test = part(split.train), part(split.validation), np.concatenate([split.test, split.outliers])
     with torch.random.fork_rng(devices=[]):
@@ -72,7 +81,7 @@ def evaluate_class(
     history = train(model, x, validation, epochs=epochs, seed=seed, progress=progress, description=f"class {inlier}")
     score = fit_all_scores(model, x, validation, layer=layer, noise_std=noise_std, noise_clip=noise_clip, seed=seed)
     outlier = np.arange(len(test)) >= len(split.test)
-    return ClassResult(model, history, split, image_set.pixels(test), score(part(test)), outlier)
+    return ClassResult(model, history, split, image_set.pixels(test), score(part(test)), outlier, score(validation))
 
 
 def fit_all_scores(
