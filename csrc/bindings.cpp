@@ -44,6 +44,8 @@ OuterParams outer_params(std::uintptr_t delta, std::uintptr_t activation, std::u
           static_cast<DType>(out_dtype)};
 }
 
+#if defined(GRADEXT_WITH_CUDA)
+
 // The integers of one problem for the GPU, in a tuple: a function may take many of them.
 class Fields {
  public:
@@ -93,6 +95,8 @@ gradext::SqNormParams sq_norm_params(const py::tuple& problem) {
   p.dtype = fields.dtype();
   return p;
 }
+
+#endif
 
 class HostBuffer {
  public:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "outer_kernel.h"
@@ -25,7 +26,8 @@ constexpr std::int64_t kBytesPerThread = 256 << 10;
 std::int64_t last_level_cache() {
   long kilobytes = 0;
   if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    char text[32];
+    if (std::fgets(text, sizeof text, file) != nullptr) kilobytes = std::strtol(text, nullptr, 10);
     std::fclose(file);
   }
   if (kilobytes > 0) return std::int64_t{kilobytes} << 10;

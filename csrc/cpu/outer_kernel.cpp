@@ -210,7 +210,7 @@ class Stage {
   }
 
   void copy(std::int64_t from, std::int64_t to) {
-    std::memcpy(line_ + from, staged() + from, static_cast<std::size_t>(to - from));
+    if (from < to) std::memcpy(line_ + from, staged() + from, static_cast<std::size_t>(to - from));
   }
 
   void stream(std::int64_t from, std::int64_t to) {
