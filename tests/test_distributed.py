@@ -58,7 +58,7 @@ def assert_same(path, expected):
     np.testing.assert_allclose(values, expected_values, rtol=1e-9)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_write_the_table_of_one(folder, processes, tmp_path):
     process = torchrun(folder, tmp_path / "s.csv", processes)
     error = process.communicate(timeout=240)[1]

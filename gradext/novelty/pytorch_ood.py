@@ -1,0 +1,55 @@
+"""pytorch-ood's gradient detectors (`pip install pytorch-ood`) from factors: equal values, no gradient is written.
+
+pytorch-ood forms every sample's gradients by ``vmap(grad)``, [B, O, I] numbers a layer; here norms come from B(O + I).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytorch_ood.detector as theirs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..factors import GradFactors
+from ..layer_grads import batch_layer_factors
+
+
+class GradNorm(theirs.GradNorm):
+    """``-‖∂L/∂w‖₁``, L the mean over the classes of ``-log softmax(f(x) / T)``; arguments as pytorch-ood's.
+
+    Source: Huang, Geng and Li, "On the importance of gradients for detecting distributional shifts in the wild",
+    NeurIPS 2021.
+    """
+
+    def _predict_batched(self, x: Tensor) -> Tensor:
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            return -(logits / self.temperature).log_softmax(1).mean(1)
+
+        return -_sum_over_parameters(self, x, loss, lambda factors: factors.norm(1))
+
+
+class GradUncertainty(theirs.GradUncertainty):
+    """``-‖∂L/∂w‖²``, L the binary cross entropy of the softmax with ones; arguments as pytorch-ood's.
+
+    Source: Lee and AlRegib, "Gradients as a measure of uncertainty in neural networks", ICIP 2020.
+    """
+
+    def _predict_batched(self, x: Tensor) -> Tensor:
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            p = logits.softmax(1)
+            return F.binary_cross_entropy(p, torch.ones_like(p), reduction="none").sum(1)
+
+        return -_sum_over_parameters(self, x, loss, GradFactors.sq_norm)
+
+
+def _sum_over_parameters(detector, x: Tensor, loss: Callable, of: Callable[[GradFactors], Tensor]) -> Tensor:
+    """``of`` each selected parameter's gradients, added up -> [B]."""
+    names = list(detector._selected_params())
+    layers = sorted({name.rpartition(".")[0] for name in names})
+    biases = any(not name.endswith(".weight") for name in names)
+    factors = batch_layer_factors(
+        detector.model, x, loss=loss, layers=layers, include_bias=biases, fallback="vmap", target=x
+    )
+    return sum(of(factors[name.removesuffix(".weight")]) for name in names).detach()
