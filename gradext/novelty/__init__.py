@@ -9,12 +9,13 @@ from .detector import NoveltyDetector
 from .models import VAE
 from .representations import Characterization, characterize, distort
 from .scores import SCORES, Statistics
-from .training import History, train
+from .training import GradientAlignment, History, train
 
 __all__ = [
     "SCORES",
     "VAE",
     "Characterization",
+    "GradientAlignment",
     "GradientFeatures",
     "History",
     "NoiseClassifier",
