@@ -45,8 +45,8 @@ def train(
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
     Adam on the mean over the batch of ``model.loss``, plus ``penalty(model, batch)``, such as a `GradientAlignment`,
-    which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`. The same seed, data, machine
-    and thread count give the same weights; the global random state is left as it was. The progress bar is shown on
+    which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`. The same seed, data,
+    machine and thread count give the same weights; the global random state is left as it was. The bar is shown on
     terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
     """
     for name, data in (("x", x), ("x_validation", x_validation)):
