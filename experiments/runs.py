@@ -129,5 +129,5 @@ def origin(rows: Sequence[dict]) -> str:
     commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     facts = dict.fromkeys(tuple(row[name] for name in PROVENANCE) for row in rows)
     hours = sum(row["seconds"] for row in rows) / 3600
-    lines = [f"Made by {commands}: {len(rows)} runs, {hours:.2f} hours of one core."]
+    lines = [f"Made by {commands}: {len(rows)} runs, which took {hours:.2f} hours together."]
     return "\n".join([*lines, *(f"Commit {commit}; {versions}; {machine}." for commit, versions, machine in facts)])

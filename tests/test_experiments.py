@@ -190,7 +190,7 @@ def data_dir(tmp_path_factory):
 
 def test_table1(data_dir, tmp_path, capsys):
     table1 = load("table1")
-    arguments = ["--quick", "--seeds", "0", "1", "--classes", "2", "5", "--epochs", "60"]
+    arguments = ["--quick", "--seeds", "0", "1", "--classes", "2", "5", "--epochs", "60", "--hidden-dim", "32"]
     table1.main([*arguments, "--data-dir", str(data_dir), "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "table1-mnist-quick.jsonl").read_text().splitlines()]
     assert {(row["seed"], row["inlier"]) for row in rows} == {(s, c) for s in (0, 1) for c in (2, 5)}
@@ -208,7 +208,7 @@ def test_table1(data_dir, tmp_path, capsys):
 
 
 def test_processes_do_not_change_results(data_dir, tmp_path):
-    arguments = ["--quick", "--data-dir", str(data_dir), "--epochs", "2", "--classes", "0", "7"]
+    arguments = ["--quick", "--data-dir", str(data_dir), "--epochs", "2", "--classes", "0", "7", "--hidden-dim", "32"]
     load("table1").main([*arguments, "--out", str(tmp_path / "alone")])
     command = [sys.executable, "-m", "experiments.table1", *arguments, "--jobs", "2", "--out", str(tmp_path / "two")]
     subprocess.run(command, cwd=EXPERIMENTS.parent, check=True, capture_output=True)

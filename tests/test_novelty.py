@@ -15,6 +15,7 @@ from gradext.losses import bce
 from gradext.novelty import (
     SCORES,
     VAE,
+    GradientAlignment,
     GradientFeatures,
     NoiseClassifier,
     NoveltyDetector,
@@ -108,6 +109,42 @@ def test_train_is_seeded(digits):
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_alignment_is_the_mean_cosine_and_can_be_differentiated(digits):
+    torch.manual_seed(0)
+    model, x = VAE(64, 8, 2).double().eval(), digits[0][:6].double()
+    penalty = GradientAlignment(weight=2.0)
+    assert penalty(model, digits[0][6:20].double()) == 0, "there is no mean to align with yet"
+    mean = dict(penalty.mean)
+
+    def expected():
+        cosines = []
+        for name in ("decoder.0", "decoder.2"):
+            weight = model.get_parameter(f"{name}.weight")
+            for sample in x.split(1):
+                value = torch.nn.functional.binary_cross_entropy(model(sample)[0], sample, reduction="sum")
+                (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
+                cosines.append(torch.nn.functional.cosine_similarity(gradient.flatten(), mean[name].flatten(), dim=0))
+        return -2 * torch.stack(cosines).mean()
+
+    found, wanted = penalty(model, x), expected()
+    torch.testing.assert_close(found, wanted)
+    parameters = [p for name, p in model.named_parameters() if "logvar" not in name]
+    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_alignment_in_training_aligns_the_gradients_of_new_inliers(digits):
+    def misalignment(penalty):
+        torch.manual_seed(0)
+        model = VAE(64, 32, 4).eval()
+        train(model, digits[0][:120], digits[0][120:], epochs=100, penalty=penalty, progress=False)
+        held_out = characterize(model, digits[0][120:])
+        statistics = Statistics.of(characterize(model, digits[0][:120]))
+        return SCORES["gradient_cosine"](held_out, statistics).mean().item()
+
+    assert misalignment(GradientAlignment(weight=30.0)) < 0.5 * misalignment(None)
 
 
 def test_train_refuses_what_cannot_work(digits):

@@ -14,7 +14,7 @@ from .models import VAE
 from .persistence import ModelFileError, load, save
 from .representations import Characterization, characterize, distort
 from .scores import SCORES, Statistics
-from .training import History, train
+from .training import GradientAlignment, History, train
 
 __all__ = [
     "SCORES",
@@ -23,6 +23,7 @@ __all__ = [
     "Characterization",
     "DetectorWarning",
     "FittedScore",
+    "GradientAlignment",
     "GradientFeatures",
     "History",
     "ModelFileError",

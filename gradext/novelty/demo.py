@@ -65,11 +65,13 @@ def evaluate_class(
     layer: LayerChoice | Sequence[LayerChoice] = ("first", "last"),
     noise_std: float = 0.1,
     noise_clip: bool = False,
+    penalty: Callable[[nn.Module, Tensor], Tensor] | None = None,
     progress: bool = True,
 ) -> ClassResult:
     """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers.
 
-    ``seed`` decides on the split, ``model_seed`` (default: the same) on everything else.
+    ``seed`` decides on the split, ``model_seed`` (default: the same) on everything else; ``penalty`` is that of
+    `train`.
     """
     split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
     seed = seed if model_seed is None else model_seed
@@ -78,7 +80,10 @@ def evaluate_class(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VAE(x.shape[1], hidden_dim, latent_dim).eval()
-    history = train(model, x, validation, epochs=epochs, seed=seed, progress=progress, description=f"class {inlier}")
+    history = train(
+        model, x, validation, epochs=epochs, seed=seed, penalty=penalty, progress=progress,
+        description=f"class {inlier}",
+    )  # fmt: skip
     score = fit_all_scores(model, x, validation, layer=layer, noise_std=noise_std, noise_clip=noise_clip, seed=seed)
     outlier = np.arange(len(test)) >= len(split.test)
     return ClassResult(model, history, split, image_set.pixels(test), score(part(test)), outlier, score(validation))

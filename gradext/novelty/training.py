@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..layer_grads import batch_layer_factors
+from ..layers import LayerChoice
+from .representations import reconstruction_loss
+
 
 @dataclass
 class History:
@@ -35,15 +39,16 @@ def train(
     learning_rate: float = 1e-3,
     loss: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
+    penalty: Callable[[nn.Module, Tensor], Tensor] | None = None,
     progress: bool = True,
     description: str = "training",
 ) -> History:
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
-    Adam on the mean over the batch of ``loss`` (x [B, ...] -> [B]; default ``model.loss``); ``epochs`` None:
-    `auto_epochs`. The same seed, data, machine and thread count give the same weights; the global random state is left
-    as it was. The progress bar is shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss
-    becomes NaN.
+    Adam on the mean over the batch of ``loss(x) -> [B]`` (default ``model.loss``) plus ``penalty(model, batch)``, such
+    as a `GradientAlignment`, which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`.
+    The same seed, data, machine and thread count give the same weights; the global random state is left as it was. The
+    bar is shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
     """
     for name, data in (("x", x), ("x_validation", x_validation)):
         if len(data) == 0:
@@ -65,9 +70,11 @@ def train(
             model.train()
             total = torch.zeros((), device=device)
             for index in torch.randperm(len(x), generator=order).split(batch_size):
-                value = objective(x[index.to(device)]).mean()
+                batch = x[index.to(device)]
+                value = objective(batch).mean()
+                penalised = value if penalty is None else value + penalty(model, batch)
                 optimizer.zero_grad(set_to_none=True)
-                value.backward()
+                penalised.backward()
                 optimizer.step()
                 total += value.detach() * len(index)
             model.eval()
@@ -84,3 +91,33 @@ def train(
     model.load_state_dict(best)
     model.train(was_training)
     return history
+
+
+class GradientAlignment:
+    """GradCon's training penalty, ``-weight · mean_b mean_l cos(∇_l L_b, m_l)``; nats.
+
+    It makes the inliers' gradients point the same way, so that a gradient that does not is novel (`gradient_cosine`).
+    L_b is a sample's reconstruction error, m_l the mean gradient of layer l over all batches so far. The cosines are
+    those of every sample, as in scoring, where GradCon takes the batch's; they come from the factors and keep their
+    graph, so that no gradient of a sample is written in training either. The first batch has no penalty.
+    Source: Kwon, Prabhushankar, Temel, AlRegib, "Backpropagated gradient representations for anomaly detection", ECCV
+    2020.
+    """
+
+    def __init__(self, weight: float = 10.0, layers: LayerChoice = None) -> None:
+        self.weight, self.layers = weight, layers
+        self.mean: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        loss = lambda output, target: reconstruction_loss(output, target).sum(1)  # noqa: E731
+        factors = batch_layer_factors(model, x, loss=loss, layers=self.layers, create_graph=True)
+        value = x.new_zeros(())
+        for name, gradient in factors.items():
+            if name in self.mean:
+                value = value - self.weight / len(factors) * gradient.cosine(self.mean[name]).mean()
+            new = gradient.detach().mean()
+            old = self.mean.get(name, torch.zeros_like(new))
+            self.mean[name] = old + (new - old) / (self.batches + 1)
+        self.batches += 1
+        return value
