@@ -257,9 +257,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         score = fit_score(self.novelty_score, inliers, distorted, seed=seed)
         _warn(guards.of_representations(inliers, self.novelty_score, self.layer))
         if self.contamination is None:
-            with torch.no_grad():
-                novelty = score(inliers).double().cpu().numpy()
-            _warn(guards.of_training_scores(novelty, rows))
+            _warn(guards.of_training_scores(score(inliers).double().cpu().numpy(), rows))
         return score
 
     def _warn_where_too_few(self) -> None:
@@ -345,7 +343,6 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _characterize(self, samples: Tensor) -> Characterization:
         return characterize(self.model_, samples, layer=self.layer, loss=self.loss_, batch_size=SCORED_AT_A_TIME)
 
-    @torch.no_grad()
     def _novelty(self, X: np.ndarray) -> np.ndarray:
         parts = [self.score_(self._characterize(batch)) for batch in self._batches(X)]
         return torch.cat(parts).double().cpu().numpy()

@@ -24,7 +24,12 @@ class FittedScore:
     features: Features | None = None
     classifier: NoiseClassifier | None = None
 
+    @torch.no_grad()
     def __call__(self, sample: Characterization) -> Tensor:
+        return self.differentiable(sample)
+
+    def differentiable(self, sample: Characterization) -> Tensor:
+        """The same with its graph, where ``sample`` has one."""
         if self.classifier is None:
             return SCORES[self.name](sample, self.statistics)
         return self.classifier(self.features(sample))
