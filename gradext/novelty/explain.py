@@ -40,7 +40,7 @@ def saliency(detector: NoveltyDetector, X) -> np.ndarray:
         factors = _factors(detector, shifted, batch, layers, shift=shifted.shift, create_graph=True)
         reconstruction, latent = parts_of(shifted(batch))
         pixels = RECONSTRUCTION_LOSSES[detector.loss_](reconstruction, batch + shifted.shift).flatten(1)
-        novelty = detector.score_.differentiable(Characterization(pixels, latent, next(iter(factors.values()))))
+        novelty = detector.score_.differentiable(Characterization(pixels, latent, factors))
         (gradient,) = torch.autograd.grad(novelty.sum(), shifted.shift)
         found.append(gradient.cpu())
     return torch.cat(found).numpy()
