@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,6 +206,27 @@ def test_table1(data_dir, tmp_path, capsys):
     assert cells[3] == f"{np.std(of_seeds, ddof=1):.3f}"
     assert "| *0.941* | *0.926* |" in re.sub(" +", " ", text), "the paper's figures stand beside"
     assert str(data_dir) not in text + (tmp_path / "table1-mnist-quick.jsonl").read_text()
+
+
+def test_models_are_added_up_on_the_scale_of_their_held_out_inliers():
+    table1 = load("table1")
+    rng = np.random.default_rng(0)
+    held_out, scores = rng.normal(5, 2, 50), rng.normal(6, 3, 20)
+
+    def result(scale):
+        return SimpleNamespace(scores={"s": scale * scores + 1}, held_out={"s": scale * held_out + 1})
+
+    alone, both = (table1.add_up(results)["s"] for results in ([result(1)], [result(1), result(1000)]))
+    np.testing.assert_allclose(alone, (scores - held_out.mean()) / held_out.std())
+    np.testing.assert_allclose(both, 2 * alone)
+
+
+def test_what_goes_beyond_the_paper_has_a_log_of_its_own_and_says_so(data_dir, tmp_path):
+    arguments = ["--quick", "--classes", "4", "--epochs", "2", "--hidden-dim", "16", "--data-dir", str(data_dir)]
+    load("table1").main([*arguments, "--members", "2", "--gradcon", "10", "--out", str(tmp_path)])
+    text = (tmp_path / "table1-mnist-members-2-gradcon-10-quick.md").read_text()
+    assert "sum of that of 2 models" in text
+    assert "GradCon's penalty" in text
 
 
 def test_processes_do_not_change_results(data_dir, tmp_path):
