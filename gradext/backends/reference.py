@@ -165,10 +165,11 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
             rows = linear(delta.flatten(0, 1), activation.flatten(0, 1), weight)
             return rows.reshape(B, T, H).sum(1)
         step, flat = _samples_a_block(O * I), weight.reshape(H, O * I).mT
-        blocks = [
-            torch.bmm(delta[b : b + step].mT, activation[b : b + step]).flatten(1) @ flat for b in range(0, B, step)
-        ]
-        return torch.cat(blocks) if blocks else delta.new_zeros(B, H)
+        # Into one result: small ones between the blocks would keep the allocator from using their memory again.
+        result = delta.new_empty(B, H)
+        for b in range(0, B, step):
+            result[b : b + step] = torch.bmm(delta[b : b + step].mT, activation[b : b + step]).flatten(1) @ flat
+        return result
     if I == 1:  # gradients as they are: one product
         return (delta @ weight.reshape(H, O).mT) * activation
     step = _samples_a_block(H * min(O, I))
