@@ -1,5 +1,6 @@
 // The CPU kernels, threads and workspace without Python, for the sanitizers: test_sanitizers.py builds and runs it.
-// Every kind of shape, type, stride and store is checked against a plain loop, in buffers that end where the tensor ends.
+// Every kind of shape, type, stride and store is checked against a plain loop, in buffers that end where the tensor
+// ends.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -50,7 +51,9 @@ float widened(const unsigned char* from, DType dtype) {
 template <class Real>
 void check(std::int64_t B, std::int64_t T, std::int64_t O, std::int64_t I, std::int64_t step, std::int64_t gap,
            DType out_dtype, int threads, bool stream, bool baseline) {
-  const auto room = [](std::int64_t n, std::int64_t by) { return static_cast<std::size_t>(n > 0 ? (n - 1) * by + 1 : 0); };
+  const auto room = [](std::int64_t n, std::int64_t by) {
+    return static_cast<std::size_t>(n > 0 ? (n - 1) * by + 1 : 0);
+  };
   std::vector<Real> delta(room(B * T * O, step)), activation(room(B * T * I, step));
   std::mt19937 generator(static_cast<unsigned>(B + 10 * T + 100 * O + 1000 * I));
   std::uniform_real_distribution<Real> uniform(-2, 2);
