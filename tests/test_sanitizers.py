@@ -22,7 +22,7 @@ SANITIZERS = {
     "threads": ["-fsanitize=thread"],
 }
 # Of clang-tidy's: what finds bugs. Left out is what the kernels do on purpose: integers that a caller could exchange
-# (strides and sizes), shifts of signed constants, copies of a whole line of which the end is not in use, padding between
+# (strides and sizes), shifts of signed constants, copies of a whole line of which the end is not used, padding between
 # aligned arrays, and the number of lanes as a quotient of sizes.
 LEFT_OUT = (
     "bugprone-easily-swappable-parameters",
