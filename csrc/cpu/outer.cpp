@@ -80,8 +80,8 @@ std::int64_t part_begin(const void* out, std::int64_t bytes, int part, int parts
 
 const char* cpu_isa() { return isa().name; }
 
-// Up to about the size of the cache plain stores are the faster ones, beyond it the slower; a quarter is left to whoever
-// else uses it.
+// Up to about the size of the cache plain stores are the faster ones, beyond it the slower; a quarter is left to
+// whoever else uses it.
 std::int64_t default_stream_from() {
   static const std::int64_t bytes = last_level_cache() / 4 * 3;
   return bytes;
