@@ -14,7 +14,8 @@ the classifier's features    magnitude and direction apart (`gradext.novelty.Gra
 --members N adds up the scores of N models (a deep ensemble), each standardised on the held-out inliers;
 --gradcon W trains with GradCon's penalty.
 Within a run nothing is chosen by test outliers; which scores stand there was, in part, by earlier runs that saw some.
-Results: ``<out>/table1-<dataset>.jsonl``, one line a class, and the table ``.md``. CIFAR-10 keeps its original test part, so that its folds differ in the validation part only.
+Results: ``<out>/table1-<dataset>.jsonl``, one line a class, and the table ``.md``. CIFAR-10 keeps
+its original test part, so that its folds differ in the validation part only.
 """
 
 from __future__ import annotations
