@@ -144,3 +144,14 @@ def backend(request):
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """scikit-learn's zeros [N, 64] in [0, 1], as normal samples, and all its other digits."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = (bunch.data / 16).astype("float32")
+    x.flags.writeable = False  # it is everybody's
+    return x[bunch.target == 0], x[bunch.target != 0]

@@ -3,18 +3,10 @@
 import numpy as np
 import pytest
 from scipy.stats import binom
-from sklearn.datasets import load_digits
 
 from gradext.novelty import Calibration, NoveltyDetector, benjamini_hochberg
 
 FAST = {"hidden_dim": 32, "latent_dim": 4, "epochs": 40, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    bunch = load_digits()
-    x = (bunch.data / 16).astype(np.float32)
-    return x[bunch.target == 0], x[bunch.target != 0]
 
 
 def test_threshold_is_the_conformal_quantile():

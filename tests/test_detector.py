@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -22,13 +21,6 @@ from gradext.novelty.detector import CLASSIFIER_SCORES
 from gradext.novelty.scores import SCORES
 
 FAST = {"hidden_dim": 32, "latent_dim": 4, "epochs": 60, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    bunch = load_digits()
-    x = (bunch.data / 16).astype(np.float32)
-    return x[bunch.target == 0], x[bunch.target != 0]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from gradext import batch_layer_grads
 from gradext.novelty import NoveltyDetector
@@ -12,13 +11,6 @@ from gradext.novelty.explain import layer_shares, nearest_training, saliency
 from gradext.novelty.scores import SCORES
 
 FAST = {"hidden_dim": 16, "latent_dim": 4, "epochs": 20, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    bunch = load_digits()
-    x = (bunch.data / 16).astype(np.float32)
-    return x[bunch.target == 0], x[bunch.target != 0]
 
 
 @pytest.fixture(scope="module")

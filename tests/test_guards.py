@@ -4,19 +4,11 @@ import warnings
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 from torch import nn
 
 from gradext.novelty import DetectorWarning, NoveltyDetector, load, save
 
 FAST = {"hidden_dim": 64, "latent_dim": 8, "epochs": 400, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    bunch = load_digits()
-    x = (bunch.data / 16).astype(np.float32)
-    return x[bunch.target == 0], x[bunch.target != 0]
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext.novelty import NoveltyDetector
 
 FAST = {"hidden_dim": 16, "latent_dim": 4, "epochs": 20, "random_state": 0}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    bunch = load_digits()
-    x = (bunch.data / 16).astype(np.float32)
-    return x[bunch.target == 0], x[bunch.target != 0]
 
 
 def test_pyod_has_the_same_scores_under_its_own_verbs(digits):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from gradext.novelty import ModelFileError, NoveltyDetector, load, persistence, save
@@ -20,13 +19,6 @@ from gradext.novelty.scores import SCORES
 from gradext.sources import ImageFormat
 
 FAST = {"hidden_dim": 16, "latent_dim": 3, "epochs": 2, "random_state": 0}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    bunch = load_digits()
-    x = (bunch.data / 16).astype(np.float32)
-    return x[bunch.target == 0], x[bunch.target != 0]
 
 
 @pytest.fixture(scope="module")
