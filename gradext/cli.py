@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit = commands.add_parser("fit", parents=[data], help="train a detector on normal samples and save it")
     fit.add_argument("--out", required=True, metavar="MODEL", help="the model file to write")
     fit.add_argument("--score", default="gradient_norm", help="see NoveltyDetector (default gradient_norm)")
-    fit.add_argument("--layer", default="first", help="first, last, or a layer's name (default first)")
+    fit.add_argument("--layer", default="first", help="first, last, a layer's name, or several with commas between")
     fit.add_argument(
         "--size", metavar="HxW", help="resize images to this (default: all must be of the first one's size)"
     )

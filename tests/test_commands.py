@@ -97,6 +97,16 @@ def test_arrays_tables_and_sets_go_the_same_way(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["auroc"] == by_array
 
 
+def test_scores_of_several_layers(digits, tmp_path, capsys):
+    model = str(tmp_path / "m")
+    arguments = ["--normal", "0", "--score", "combined_whitened_norm", "--layer", "first,last", "--out", model]
+    assert main(["fit", str(digits / "train"), *arguments, *SMALL]) == 0
+    assert load(model).layer == ("first", "last")
+    capsys.readouterr()
+    assert main(["evaluate", model, str(digits / "test"), "--normal", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["auroc"] > 0.95
+
+
 def test_unreadable_images_are_named_or_kept_as_rows_with_the_reason(digits, model, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

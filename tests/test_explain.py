@@ -29,9 +29,12 @@ def test_layer_shares_are_those_of_the_squared_norms(detector, digits):
         np.testing.assert_allclose(share, (squares[name] / total).detach(), rtol=1e-9)
 
 
-@pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
-def test_saliency_is_the_scores_derivative(score, digits):
-    detector = NoveltyDetector(score, **FAST).fit(digits[0])
+@pytest.mark.parametrize(
+    ("score", "layer"),
+    [*((score, "first") for score in (*SCORES, *CLASSIFIER_SCORES)), ("combined_whitened_norm", ("last", "first"))],
+)
+def test_saliency_is_the_scores_derivative(score, layer, digits):
+    detector = NoveltyDetector(score, layer=layer, **FAST).fit(digits[0])
     X = 0.1 + 0.8 * digits[1][:3].astype(np.float64)
     found = saliency(detector, X)
     assert found.shape == (3, 64)
@@ -61,5 +64,7 @@ def test_nearest_training_gradients_are_those_of_the_written_out_ones(detector, 
     itself, one = nearest_training(detector, digits[0][4:6], digits[0], k=1)
     assert itself.ravel().tolist() == [4, 5]
     np.testing.assert_allclose(one, 1, rtol=1e-9)
+    both = NoveltyDetector("combined_delta_norm", layer=("last", "first"), **FAST).fit(digits[0])
+    assert nearest_training(both, digits[0][4:6], digits[0], k=1)[0].ravel().tolist() == [4, 5]
     with pytest.raises(ValueError, match="k: expected 1 to 178"):
         nearest_training(detector, digits[1][:7], digits[0], k=0)

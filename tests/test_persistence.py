@@ -146,6 +146,8 @@ def forge(file, tensors=None, **entries):
         ({"parameters": {"novelty_score": "norm"}}, {}, "novelty_score: expected one of"),
         ({"parameters": {"novelty_score": ["gradient_norm"]}}, {}, "novelty_score: expected one of"),
         ({"parameters": {"layer": "encoder.99"}}, {}, "encoder.99"),
+        ({"parameters": {"layer": []}}, {}, "layer: expected a name"),
+        ({"parameters": {"layer": ["first", 3]}}, {}, "layer: expected a name"),
         ({"parameters": {"target_fpr": "x"}}, {}, "not a detector"),
         ({"parameters": 3}, {}, "parameters: expected dict"),
         ({"architecture": {"type": "VAE", "input_dim": 64, "hidden_dim": 10**9, "latent_dim": 10**9}}, {}, "expected"),
@@ -249,3 +251,12 @@ def test_bad_places_are_named(detector, tmp_path):
     other.layer = other.model_.decoder[0]
     with pytest.raises(ValueError, match="layer: expected a name"):
         save(other, tmp_path / "model")
+
+
+@pytest.mark.parametrize("layer", [("first", "last"), ["decoder.2", "decoder.0"], "all", None])
+def test_several_layers_are_saved_in_their_order(layer, digits, tmp_path):
+    detector = NoveltyDetector("combined_whitened_norm", layer=layer, **FAST).fit(digits[0])
+    save(detector, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.layer == (tuple(layer) if isinstance(layer, list) else layer)
+    np.testing.assert_array_equal(again.score_samples(digits[1][:5]), detector.score_samples(digits[1][:5]))

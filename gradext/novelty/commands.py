@@ -36,7 +36,7 @@ def fit(arguments: argparse.Namespace) -> int:
         rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
         block = source.read(rows)
         detector = NoveltyDetector(
-            arguments.score, layer=arguments.layer, epochs=arguments.epochs, hidden_dim=arguments.hidden_dim,
+            arguments.score, layer=_layer(arguments.layer), epochs=arguments.epochs, hidden_dim=arguments.hidden_dim,
             latent_dim=arguments.latent_dim, target_fpr=arguments.target_fpr, contamination=arguments.contamination,
             random_state=arguments.seed, device=arguments.device, verbose=not arguments.quiet,
         ).fit(block.samples)  # fmt: skip
@@ -196,6 +196,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise ValueError(f"--size: expected HxW, such as 28x28, but got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def _layer(text: str) -> str | tuple[str, ...]:
+    names = tuple(text.split(","))
+    return names if len(names) > 1 else text
 
 
 def _normal(source: Source, arguments: argparse.Namespace) -> np.ndarray:

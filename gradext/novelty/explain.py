@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..factors import LayerFactors
 from ..layer_grads import batch_layer_factors
 from .detector import NoveltyDetector
-from .representations import RECONSTRUCTION_LOSSES, Characterization, parts_of
+from .representations import RECONSTRUCTION_LOSSES, Characterization, layer_names, parts_of
 
 ROWS_AT_A_TIME = 256
 
@@ -32,12 +32,13 @@ def layer_shares(detector: NoveltyDetector, X) -> dict[str, np.ndarray]:
 def saliency(detector: NoveltyDetector, X) -> np.ndarray:
     """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
     samples = _samples(detector, X)
-    names = list(_factors(detector, detector.model_, samples[:1], detector.layer))
+    names = layer_names(detector.model_, samples[:1], detector.layer, detector.loss_)
     found = []
     for batch in samples.split(ROWS_AT_A_TIME):
         shifted = _Shifted(detector.model_, batch).eval()
         layers = [f"model.{name}" for name in names]
-        factors = _factors(detector, shifted, batch, layers, shift=shifted.shift, create_graph=True)
+        seen = _factors(detector, shifted, batch, layers, shift=shifted.shift, create_graph=True)
+        factors = LayerFactors((name, seen[name]) for name in layers)  # in the order of the choice
         reconstruction, latent = parts_of(shifted(batch))
         pixels = RECONSTRUCTION_LOSSES[detector.loss_](reconstruction, batch + shifted.shift).flatten(1)
         novelty = detector.score_.differentiable(Characterization(pixels, latent, factors))
@@ -49,15 +50,16 @@ def saliency(detector: NoveltyDetector, X) -> np.ndarray:
 def nearest_training(detector: NoveltyDetector, X, X_training, *, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ``X_training`` whose gradients point most nearly the same way, and the cosines: two times [N, k].
 
-    ``cos(G_i, G_j)`` of the detector's layer, from the factored Gram matrix: no gradient is written.
+    ``cos(G_i, G_j)`` of the detector's layers, from the factored Gram matrix: no gradient is written.
     """
     samples, training = _samples(detector, X), _samples(detector, X_training)
     if not 1 <= k <= len(training):
         raise ValueError(f"k: expected 1 to {len(training)}, the number of training samples, but got {k!r}")
-    of_samples = _factors(detector, detector.model_, samples, detector.layer)
+    layers = layer_names(detector.model_, samples[:1], detector.layer, detector.loss_)
+    of_samples = _factors(detector, detector.model_, samples, layers)
     cosines = []
     for batch in training.split(ROWS_AT_A_TIME):
-        factors = _factors(detector, detector.model_, batch, detector.layer)
+        factors = _factors(detector, detector.model_, batch, layers)
         gram = sum(of_samples[name].gram(factors[name]) for name in factors)
         norms = torch.outer(of_samples.norm(), factors.norm())
         cosines.append((gram / norms.clamp_min(torch.finfo(norms.dtype).tiny)).detach())

@@ -97,11 +97,11 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     """Write a fitted detector to ``path``, whole or not at all.
 
     The architecture of a ``model`` of your own is code, which no file holds: hand one to `load`. Raises NotFittedError,
-    ValueError for a ``layer`` that is not a name, OSError where the file cannot be written.
+    ValueError for a ``layer`` that is neither a name, nor several, nor None, OSError where the file cannot be written.
     """
     check_is_fitted(detector)
-    if not isinstance(detector.layer, str):
-        raise ValueError(f"layer: expected a name, to be saved, but got {type(detector.layer).__name__}")
+    if not _is_named(detector.layer):
+        raise ValueError(f"layer: expected a name, several or None, to be saved, but got {detector.layer!r}")
     model = detector.model_
     own = detector.model is not None
     parameters = {name: value for name, value in detector.get_params(deep=False).items() if name not in NOT_SAVED}
@@ -221,8 +221,10 @@ def _rebuild(
         raise ModelFileError("its model is gradext's VAE: leave model= out")
     detector = NoveltyDetector(**parameters, model=model, device=device)
     detector._check_parameters()
-    if not isinstance(detector.layer, str):
-        raise ModelFileError(f"layer: expected a name, but got {detector.layer!r}")
+    if not _is_named(detector.layer):
+        raise ModelFileError(f"layer: expected a name, several or None, but got {detector.layer!r}")
+    if isinstance(detector.layer, list):
+        detector.layer = tuple(detector.layer)  # JSON has no tuples
     dtype = DTYPES[detector.dtype]
 
     D = _entry(description, "n_features", int)
@@ -277,6 +279,12 @@ def _rebuild(
         raise ModelFileError(f"tensors: unknown names {sorted(given)}")
     detector.score_ = template.with_tensors({k: learned[k].to(like.device) for k, like in template.tensors().items()})
     return detector
+
+
+def _is_named(layer: object) -> bool:
+    if isinstance(layer, (list, tuple)):
+        return len(layer) > 0 and all(isinstance(name, str) for name in layer)
+    return layer is None or isinstance(layer, str)
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:

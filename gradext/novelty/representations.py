@@ -110,7 +110,7 @@ def characterize(
     model.eval()
     parts = []
     try:
-        names = _layer_names(model, x[:1].to(device), layer, loss)
+        names = layer_names(model, x[:1].to(device), layer, loss)
         for batch in x.split(batch_size):
             batch = batch.to(device)
             # By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1].
@@ -126,8 +126,8 @@ def characterize(
     return Characterization.cat(parts)
 
 
-def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice], loss: str) -> list[str]:
-    """The layers' names in the order of the choice, read off one sample: what runs first is known by running."""
+def layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice], loss: str) -> list[str]:
+    """The layers' names in the order of the choice, read off samples ``x``: what runs first is known by running."""
     named = continued_bce if loss == "bce" else loss
     names: dict[str, None] = {}
     for choice in layer if isinstance(layer, (list, tuple)) else [layer]:
