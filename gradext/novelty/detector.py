@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -16,16 +18,18 @@ from torch import Tensor, nn
 
 from ..losses import resolve
 from . import guards
+from .batches import BLOCK_ROWS, as_array, blocks, comes_in_batches, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
+from .passes import Blocks, Processes
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, parts_of
 from .scores import SCORES
-from .training import train
+from .training import History, train
 
 __all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "fit_score"]
 
-SCORED_AT_A_TIME = 1024
+HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -124,36 +128,50 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- fitting -----------------------------------------------------------------------------------------------------
 
-    def fit(self, X, y=None, *, X_calibration=None) -> NoveltyDetector:
-        """Train on normal samples ``X`` [N, ...], flat or image-shaped: arrays, tensors, data frames.
+    def fit(self, X, y=None, *, X_calibration=None, process_group=None) -> NoveltyDetector:
+        """Train on normal samples ``X`` [N, ...], flat or image-shaped.
+
+        ``X``: arrays, tensors, data frames, memory maps; or what comes in batches [n, ...] (of tuples the first part is
+        taken): a `DataLoader`, a `Dataset`, a generator, any iterable that cannot be indexed. It is gone through once,
+        in its order, into a temporary file of its own size (`TMPDIR` says where), so that what is held out stays so.
+        Memory holds blocks of at most 1,024 samples and a few numbers for each sample; the training part too where it
+        is at most 256 MB in single precision. The fitted detector is the same, bit for bit, as that of an array in
+        memory. Classifiers beyond that size are trained on as many training samples as are characterised in 256 MB.
 
         ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
+
+        ``process_group``: a group of `torch.distributed` (gloo) whose processes all call this with the same data. They
+        share the passes over it, for range, statistics and calibration; the first one trains, which in parallel would
+        be neither exact nor simple. All end with the same detector, whose bits do not depend on their number.
+
+        Raises ValueError for data or parameters that do not fit, OSError for a full disk, RuntimeError if the loss
+        becomes NaN.
         """
         self._check_parameters()
-        X = self._validated(X, reset=True)
+        processes = Processes(process_group)
+        X = self._validated(spooled(X) if comes_in_batches(X) else X, reset=True)
         if X_calibration is not None:
-            X_calibration = self._validated(X_calibration)
-        seed = int(check_random_state(self.random_state).randint(2**31))
+            X_calibration = self._validated(
+                spooled(X_calibration) if comes_in_batches(X_calibration) else X_calibration
+            )
+        seed = processes.by_first(lambda: int(check_random_state(self.random_state).randint(2**31)))
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
-        self.shift_, self.scale_ = self._fit_scaling(X[training])
-        samples = self._as_samples(X[training], torch.float32)
-        self.profile_ = guards.Profile.of(samples)
-        self._make_model(samples, seed)
-        self.history_ = None
-        if self.epochs != 0:
-            self.history_ = train(
-                self.model_, samples, self._as_samples(X[validation], torch.float32), epochs=self.epochs,
-                batch_size=self.batch_size, learning_rate=self.learning_rate, loss=self._objective(), seed=seed,
-                progress=self.verbose,
-            )  # fmt: skip
+        self.image_format_ = None
+        self.shift_, self.scale_ = self._fit_scaling(X, training)
+        samples = _Samples(self, X, training, torch.float32)
+        self.profile_ = guards.Profile.of(samples.blocks())
+        self._make_model(samples[:2], seed)
+        self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes)
         self.model_.to(DTYPES[self.dtype])
-        self.score_ = self._fit_score(self._as_samples(X[training], DTYPES[self.dtype]), training, seed)
-        self.calibration_ = Calibration(self._novelty(X[calibration] if X_calibration is None else X_calibration))
+        self.score_ = self._fit_score(X, training, seed, processes)
+        held_out = (X, calibration) if X_calibration is None else (X_calibration, np.arange(len(X_calibration)))
+        self.calibration_ = Calibration(self._novelty(*held_out, processes))
         if self.contamination is None:
             self._warn_where_too_few()
             self.offset_ = -self.calibration_.threshold(self.target_fpr)
         else:
-            self.offset_ = float(np.percentile(-self._novelty(X), 100 * self.contamination))
+            novelty = self._novelty(X, np.arange(len(X)), processes)
+            self.offset_ = float(np.percentile(-novelty, 100 * self.contamination))
         return self
 
     def _check_parameters(self) -> None:
@@ -198,10 +216,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         validation, calibration, training = np.split(order, np.cumsum(held_out))
         return training, validation, calibration
 
-    def _fit_scaling(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shift [D], scale [D])."""
         D = X.shape[1]
-        low, high = X.min(0).astype(np.float64), X.max(0).astype(np.float64)
+        low, high = (
+            reduce(merged, (extreme(X[part], axis=0) for part in _cut(rows, D))).astype(np.float64)
+            for extreme, merged in ((np.min, np.minimum), (np.max, np.maximum))
+        )
         in_bytes = self.scaling == "auto" and X.dtype == np.uint8
         as_is = self.scaling == "none" or (self.scaling == "auto" and low.min() >= 0 and high.max() <= 1)
         _warn(guards.of_features(low, high, minmax=not (in_bytes or as_is)))
@@ -209,10 +230,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             return np.zeros(D), np.full(D, 255.0 if in_bytes else 1.0)
         return low, np.where(high > low, high - low, 1.0)
 
-    def _make_model(self, samples: Tensor, seed: int) -> None:
-        """``model_`` and ``loss_``, tried on the first samples."""
+    def _make_model(self, first: Tensor, seed: int) -> None:
+        """``model_`` and ``loss_``, tried on the ``first`` samples."""
         device = torch.device(self.device or "cpu")
-        in_unit_range = bool(samples.min() >= 0) and bool(samples.max() <= 1)
+        in_unit_range = self.profile_.low >= 0 and self.profile_.high <= 1
         if self.model is None:
             if not in_unit_range:
                 raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
@@ -222,7 +243,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         else:
             model = copy.deepcopy(self.model).float()
         self.model_ = model.to(device).eval()
-        first = samples[:2].to(device).requires_grad_()
+        first = first.to(device).requires_grad_()
         with torch.enable_grad():
             reconstruction, latent = parts_of(self.model_(first))
         if reconstruction.shape[:1] != first.shape[:1] or reconstruction.numel() != first.numel():
@@ -250,15 +271,50 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
         return summed
 
-    def _fit_score(self, samples: Tensor, rows: np.ndarray, seed: int) -> FittedScore:
-        inliers, distorted = self._characterize(samples), None
+    def _train(self, training: _Samples, validation: _Samples, seed: int, processes: Processes) -> None:
+        """``history_``, and the weights of ``model_``: those of the first process."""
+        self.history_ = None
+        if self.epochs == 0:
+            return
+
+        def trained() -> tuple[History, dict[str, Tensor]]:
+            history = train(
+                self.model_, training.held_where_small(), validation.held_where_small(), epochs=self.epochs,
+                batch_size=self.batch_size, learning_rate=self.learning_rate, loss=self._objective(), seed=seed,
+                progress=self.verbose,
+            )  # fmt: skip
+            return history, {name: value.cpu() for name, value in self.model_.state_dict().items()}
+
+        self.history_, weights = processes.by_first(trained)
+        self.model_.load_state_dict(weights)
+
+    def _fit_score(self, X: np.ndarray, training: np.ndarray, seed: int, processes: Processes) -> FittedScore:
+        blocks = self._characterized(X, training, processes)
+        device = blocks.like.device
         if self.novelty_score in CLASSIFIER_SCORES:
-            distorted = self._characterize(distort(samples, std=self.noise_std, clip=self.noise_clip, seed=seed))
-        score = fit_score(self.novelty_score, inliers, distorted, seed=seed)
-        _warn(guards.of_representations(inliers, self.novelty_score, self.layer))
+            score = processes.by_first(lambda: self._fit_classifier(X, training, seed).to("cpu")).to(device)
+        else:
+            score = fit_score(self.novelty_score, blocks, None, seed=seed)
+
+        def of_block(seen: Characterization) -> tuple[list[Tensor], int, Tensor]:
+            dead = int((seen.gradient.norm() == 0).sum())
+            return [score(seen).double().cpu()], dead, seen.latent.sum(0).cpu()
+
+        novelty, dead, latent = blocks.total(of_block, lambda left, right: tuple(map(operator.add, left, right)))
+        N = len(training)
+        _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer))
         if self.contamination is None:
-            _warn(guards.of_training_scores(score(inliers).double().cpu().numpy(), rows))
+            _warn(guards.of_training_scores(torch.cat(novelty).numpy(), training))
         return score
+
+    def _fit_classifier(self, X: np.ndarray, training: np.ndarray, seed: int) -> FittedScore:
+        samples = _Samples(self, X, training, DTYPES[self.dtype])
+        if not samples.is_small():
+            each = self._characterize(samples[:1]).nbytes
+            samples = _Samples(self, X, training[: max(1, HELD_BYTES // (2 * each))], DTYPES[self.dtype])
+        held = samples.held()
+        distorted = distort(held, std=self.noise_std, clip=self.noise_clip, seed=seed)
+        return fit_score(self.novelty_score, self._characterize(held), self._characterize(distorted), seed=seed)
 
     def _warn_where_too_few(self) -> None:
         attainable = self.calibration_.attainable_fpr
@@ -274,12 +330,22 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     def score_samples(self, X) -> np.ndarray:
-        """How normal each sample is, [N]; higher is more normal, as in scikit-learn."""
+        """How normal each sample is, [N]; higher is more normal, as in scikit-learn.
+
+        ``X``: as in `fit`; what comes in batches is scored as it comes, in its order, without a file.
+        """
         check_is_fitted(self)
-        X = self._validated(X)
-        if self.profile_ is not None:
-            _warn(guards.of_input(self._as_samples(X[:SCORED_AT_A_TIME], torch.float32), self.profile_))
-        return -self._novelty(X)
+        found, start = [], 0
+        for block in blocks(X) if comes_in_batches(X) else [X]:
+            validated = self._validated(block, start=start)
+            if start == 0 and self.profile_ is not None:
+                first = validated[: rows_at_a_time(self.n_features_in_)]
+                _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
+            found.append(self._novelty(validated, np.arange(len(validated))))
+            start += len(validated)
+        if not found:
+            raise ValueError("X: expected at least one sample, but got no batch that holds any")
+        return -np.concatenate(found)
 
     def decision_function(self, X) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
@@ -299,24 +365,26 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def _validated(self, X, *, reset: bool = False) -> np.ndarray:
-        """``X`` as an array [N, D] of its own type, not copied where that can be; the errors are scikit-learn's."""
+    def _validated(self, X, *, reset: bool = False, start: int = 0) -> np.ndarray:
+        """``X`` as an array [N, D] of its own type, not copied where that can be; the errors are scikit-learn's.
+
+        start: the number of its first row, for errors.
+        """
         if isinstance(X, Tensor):
-            X = X.detach().cpu()
-            X = (X.float() if X.dtype in (torch.bfloat16, torch.float16) else X).numpy()
+            X = as_array(X)
         if isinstance(X, np.ndarray) and X.ndim > 2:
             shape = X.shape[1:]
             X = X.reshape(len(X), math.prod(shape))
         else:
             shape = None
         X = validate_data(self, X, reset=reset, ensure_all_finite=False)
-        for start in range(0, len(X), 4096):  # in blocks, so that a memory map is not read into memory
-            block = X[start : start + 4096]
-            if block.dtype.kind == "f" and not (finite := np.isfinite(block).all(1)).all():
-                bad = (start + np.flatnonzero(~finite)).tolist()
-                raise ValueError(
-                    f"X: expected finite values, but {len(bad)} samples hold NaN or infinity, first {bad[:5]}"
-                )
+        if X.dtype.kind == "f":
+            for rows in _cut(np.arange(len(X)), X.shape[1]):  # so that a memory map is not read into memory
+                if not (finite := np.isfinite(X[rows[0] : rows[-1] + 1]).all(1)).all():
+                    bad = (start + rows[~finite]).tolist()
+                    raise ValueError(
+                        f"X: expected finite values, but {len(bad)} samples hold NaN or infinity, first {bad[:5]}"
+                    )
         if reset:
             own = None if self.input_shape is None else tuple(int(size) for size in self.input_shape)
             self.input_shape_ = own or shape or (X.shape[1],)
@@ -336,16 +404,59 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         scaled /= self.scale_
         return samples.to(dtype).reshape(len(X), *self.input_shape_)
 
-    def _batches(self, X: np.ndarray) -> Iterator[Tensor]:
-        for start in range(0, len(X), SCORED_AT_A_TIME):
-            yield self._as_samples(X[start : start + SCORED_AT_A_TIME], DTYPES[self.dtype])
-
     def _characterize(self, samples: Tensor) -> Characterization:
-        return characterize(self.model_, samples, layer=self.layer, loss=self.loss_, batch_size=SCORED_AT_A_TIME)
+        return characterize(self.model_, samples, layer=self.layer, loss=self.loss_, batch_size=BLOCK_ROWS)
 
-    def _novelty(self, X: np.ndarray) -> np.ndarray:
-        parts = [self.score_(self._characterize(batch)) for batch in self._batches(X)]
-        return torch.cat(parts).double().cpu().numpy()
+    def _characterized(
+        self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None
+    ) -> Blocks[Characterization]:
+        """The ``rows`` of ``X``, in their order, block by block."""
+        samples, parts = _Samples(self, X, rows, DTYPES[self.dtype]), list(_cut(np.arange(len(rows)), X.shape[1]))
+        like = torch.empty(0, dtype=DTYPES[self.dtype], device=next(self.model_.parameters()).device)
+        return Blocks(lambda k: self._characterize(samples[parts[k]]), len(parts), like, processes or Processes())
+
+    def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:
+        return self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()
+
+
+class _Samples:
+    """Rows of ``X`` as the model takes them, read and scaled when asked for: ``samples[index]`` [n, *input_shape_]."""
+
+    def __init__(self, detector: NoveltyDetector, X: np.ndarray, rows: np.ndarray, dtype: torch.dtype) -> None:
+        self.detector, self.X, self.rows, self.dtype = detector, X, rows, dtype
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | np.ndarray | slice) -> Tensor:
+        if isinstance(index, Tensor):
+            index = index.cpu().numpy()
+        return self.detector._as_samples(self.X[self.rows[index]], self.dtype)
+
+    def blocks(self) -> Iterator[Tensor]:
+        for rows in _cut(np.arange(len(self)), self.X.shape[1]):
+            yield self[rows]
+
+    def is_small(self) -> bool:
+        return 4 * len(self) * self.X.shape[1] <= HELD_BYTES
+
+    def held(self) -> Tensor:
+        """All of them in memory."""
+        whole = torch.empty(len(self), *self.detector.input_shape_, dtype=self.dtype)
+        start = 0
+        for block in self.blocks():
+            whole[start : start + len(block)] = block
+            start += len(block)
+        return whole
+
+    def held_where_small(self) -> Tensor | _Samples:
+        return self.held() if self.is_small() else self
+
+
+def _cut(rows: np.ndarray, features: int) -> Iterator[np.ndarray]:
+    size = rows_at_a_time(features)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _warn(messages: Iterable[str]) -> None:

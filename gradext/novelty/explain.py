@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..factors import LayerFactors
 from ..layer_grads import batch_layer_factors
-from .detector import NoveltyDetector
+from .detector import DTYPES, NoveltyDetector
 from .representations import RECONSTRUCTION_LOSSES, Characterization, layer_names, parts_of
 
 ROWS_AT_A_TIME = 256
@@ -79,7 +79,7 @@ class _Shifted(nn.Module):
 
 
 def _samples(detector: NoveltyDetector, X) -> Tensor:
-    samples = torch.cat(list(detector._batches(detector._validated(X))))
+    samples = detector._as_samples(detector._validated(X), DTYPES[detector.dtype])
     return samples.to(next(detector.model_.parameters()).device)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .classifier import REPRESENTATIONS, Features, NoiseClassifier, features, train_classifier
+from .passes import Blocks
 from .representations import Characterization
 from .scores import SCORES, Statistics
 
@@ -52,14 +53,25 @@ class FittedScore:
         classifier.load_state_dict(state)
         return replace(self, features=Features(self.features.representation, mean, std), classifier=classifier)
 
+    def to(self, device: torch.device | str) -> FittedScore:
+        """The same score on another device."""
+        if self.classifier is None:
+            return replace(self, statistics=Statistics(**{k: v.to(device) for k, v in self.tensors().items()}))
+        return replace(self, classifier=copy.deepcopy(self.classifier).to(device))
+
 
 def fit_score(
-    name: str, inliers: Characterization, distorted: Characterization | None, *, seed: int = 0, **classifier
+    name: str,
+    inliers: Characterization | Blocks[Characterization],
+    distorted: Characterization | None,
+    *,
+    seed: int = 0,
+    **classifier,
 ) -> FittedScore:
     """The score called ``name`` (of `SCORES`, or ``"<representation>_classifier"``) with what it keeps of the inliers.
 
-    ``distorted``: the characterised training outliers, needed by classifiers only; further arguments go to
-    `train_classifier`.
+    ``distorted``: the characterised training outliers, needed by classifiers only, which take no blocks; further
+    arguments go to `train_classifier`.
     """
     if name in SCORES:
         return FittedScore(name, Statistics.of(inliers, [name]))

@@ -6,14 +6,12 @@ Every message begins with a name of its kind, up to the colon.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from .representations import Characterization
 
 ACTIVE_NATS = 0.01  # a latent dimension whose mean divergence is below carries nothing (Burda et al., ICLR 2016)
 FENCE = 3.0  # interquartile ranges beyond the upper quartile: "far out" in Tukey, Exploratory Data Analysis, 1977
@@ -36,13 +34,17 @@ class Profile:
     channel_std: tuple[float, ...] = ()
 
     @staticmethod
-    def of(samples: Tensor) -> Profile:
-        """samples: [N, D] or [N, C, H, W]."""
-        low, high = samples.min().item(), samples.max().item()
-        if samples.ndim != 4 or samples.shape[1] != 3:
+    def of(blocks: Iterable[Tensor]) -> Profile:
+        """blocks of samples: [n, D] or [n, C, H, W] each."""
+        low, high, means = math.inf, -math.inf, []
+        for samples in blocks:
+            low, high = min(low, samples.min().item()), max(high, samples.max().item())
+            if samples.ndim == 4 and samples.shape[1] == 3:
+                means.append(samples.double().mean((2, 3)))
+        if not means:
             return Profile(low, high)
-        means = samples.double().mean((2, 3))
-        return Profile(low, high, tuple(means.mean(0).tolist()), tuple(means.std(0, correction=0).tolist()))
+        channels = torch.cat(means)
+        return Profile(low, high, tuple(channels.mean(0).tolist()), tuple(channels.std(0, correction=0).tolist()))
 
     @property
     def span(self) -> float:
@@ -64,16 +66,13 @@ def of_features(low: np.ndarray, high: np.ndarray, minmax: bool) -> Iterator[str
         )
 
 
-def of_representations(inliers: Characterization, score: str, layer: object) -> Iterator[str]:
-    """Gradients that are zero, and latent dimensions that carry nothing, in the training samples."""
-    if score.startswith(("gradient", "delta")):
-        dead = int((inliers.gradient.norm() == 0).sum())
-        if dead > 0.01 * len(inliers):
-            yield (
-                f"dead gradients: that of the layer {layer!r} is exactly zero for {dead} of {len(inliers)} training "
-                "samples (dead or saturated units); choose another layer, lower learning_rate, or scale the data"
-            )
-    latent = inliers.latent.mean(0)
+def of_representations(N: int, dead: int, latent: Tensor, score: str, layer: object) -> Iterator[str]:
+    """Of N training samples: how many have a gradient of zero; latent [L], the mean divergence of each dimension."""
+    if dead > 0.01 * N and not score.startswith(("reconstruction", "latent")):
+        yield (
+            f"dead gradients: that of the layer {layer!r} is exactly zero for {dead} of {N} training samples (dead or "
+            "saturated units); choose another layer, lower learning_rate, or scale the data"
+        )
     if latent.numel() and bool((latent < ACTIVE_NATS).all()):
         yield (
             f"collapsed posterior: the {latent.numel()} latent dimensions carry {latent.sum().item():.2g} nats "

@@ -33,6 +33,10 @@ class Characterization:
         """The gradient that the scores of one layer use: of the layer that was chosen first."""
         return next(iter(self.gradients.values()))
 
+    @property
+    def nbytes(self) -> int:
+        return self.reconstruction.nbytes + self.latent.nbytes + sum(g.nbytes for g in self.gradients.values())
+
     def __len__(self) -> int:
         return len(self.reconstruction)
 

@@ -6,12 +6,14 @@ with is taken from inliers, best from held-out ones: a model explains the sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..statistics import GradStatistics
+from .passes import Blocks
 from .representations import Characterization
 
 RIDGE = 0.1  # added to every second moment, times their mean: a few thousand samples leave most directions unknown
@@ -38,26 +40,59 @@ class Statistics:
     whitened_moments: Tensor | None = None
 
     @staticmethod
-    def of(inliers: Characterization, scores: Iterable[str] | None = None) -> Statistics:
-        """What the named scores need of the inliers; None: what any of them needs."""
+    def of(inliers: Characterization | Blocks[Characterization], scores: Iterable[str] | None = None) -> Statistics:
+        """What the named scores need of the inliers; None: what any of them needs.
+
+        At most two passes over blocks; memory O(I² + O² + OI), and a number for every inlier and layer.
+        """
         needed = {field for name in (NEEDS if scores is None else scores) for field in NEEDS[name]}
-        gradient, kept = inliers.gradient, {}
-        if "mean_gradient" in needed:
-            kept["mean_gradient"] = gradient.mean()
-        if "inverse_fisher" in needed:
-            fisher = gradient.diag_fisher()
-            kept["inverse_fisher"] = 1 / (fisher + _ridge(fisher))
-        if "delta_inverse" in needed:
-            inverses = map(_ridge_inverse, gradient.kron_fisher())
-            kept["activation_inverse"], kept["delta_inverse"] = inverses
-        if "gradient_moments" in needed:
-            kept["gradient_moments"] = _moments(_log_gradient_norms(inliers))
-        if "delta_moments" in needed:
-            kept["delta_moments"] = _moments(_log_delta_norms(inliers))
-        if "whitened_moments" in needed:
-            whitened = whitened_delta_norm(inliers, Statistics(**kept))
-            kept["whitened_moments"] = _moments(_log(whitened)[:, None])[0]
-        return Statistics(**kept)
+        if isinstance(inliers, Blocks):
+            blocks = inliers
+        else:
+            blocks = Blocks(lambda _: inliers, 1, like=inliers.reconstruction[:0])
+        return Statistics(**_second_moments(blocks, needed)).with_moments_of_logs(blocks, needed)
+
+    def with_moments_of_logs(self, blocks: Blocks[Characterization], needed: Container[str]) -> Statistics:
+        logs = {
+            "gradient_moments": _log_gradient_norms,
+            "delta_moments": _log_delta_norms,
+            "whitened_moments": lambda seen: _log(whitened_delta_norm(seen, self))[:, None],
+        }
+        logs = {name: log for name, log in logs.items() if name in needed}
+        if not logs:
+            return self
+        columns = blocks.concatenate(lambda seen: torch.cat([log(seen) for log in logs.values()], dim=1))
+        whitened = "whitened_moments" in logs
+        layers = (columns.shape[1] - whitened) // max(1, len(logs) - whitened)
+        parts = columns.split([1 if name == "whitened_moments" else layers for name in logs], dim=1)
+        kept = {name: _moments(part.contiguous()).to(blocks.like) for name, part in zip(logs, parts, strict=True)}
+        if whitened:
+            kept["whitened_moments"] = kept["whitened_moments"][0]
+        return replace(self, **kept)
+
+
+def _second_moments(blocks: Blocks[Characterization], needed: Container[str]) -> dict[str, Tensor]:
+    """The fields that are sums over inliers of their gradients, or of products of them."""
+    kinds = {
+        "mean": "mean_gradient" in needed,
+        "diag_fisher": "inverse_fisher" in needed,
+        "kron_fisher": "delta_inverse" in needed,
+    }
+    if not any(kinds.values()):
+        return {}
+    sums = blocks.total(
+        lambda seen: GradStatistics(**kinds).partial_fit({"": seen.gradient}), lambda left, right: left.merge(right)
+    )
+    kept = {}
+    if kinds["mean"]:
+        kept["mean_gradient"] = sums.mean[""]
+    if kinds["diag_fisher"]:
+        fisher = sums.diag_fisher[""]
+        kept["inverse_fisher"] = 1 / (fisher + _ridge(fisher))
+    if kinds["kron_fisher"]:
+        kept["activation_inverse"], kept["delta_inverse"] = map(_ridge_inverse, sums.kron_fisher[""])
+    # The order in memory decides how products round, and is not saved.
+    return {name: value.to(blocks.like).contiguous() for name, value in kept.items()}
 
 
 def gradient_norm(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -183,7 +218,5 @@ def _ridge(moments: Tensor) -> Tensor:
 
 
 def _ridge_inverse(matrix: Tensor) -> Tensor:
-    wide = matrix.double()
-    wide = wide + torch.diag(_ridge(wide.diagonal()).expand(len(wide)))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
-    return inverse.to(matrix.dtype).contiguous()  # the order in memory decides how products round, and is not saved
+    damped = matrix + torch.diag(_ridge(matrix.diagonal()).expand(len(matrix)))
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,18 @@ def auto_epochs(samples: int, batch_size: int) -> int:
     return max(50, math.ceil(2000 / math.ceil(samples / batch_size)))
 
 
+class Samples(Protocol):
+    """N samples that need not be in memory: ``samples[index] -> [n, ...]`` of an index or a slice."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor: ...
+
+
 def train(
     model: nn.Module,
-    x: Tensor,
-    x_validation: Tensor,
+    x: Tensor | Samples,
+    x_validation: Tensor | Samples,
     *,
     epochs: int | None = None,
     batch_size: int = 128,
@@ -45,6 +54,7 @@ def train(
 ) -> History:
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
+    Tensors are moved to the model's device once, other `Samples` batch by batch.
     Adam on the mean over the batch of ``loss(x) -> [B]`` (default ``model.loss``) plus ``penalty(model, batch)``, such
     as a `GradientAlignment`, which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`.
     The same seed, data, machine and thread count give the same weights; the global random state is left as it was. The
@@ -54,11 +64,12 @@ def train(
         if len(data) == 0:
             raise ValueError(f"{name}: expected at least one sample, but got none")
     device = next(model.parameters()).device
-    x, x_validation = x.to(device), x_validation.to(device)
+    x, x_validation = (data.to(device) if isinstance(data, Tensor) else data for data in (x, x_validation))
     epochs = auto_epochs(len(x), batch_size) if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
     objective = model.loss if loss is None else loss
+    rows = max(1, min(4096, (1 << 25) // x_validation[:1].numel()))  # of validation at a time
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     order = torch.Generator().manual_seed(seed)
     history, best = History(), None
@@ -70,7 +81,7 @@ def train(
             model.train()
             total = torch.zeros((), device=device)
             for index in torch.randperm(len(x), generator=order).split(batch_size):
-                batch = x[index.to(device)]
+                batch = x[index.to(device)].to(device)
                 value = objective(batch).mean()
                 penalised = value if penalty is None else value + penalty(model, batch)
                 optimizer.zero_grad(set_to_none=True)
@@ -79,7 +90,9 @@ def train(
                 total += value.detach() * len(index)
             model.eval()
             with torch.no_grad():
-                validation = sum(objective(b).sum().item() for b in x_validation.split(4096)) / len(x_validation)
+                starts = range(0, len(x_validation), rows)
+                blocks = (x_validation[start : start + rows].to(device) for start in starts)
+                validation = sum(objective(block).sum().item() for block in blocks) / len(x_validation)
             history.train.append(total.item() / len(x))
             history.validation.append(validation)
             if not math.isfinite(validation):

@@ -1,0 +1,106 @@
+"""Samples that come batch by batch: `DataLoader`s, data sets, generators. They are gone through once, in their order.
+
+This file knows nothing of models and scores.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+BLOCK_ROWS, BLOCK_BYTES = 1024, 1 << 27
+
+
+def rows_at_a_time(features: int) -> int:
+    """How many samples are in memory together: `BLOCK_ROWS`, or as many as make `BLOCK_BYTES` in double precision."""
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (8 * features)))
+
+
+def comes_in_batches(X: object) -> bool:
+    """Whether ``X`` is a `Dataset`, a `DataLoader`, or any other iterable that is neither array nor sequence."""
+    if isinstance(X, (Dataset, DataLoader)):
+        return True
+    return hasattr(X, "__iter__") and not any(hasattr(X, name) for name in ("__getitem__", "__array__", "shape"))
+
+
+def batches(X) -> Iterator[np.ndarray]:
+    """The batches [n, ...] of ``X``; of tuples and lists, such as (sample, label), the first part.
+
+    Raises TypeError for a batch that is no array, ValueError for one that is not like the first.
+    """
+    loader = DataLoader(X, batch_size=256) if isinstance(X, Dataset) else X
+    first = None
+    for k, batch in enumerate(loader):
+        given = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+        array = as_array(given) if isinstance(given, Tensor) else np.asarray(given)
+        if array.ndim < 2 or array.dtype.kind not in "fiub":
+            raise TypeError(
+                f"X: expected batches [n, D] or [n, ...] of numbers, but batch {k} is {type(batch).__name__}, its "
+                f"samples {array.dtype} {list(array.shape)}"
+            )
+        first = array if first is None else first
+        if array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
+            raise ValueError(
+                f"X: expected all batches alike, but the first is {first.dtype} {list(first.shape)} and batch {k} is "
+                f"{array.dtype} {list(array.shape)}"
+            )
+        if len(array):
+            yield array
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A tensor as an array, on the CPU; half precision becomes single, which numpy's functions know."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
+
+
+def blocks(X) -> Iterator[np.ndarray]:
+    """The same samples in the same order, cut anew into blocks of `rows_at_a_time`, the last of which is smaller."""
+    held: list[np.ndarray] = []
+    count = 0
+    for batch in batches(X):
+        held.append(batch)
+        count += len(batch)
+        rows = rows_at_a_time(batch[0].size)
+        if count >= rows:
+            whole = np.concatenate(held)
+            cut = count - count % rows
+            for start in range(0, cut, rows):
+                yield whole[start : start + rows]
+            held, count = [whole[cut:]], count - cut
+    if count:
+        yield np.concatenate(held)
+
+
+def spooled(X) -> np.ndarray:
+    """All samples of ``X`` [N, ...], memory-mapped from a temporary file that is deleted with the last use of it.
+
+    So memory holds a batch at a time, yet any row can be read, any number of times, and is the same each time: training
+    draws rows at random, and what is held out must stay held out. Raises OSError where the disk is full.
+    """
+    with tempfile.TemporaryFile(prefix="gradext-") as file:
+        count, first = 0, None
+        try:
+            for batch in batches(X):
+                first = batch[:0] if first is None else first
+                file.write(np.ascontiguousarray(batch).data)
+                count += len(batch)
+            file.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                f"X: its samples are kept in a temporary file in {tempfile.gettempdir()}, but "
+                f"{os.strerror(error.errno)} after {count} samples; set TMPDIR to a folder on a larger disk, or pass a "
+                "memory-mapped .npy"
+            ) from error
+        if not count:
+            raise ValueError("X: expected at least one sample, but got no batch that holds any")
+        return np.memmap(file, first.dtype, mode="r", shape=(count, *first.shape[1:]))
