@@ -83,6 +83,10 @@ class Source:
     def read(self, rows: np.ndarray) -> Block:
         raise NotImplementedError
 
+    def samples(self, rows: np.ndarray) -> object:
+        """The samples of the given rows as `NoveltyDetector.fit` takes them: batches of them, read when asked for."""
+        return (block.samples for block in self.blocks(rows, 256) if len(block.index))
+
 
 @dataclass(eq=False)
 class ArraySource(Source):
@@ -93,6 +97,12 @@ class ArraySource(Source):
     def read(self, rows: np.ndarray) -> Block:
         taken = self.rows.iloc[rows] if hasattr(self.rows, "iloc") else self.rows[rows]
         return Block(rows, taken)
+
+    def samples(self, rows: np.ndarray) -> object:
+        """The array or data frame itself, or a part of it; of a map batches, so that no part need be in memory."""
+        if len(rows) == len(self):
+            return self.rows
+        return super().samples(rows) if isinstance(self.rows, np.memmap) else self.read(rows).samples
 
 
 @dataclass(eq=False)

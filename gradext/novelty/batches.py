@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -77,6 +77,17 @@ def blocks(X) -> Iterator[np.ndarray]:
             held, count = [whole[cut:]], count - cut
     if count:
         yield np.concatenate(held)
+
+
+def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """``np.concatenate(list(parts))`` in one growing buffer; of no parts an array of none.
+
+    Many small arrays, each kept from among larger ones that are freed, would hold on to the memory between them.
+    """
+    buffer, part = bytearray(), np.empty(0)
+    for part in parts:
+        buffer += part.tobytes()
+    return np.frombuffer(buffer, part.dtype).reshape(-1, *part.shape[1:])
 
 
 def spooled(X) -> np.ndarray:

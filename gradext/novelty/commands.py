@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +27,29 @@ from ..datasets import DatasetError
 from ..sources import Source, open_source
 from . import persistence, reporting, scoring
 from .detector import NoveltyDetector
+from .passes import Processes
 
 
 def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     persistence.check_writable(out)
-    with _warnings_told():
+    with _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
         source = _source(arguments, size=_size(arguments.size), mode=arguments.mode)
         rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
-        block = source.read(rows)
         detector = NoveltyDetector(
             arguments.score, layer=_layer(arguments.layer), epochs=arguments.epochs, hidden_dim=arguments.hidden_dim,
             latent_dim=arguments.latent_dim, target_fpr=arguments.target_fpr, contamination=arguments.contamination,
-            random_state=arguments.seed, device=arguments.device, verbose=not arguments.quiet,
-        ).fit(block.samples)  # fmt: skip
+            random_state=arguments.seed, device=arguments.device,
+            verbose=not arguments.quiet and processes.rank == 0,
+        ).fit(source.samples(rows), process_group=processes.group)  # fmt: skip
+    if processes.rank > 0:
+        return 0
+    samples = len(rows) - len(source.skipped)
     detector.image_format_ = source.image_format
     persistence.save(detector, out)
     result = {
         "model": str(out),
-        "samples": len(block.index),
+        "samples": samples,
         "skipped": _skipped(source),
         "input_shape": list(detector.input_shape_),
         "score": detector.novelty_score,
@@ -55,7 +60,7 @@ def fit(arguments: argparse.Namespace) -> int:
     _print(
         arguments,
         result,
-        f"{out}: {detector.novelty_score} of a VAE fit on {len(block.index)} samples of shape "
+        f"{out}: {detector.novelty_score} of a VAE fit on {samples} samples of shape "
         f"{'x'.join(map(str, detector.input_shape_))}; novel above {-detector.offset_:.4g}, from "
         f"{result['calibration_samples']} held-out samples",
     )
@@ -64,9 +69,8 @@ def fit(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     scoring.check_out(arguments.out)
-    with _process_group() as (rank, world), _warnings_told():
-        if arguments.device == "cuda" and world > 1:
-            arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    with _processes(arguments) as processes, _warnings_told():
+        rank, world = processes.rank, processes.world
         detector, source = _open(arguments)
         model_id = hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest()
         try:
@@ -94,11 +98,18 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    with _warnings_told():
+    with _processes(arguments) as processes, _warnings_told():
         detector, source = _open(arguments)
         normal = _normal(source, arguments)
-        parts = list(scoring.novelties(detector, source, progress=not arguments.quiet))
-    index, novelty = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
+        rows = scoring.shared_rows(detector, len(source), processes.rank, processes.world)
+        progress = not arguments.quiet and processes.rank == 0
+        parts = [part[1:] for part in scoring.novelties(detector, source, rows, progress=progress)]
+        shares = processes.gather((parts, source.skipped))
+    if processes.rank > 0:
+        return 0
+    index, novelty = map(np.concatenate, zip(*(part for parts, _ in shares for part in parts), strict=True))
+    for _, skipped in shares:
+        source.skipped |= skipped
     novel = ~normal[index]
     if novel.all() or not novel.any():
         raise ValueError(
@@ -128,6 +139,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     persistence.check_writable(arguments.out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a report is made by one process: run it without torchrun")
     with _warnings_told():
         detector, source = _open(arguments)
         labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
@@ -238,30 +251,35 @@ def _tell(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _process_group():
-    """(rank, number of processes): of `torchrun`, if that started this process, else (0, 1).
+def _processes(arguments: argparse.Namespace):
+    """The processes that `torchrun` started together, if it did, each with a GPU of its own; else this one.
 
-    Processes share nothing but the end of their work, for which gloo is enough on any device.
+    They exchange statistics and scores, a few megabytes, for which gloo is enough on any device.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
         return
-    torch.distributed.init_process_group("gloo")
+    if arguments.device == "cuda":
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    # One trains while the others wait, as long as it takes; where one dies torchrun ends them all.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     try:
-        yield torch.distributed.get_rank(), world
+        yield Processes(torch.distributed.group.WORLD)
     finally:
         torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _warnings_told():
-    """Warnings as one line each on standard error, one of a kind, without file and line of the code."""
+def _warnings_told(by_me: bool = True):
+    """Warnings as one line each on standard error, one of a kind, without file and line of the code.
+
+    by_me: False where another process tells the same.
+    """
     told = set()
 
     def tell(message, *_, **__) -> None:
         kind = str(message).partition(":")[0]
-        if kind not in told:
+        if by_me and kind not in told:
             told.add(kind)
             _tell(f"warning: {message}")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..losses import resolve
 from . import guards
-from .batches import BLOCK_ROWS, as_array, blocks, comes_in_batches, rows_at_a_time, spooled
+from .batches import BLOCK_ROWS, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
@@ -296,15 +296,18 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         else:
             score = fit_score(self.novelty_score, blocks, None, seed=seed)
 
-        def of_block(seen: Characterization) -> tuple[list[Tensor], int, Tensor]:
-            dead = int((seen.gradient.norm() == 0).sum())
-            return [score(seen).double().cpu()], dead, seen.latent.sum(0).cpu()
+        dead, latent = 0, torch.zeros(())
 
-        novelty, dead, latent = blocks.total(of_block, lambda left, right: tuple(map(operator.add, left, right)))
-        N = len(training)
+        def of_block(seen: Characterization) -> Tensor:
+            nonlocal dead, latent
+            dead, latent = dead + int((seen.gradient.norm() == 0).sum()), latent + seen.latent.sum(0).cpu()
+            return score(seen).double()
+
+        novelty, N = blocks.concatenate(of_block).numpy(), len(training)
+        dead, latent = map(sum, zip(*processes.gather((dead, latent)), strict=True))
         _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer))
         if self.contamination is None:
-            _warn(guards.of_training_scores(torch.cat(novelty).numpy(), training))
+            _warn(guards.of_training_scores(novelty, training))
         return score
 
     def _fit_classifier(self, X: np.ndarray, training: np.ndarray, seed: int) -> FittedScore:
@@ -335,17 +338,21 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         ``X``: as in `fit`; what comes in batches is scored as it comes, in its order, without a file.
         """
         check_is_fitted(self)
-        found, start = [], 0
-        for block in blocks(X) if comes_in_batches(X) else [X]:
-            validated = self._validated(block, start=start)
-            if start == 0 and self.profile_ is not None:
-                first = validated[: rows_at_a_time(self.n_features_in_)]
-                _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
-            found.append(self._novelty(validated, np.arange(len(validated))))
-            start += len(validated)
-        if not found:
+        if not comes_in_batches(X):
+            return -self._novelty_of(X)
+        starts = itertools.count(step=rows_at_a_time(self.n_features_in_))
+        found = joined(map(self._novelty_of, blocks(X), starts))
+        if not len(found):
             raise ValueError("X: expected at least one sample, but got no batch that holds any")
-        return -np.concatenate(found)
+        return -found
+
+    def _novelty_of(self, X, start: int = 0) -> np.ndarray:
+        """Of an array whose first row is sample ``start``; with warnings about the first samples of all."""
+        X = self._validated(X, start=start)
+        if start == 0 and self.profile_ is not None:
+            first = X[: rows_at_a_time(self.n_features_in_)]
+            _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
+        return self._novelty(X, np.arange(len(X)))
 
     def decision_function(self, X) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""

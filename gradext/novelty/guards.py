@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .batches import joined
+
 ACTIVE_NATS = 0.01  # a latent dimension whose mean divergence is below carries nothing (Burda et al., ICLR 2016)
 FENCE = 3.0  # interquartile ranges beyond the upper quartile: "far out" in Tukey, Exploratory Data Analysis, 1977
 
@@ -36,14 +38,18 @@ class Profile:
     @staticmethod
     def of(blocks: Iterable[Tensor]) -> Profile:
         """blocks of samples: [n, D] or [n, C, H, W] each."""
-        low, high, means = math.inf, -math.inf, []
-        for samples in blocks:
-            low, high = min(low, samples.min().item()), max(high, samples.max().item())
-            if samples.ndim == 4 and samples.shape[1] == 3:
-                means.append(samples.double().mean((2, 3)))
-        if not means:
+        low, high = math.inf, -math.inf
+
+        def channel_means() -> Iterator[np.ndarray]:
+            nonlocal low, high
+            for samples in blocks:
+                low, high = min(low, samples.min().item()), max(high, samples.max().item())
+                if samples.ndim == 4 and samples.shape[1] == 3:
+                    yield samples.double().mean((2, 3)).numpy()
+
+        channels = torch.from_numpy(joined(channel_means()))
+        if not len(channels):
             return Profile(low, high)
-        channels = torch.cat(means)
         return Profile(low, high, tuple(channels.mean(0).tolist()), tuple(channels.std(0, correction=0).tolist()))
 
     @property

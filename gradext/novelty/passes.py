@@ -11,12 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .batches import joined
+
 T = TypeVar("T")
 S = TypeVar("S")
+
+
+def share(count: int, rank: int, world: int) -> range:
+    """The part of ``range(count)`` for one of ``world`` processes; the parts of all follow one another."""
+    return range(count * rank // world, count * (rank + 1) // world)
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ class Processes:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def share(self, count: int) -> range:
-        """This process' part of ``range(count)``; the parts of all follow one another."""
-        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+        """This process' part of ``range(count)``."""
+        return share(count, self.rank, self.world)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
@@ -76,8 +84,8 @@ class Blocks(Generic[T]):
 
     def concatenate(self, function: Callable[[T], Tensor]) -> Tensor:
         """``torch.cat([function(block) for block in blocks])``, in every process, on the CPU."""
-        own = [function(self.read(k)).cpu() for k in self.processes.share(self.count)]
-        return torch.cat([part for parts in self.processes.gather(own) for part in parts])
+        own = joined(function(self.read(k)).cpu().numpy() for k in self.processes.share(self.count))
+        return torch.from_numpy(np.concatenate([part for part in self.processes.gather(own) if len(part)]))
 
     def total(self, function: Callable[[T], S], merge: Callable[[S, S], S]) -> S:
         """``merge`` of ``function(block)`` over all blocks, in every process; neighbours are merged, in their order.

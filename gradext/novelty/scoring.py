@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from ..datasets import DatasetError
 from ..sources import Source
+from .batches import rows_at_a_time
 from .detector import NoveltyDetector
+from .passes import share
 from .persistence import atomic_write, check_writable
 
 COLUMNS = ("row", "sample", "novelty", "p_value", "novel", "error")
@@ -32,13 +34,25 @@ def novelties(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """By block: the rows asked for [n], and of those that could be read the rows [m] and novelties [m]."""
     rows = np.arange(len(source)) if rows is None else rows
+    size = block_rows(detector)
     with tqdm(total=len(rows), desc="scoring", unit=" samples", leave=False, disable=None if progress else True) as bar:
-        for start in range(0, len(rows), ROWS_AT_A_TIME):
-            asked = rows[start : start + ROWS_AT_A_TIME]
+        for start in range(0, len(rows), size):
+            asked = rows[start : start + size]
             block = source.read(asked)
             found = -detector.score_samples(block.samples) if len(block.index) else np.empty(0)
             yield asked, block.index, found
             bar.update(len(asked))
+
+
+def block_rows(detector: NoveltyDetector) -> int:
+    return min(ROWS_AT_A_TIME, rows_at_a_time(detector.n_features_in_))
+
+
+def shared_rows(detector: NoveltyDetector, N: int, rank: int, world: int) -> np.ndarray:
+    """The rows of one process: whole blocks, so that it computes the bits that a process alone would."""
+    size = block_rows(detector)
+    blocks = share(-(-N // size), rank, world)
+    return np.arange(blocks.start * size, min(N, blocks.stop * size))
 
 
 def score_to_file(
@@ -58,13 +72,13 @@ def score_to_file(
     """
     check_out(out)
     partial = partial_path(out, rank, world)
-    share = np.arange(len(source) * rank // world, len(source) * (rank + 1) // world)
+    rows = shared_rows(detector, len(source), rank, world)
     head = json.dumps({"model": model_id, "data": source.fingerprint, "rows": len(source), "world": world})
     done = _resume(partial, head)
     with open(partial, "a", encoding="utf-8", newline="") as file:
         if done is None:
             file.write(head + "\n")
-        for asked, index, found in novelties(detector, source, share[done or 0 :], progress=progress):
+        for asked, index, found in novelties(detector, source, rows[done or 0 :], progress=progress):
             p_values = detector.calibration_.p_values(found)
             values = dict(zip(index.tolist(), zip(found.tolist(), p_values.tolist(), strict=True), strict=True))
             text = io.StringIO(newline="")
