@@ -1,5 +1,6 @@
-"""``torchrun -m gradext score``: the same table as one process', and nothing is lost where one dies."""
+"""``torchrun -m gradext fit``, ``score``, ``evaluate``: what one process gives, and nothing is lost where one dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs torch.distributed, Linux",
 )
 ROWS = 30_001  # not a multiple of the number of processes
+FIT = ["--score", "combined_whitened_norm", "--layer", "first,last", "--epochs", "2", "--hidden-dim", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,12 @@ def folder(tmp_path_factory):
     arguments = ["--hidden-dim", "128", "--latent-dim", "8", "--epochs", "5", "--out", str(folder / "m")]
     assert main(["fit", str(folder / "train.npy"), *arguments]) == 0
     assert main(["score", str(folder / "m"), str(folder / "x.npy"), "--out", str(folder / "one.csv")]) == 0
+    np.save(folder / "y.npy", np.arange(ROWS) % 2)
+    assert main(["fit", str(folder / "x.npy"), *FIT, "--out", str(folder / "whole")]) == 0
     return folder
 
 
-def torchrun(folder, out, processes):
+def torchrun(arguments, processes):
     command = [
         sys.executable,
         "-m",
@@ -40,9 +44,24 @@ def torchrun(folder, out, processes):
         f"--nproc-per-node={processes}",
         "--master-addr=127.0.0.1",
     ]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "gradext", "score"]
-    command += [str(folder / "m"), str(folder / "x.npy"), "--out", str(out)]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "gradext", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def scoring(folder, out, processes):
+    return torchrun(["score", folder / "m", folder / "x.npy", "--out", out], processes)
+
+
+def fitting(folder, out, processes):
+    return torchrun(["fit", folder / "x.npy", *FIT, "--out", out], processes)
+
+
+def finished(process):
+    """Its standard output."""
+    output, error = process.communicate(timeout=400)
+    assert process.returncode == 0, error
+    return output
 
 
 def columns(path):
@@ -60,16 +79,14 @@ def assert_same(path, expected):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_write_the_table_of_one(folder, processes, tmp_path):
-    process = torchrun(folder, tmp_path / "s.csv", processes)
-    error = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, error
-    assert_same(tmp_path / "s.csv", folder / "one.csv")
+    finished(scoring(folder, tmp_path / "s.csv", processes))
+    assert (tmp_path / "s.csv").read_bytes() == (folder / "one.csv").read_bytes()
     assert os.listdir(tmp_path) == ["s.csv"]
 
 
 def test_where_one_dies_the_next_run_goes_on(folder, tmp_path):
     out = tmp_path / "s.csv"
-    process = torchrun(folder, out, 2)
+    process = scoring(folder, out, 2)
     partial = tmp_path / "s.csv.partial-1-of-2"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size > 60_000):
@@ -81,11 +98,59 @@ def test_where_one_dies_the_next_run_goes_on(folder, tmp_path):
     done = partial.read_bytes().count(b"\n") - 1
     assert 0 < done < ROWS // 2
     before = partial.read_bytes()[:50_000]
-    process = torchrun(folder, out, 2)
-    error = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, error
+    finished(scoring(folder, out, 2))
     assert_same(out, folder / "one.csv")
     assert before.split(b"\n")[1].decode() in out.read_text(), "what was there is kept, not computed anew"
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_fit_the_detector_of_one(folder, processes, tmp_path):
+    """Weights, statistics, calibration and threshold bit by bit, from 21 blocks of training samples."""
+    printed = finished(fitting(folder, tmp_path / "m", processes))
+    assert printed.count("novel above") == 1
+    assert (tmp_path / "m").read_bytes() == (folder / "whole").read_bytes()
+
+
+def test_a_fit_whose_process_dies_leaves_the_old_file_and_ends(folder, tmp_path):
+    out = tmp_path / "m"
+    out.write_bytes(b"what was there")
+    process = fitting(folder, out, 3)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+        try:
+            pid = worker(process.pid, rank=2)
+        except (AssertionError, OSError):
+            continue
+        if "x.npy" in Path(f"/proc/{pid}/maps").read_text():  # it has begun
+            os.kill(pid, signal.SIGKILL)
+            break
+    _, error = process.communicate(timeout=400)
+    assert process.returncode != 0, error
+    assert "Signal 9" in error
+    assert out.read_bytes() == b"what was there"
+    assert os.listdir(tmp_path) == ["m"]
+    finished(fitting(folder, out, 2))
+    assert out.read_bytes() == (folder / "whole").read_bytes()
+
+
+def test_an_error_of_the_training_process_is_everyones(folder, tmp_path):
+    """The others do not wait for weights that never come."""
+    broken = ["fit", folder / "x.npy", "--epochs", "-1", "--out", tmp_path / "m"]
+    process = torchrun(broken, 2)
+    error = process.communicate(timeout=240)[1]
+    assert process.returncode != 0
+    assert error.count("gradext fit: epochs: expected a positive integer") == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_several_processes_evaluate_as_one(folder, capsys):
+    arguments = ["evaluate", str(folder / "whole"), str(folder / "x.npy"), "--labels", str(folder / "y.npy"), "--json"]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert json.loads(finished(torchrun(arguments, 2))) == alone
+    assert alone["normal"] + alone["novel"] == ROWS
 
 
 def worker(launcher: int, rank: int) -> int:

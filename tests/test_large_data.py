@@ -212,11 +212,8 @@ class Pretended(Processes):
     """One of ``world`` processes that run one after the other: what one gathers is kept for the last."""
 
     def __init__(self, rank, world, given):
-        object.__setattr__(self, "group", None)
-        self.__dict__.update(r=rank, w=world, given=given)
-
-    rank = property(lambda self: self.r)
-    world = property(lambda self: self.w)
+        super().__init__()
+        self.rank, self.world, self.given = rank, world, given
 
     def gather(self, value):
         self.given.append(value)

@@ -27,19 +27,12 @@ def share(count: int, rank: int, world: int) -> range:
     return range(count * rank // world, count * (rank + 1) // world)
 
 
-@dataclass(frozen=True)
 class Processes:
     """The processes of a `torch.distributed` group, which all make the same calls; None: this process alone."""
 
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
-
-    @property
-    def world(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def share(self, count: int) -> range:
         """This process' part of ``range(count)``."""
