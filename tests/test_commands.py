@@ -123,6 +123,37 @@ def test_unreadable_images_are_named_or_kept_as_rows_with_the_reason(digits, mod
     assert "2.png" in table[2]["error"]
 
 
+def test_fit_names_unreadable_images_or_leaves_them_out(digits, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    files = sorted((digits / "train" / "0").iterdir())
+    for path in files:
+        (folder / path.name).write_bytes(path.read_bytes()[: 30 if path == files[7] else None])
+    arguments = ["fit", str(folder), "--out", str(tmp_path / "m"), "--json", *SMALL]
+    assert main(arguments) == 1
+    assert f"{files[7].name}: " in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["images"]
+    assert main([*arguments, "--skip-unreadable"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["samples"] == len(files) - 1
+    assert list(result["skipped"]) == [files[7].name]
+    for path in files:
+        (folder / path.name).write_bytes(b"")
+    assert main([*arguments, "--skip-unreadable"]) == 1
+    assert "none of 151 images can be read" in capsys.readouterr().err
+
+
+def test_a_part_of_a_memory_map(tmp_path):
+    bunch = load_digits()
+    np.save(tmp_path / "x.npy", bunch.data / 16)
+    np.save(tmp_path / "y.npy", bunch.target)
+    np.save(tmp_path / "zeros.npy", bunch.data[bunch.target == 0] / 16)
+    for data in (["x.npy", "--labels", str(tmp_path / "y.npy"), "--normal", "0"], ["zeros.npy"]):
+        out = ["--out", str(tmp_path / f"m-{data[0]}")]
+        assert main(["fit", str(tmp_path / data[0]), *data[1:], *out, "--epochs", "2", *SMALL]) == 0
+    assert (tmp_path / "m-x.npy").read_bytes() == (tmp_path / "m-zeros.npy").read_bytes()
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 

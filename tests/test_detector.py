@@ -89,6 +89,18 @@ def test_fitted_detectors_go_through_pickle_and_joblib(score, digits, tmp_path):
         np.testing.assert_array_equal(same.score_samples(digits[1][:20]), expected)
 
 
+def test_the_docstring_names_every_score_and_every_attribute(digits):
+    text = NoveltyDetector.__doc__
+    for score in (*SCORES, *CLASSIFIER_SCORES):
+        assert f'``"{score}"``' in text
+    pandas = pytest.importorskip("pandas")
+    fitted = NoveltyDetector(**{**FAST, "epochs": 1}).fit(pandas.DataFrame(digits[0]).rename(columns=str))
+    learned = {name for name in vars(fitted) if name.endswith("_")}
+    attributes = text.partition("Attributes:")[2]
+    named = {name for line in attributes.splitlines() for name in line.partition(":")[0].strip().split(", ")}
+    assert learned <= named
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 

@@ -40,13 +40,16 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
-        novelty_score: a label-free score, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
-            ``"reconstruction_error"`` or ``"latent_loss"``; or the paper's classifier trained against noise,
-            ``"gradient_classifier"``, ``"reconstruction_classifier"`` or ``"latent_classifier"``.
+        novelty_score: a label-free score of the gradient, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
+            ``"diagonal_fisher"``, ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of the gradients of several layers,
+            ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of the losses,
+            ``"reconstruction_error"``, ``"latent_loss"``; or the paper's classifiers trained against noise,
+            ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: an autoencoder of your own, ``x -> reconstruction`` or ``x -> (reconstruction, mu, logvar)``; None: a
             `VAE`. It is copied, never changed. If it has a method ``loss(x) -> [B]``, that is what is trained.
         input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``.
-        layer: the decoder layer, ``"first"`` (novel classes), ``"last"`` (novel conditions), or a module's name.
+        layer: the decoder layer, ``"first"`` (novel classes), ``"last"`` (novel conditions), or a module's name; or
+            several, such as ``("first", "last")``: scores of one layer take the first of them.
         loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce where the output ends in a sigmoid
             and ``X`` lies in [0, 1].
         scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"auto"``: 8-bit integers
@@ -66,10 +69,25 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             their size; ``"float32"`` is faster.
         verbose: whether to show a progress bar (on terminals).
 
-    Attributes: ``model_`` the trained autoencoder, ``history_`` its losses (None with ``epochs=0``), ``score_`` the
-    `FittedScore`, ``calibration_`` the held-out novelties, ``offset_`` the threshold on `score_samples`, ``loss_``,
-    ``input_shape_``, ``shift_`` and ``scale_`` [D] (the model sees ``(X - shift_) / scale_``), ``n_features_in_``,
-    ``feature_names_in_`` (of data frames).
+    Attributes:
+        model_: the trained autoencoder, in ``dtype`` on ``device``.
+        history_: the `History` of its losses; None with ``epochs=0``.
+        score_: the `FittedScore`, with its statistics or its classifier.
+        calibration_: the `Calibration`, novelties [n] of held-out normal samples.
+        offset_: the threshold on `score_samples`, below which a sample is called novel.
+        loss_: the reconstruction error that ``loss`` came to, ``"bce"`` or ``"mse"``.
+        input_shape_: a sample's shape as the model takes it.
+        shift_, scale_: [D]; the model sees ``(X - shift_) / scale_``.
+        profile_: the `guards.Profile` of the scaled training samples, which `score_samples` compares with; None in old
+            files.
+        image_format_: the `ImageFormat` that ``gradext fit`` brought image files to; None where there were none.
+        n_features_in_: D, the number of values in a sample.
+        feature_names_in_: [D], of data frames only.
+
+    Raises in `fit`: ValueError for a parameter or data that do not fit, naming them, what was expected and what came;
+    TypeError for a ``model`` that is no module; RuntimeError where the training loss is no longer finite. In the other
+    methods: NotFittedError before `fit`; ValueError for samples of another shape, of other feature names, or with NaN
+    or infinity. Data that make a detector worthless without an error are told by `DetectorWarning`.
 
     >>> import numpy as np
     >>> from gradext.novelty import NoveltyDetector
@@ -85,7 +103,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         *,
         model: nn.Module | None = None,
         input_shape: Sequence[int] | None = None,
-        layer: str = "first",
+        layer: str | Sequence[str] | None = "first",
         loss: str = "auto",
         scaling: str = "auto",
         hidden_dim: int = 400,
