@@ -113,6 +113,7 @@ def scalings(inside: Characterization) -> dict[str, Callable]:
     return {
         "reconstruction": features("reconstruction", inside),
         "gradient": features("gradient", inside),
+        "gradient, not whitened": features("gradient", inside, whiten=False),
         "gradient, raw": raw,
         "gradient, direction alone": direction,
     }

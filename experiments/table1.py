@@ -8,8 +8,9 @@ option; the defaults are:
 --noise-std 0.1, not clipped    clipped noise raises the background only, which no real novelty does
 --hidden-dim 400, --latent-dim 20    the multilayer perceptron that VAEs were introduced with on MNIST
 --layer first    as the paper says of novel classes; combinations of layers use both
-epochs    50, or as many as make 2,000 steps; the weights of the best validation epoch are kept
-the classifier's features    magnitude and direction apart (`gradext.novelty.GradientFeatures`): experiments.ablations
+--epochs 100, CIFAR-10 60    the validation loss, by which the epoch that is kept is chosen, falls for that long
+the classifier's features    whitened, magnitude and direction apart (`gradext.novelty.Features`): experiments.ablations
+combined scores    of the --layer, the first layer of the encoder and the decoder's other end
 
 --members N adds up the scores of N models (a deep ensemble), each standardised on the held-out inliers;
 --gradcon W trains with GradCon's penalty.
@@ -34,6 +35,7 @@ from gradext.novelty.scores import SCORES
 
 from . import runs
 
+EPOCHS = {"mnist": 100, "fashion-mnist": 100, "cifar-10": 60}
 PAPER = {
     "mnist": {
         "reconstruction_classifier": (0.043, 0.916, 0.293, 0.132, 0.103, 0.158, 0.101, 0.115, 0.291, 0.147),
@@ -70,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folds, epochs = options.folds, options.epochs
     if folds is None:
         folds = [0] if options.quick or options.dataset == "cifar-10" else range(datasets.FOLDS)
-    if epochs is None and options.quick:
-        epochs = 5
+    if epochs is None:
+        epochs = 5 if options.quick else EPOCHS[options.dataset]
     if options.members < 1:
         parser.error(f"--members: expected 1 or more, but got {options.members}")
     choices = {name: getattr(options, name) for name in ("hidden_dim", "latent_dim", "noise_std", "noise_clip")}
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def evaluate(task: dict, data_dir: str | None) -> dict:
     image_set, members = load(task["dataset"], data_dir), task.get("members", 1)
     options = {key: value for key, value in task.items() if key not in ("dataset", "inlier", "members", "gradcon")}
-    options["layer"] = (options["layer"], "last" if options["layer"] == "first" else "first")
+    options["layer"] = (options["layer"], "encoder.0", "last" if options["layer"] == "first" else "first")
     results = [
         evaluate_class(
             image_set,

@@ -230,17 +230,34 @@ def test_distort_is_seeded_noise_of_the_given_size(digits):
 # --- classifier on factors -------------------------------------------------------------------------------------------
 
 
-def test_gradient_features_are_direction_and_magnitude(inliers):
-    made = features("gradient", inliers)(inliers)
+@pytest.mark.parametrize("whiten", [False, True])
+def test_gradient_features_are_direction_and_magnitude(inliers, whiten):
+    made = features("gradient", inliers, whiten=whiten)(inliers)
     flat = made.materialize()
     assert flat.shape == (120, 32 * 4 + 1)
     direction, magnitude = flat[:, :-1], flat[:, -1]
     torch.testing.assert_close(torch.linalg.vector_norm(direction, dim=1), torch.full((120,), 30.0))
     assert magnitude.mean().item() == pytest.approx(0, abs=1e-3)
     assert magnitude.std(correction=0).item() == pytest.approx(10, rel=1e-3)
-    gradient = inliers.gradient.materialize().flatten(1)
-    cosine = torch.nn.functional.cosine_similarity(direction, gradient)
-    torch.testing.assert_close(cosine, torch.ones(120))
+    gradient = inliers.gradient.materialize().double()
+    if whiten:
+        A, D = (damped(rows) for rows in (inliers.gradient.activation, inliers.gradient.delta))
+        L_A, L_D = torch.linalg.cholesky(A), torch.linalg.cholesky(D)
+        gradient = torch.linalg.inv(L_D) @ gradient @ torch.linalg.inv(L_A).T
+    cosine = torch.nn.functional.cosine_similarity(direction.double(), gradient.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(120, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def damped(rows):
+    """Second moments with the ridge of a tenth of their mean, in fp64."""
+    moments = rows.double().T @ rows.double() / len(rows)
+    return moments + 0.1 * moments.diagonal().mean() * torch.eye(len(moments))
+
+
+def test_whitened_features_have_the_kronecker_fisher_norm(inliers):
+    whitened = features("gradient", inliers).whitened(inliers.gradient)
+    norm = SCORES["kronecker_fisher"](inliers, Statistics.of(inliers, ["kronecker_fisher"]))
+    torch.testing.assert_close(whitened.norm(), norm, rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_a_zero_gradient_are_finite(inliers):
@@ -306,27 +323,31 @@ def test_classifier_separates_and_is_seeded(model, digits, inliers):
 
 
 def test_scores_are_their_formulas(model, digits):
-    layers = ("first", "last")
+    layers = ("first", "encoder.0", "last")
     inliers, sample = characterize(model, digits[0], layer=layers), characterize(model, digits[1][:20], layer=layers)
     gradient, inside = (seen.gradient.materialize().flatten(1).double() for seen in (sample, inliers))
     delta, activation = sample.gradient.delta.double(), sample.gradient.activation.double()
     mean, fisher = inside.mean(0), inside.square().mean(0)
 
     def inverse(rows):
-        moments = rows.double().T @ rows.double() / len(rows)
-        return torch.linalg.inv(moments + 0.1 * moments.diagonal().mean() * torch.eye(len(moments)))
+        return torch.linalg.inv(damped(rows))
 
     def standardised(of):
         logs = torch.stack([of(seen.gradients[name]).double().log() for name in names for seen in (inliers,)], dim=1)
         found = torch.stack([of(sample.gradients[name]).double().log() for name in names], dim=1)
         return (found - logs.mean(0)) / logs.std(0, correction=0)
 
-    names = ["decoder.0", "decoder.2"]
-    delta_inverse = inverse(inliers.gradient.delta)
-    whitened = torch.einsum("bo,op,bp->b", delta, delta_inverse, delta)
-    inside_delta = inliers.gradient.delta.double()
-    inside_whitened = torch.einsum("bo,op,bp->b", inside_delta, delta_inverse, inside_delta).sqrt().log()
-    z_whitened = (whitened.sqrt().log() - inside_whitened.mean()) / inside_whitened.std(correction=0)
+    names = ["decoder.0", "encoder.0", "decoder.2"]
+    whitened = torch.einsum("bo,op,bp->b", delta, inverse(inliers.gradient.delta), delta)
+
+    def whitened_norm(gradient, delta_inverse):
+        return torch.einsum("bo,op,bp->b", gradient.delta.double(), delta_inverse, gradient.delta.double()).sqrt()
+
+    z_whitened = 0
+    for name in names[:-1]:
+        D_inv = inverse(inliers.gradients[name].delta)
+        logs, inside_logs = (whitened_norm(seen.gradients[name], D_inv).log() for seen in (sample, inliers))
+        z_whitened = z_whitened + (logs - inside_logs.mean()) / inside_logs.std(correction=0)
     z_delta = standardised(lambda gradient: gradient.delta.norm(dim=1))
     z_gradient = standardised(lambda gradient: gradient.materialize().flatten(1).norm(dim=1))
     kronecker = torch.einsum("bi,ij,bj->b", activation, inverse(inliers.gradient.activation), activation) * whitened
@@ -339,7 +360,7 @@ def test_scores_are_their_formulas(model, digits):
         "whitened_delta_norm": whitened.sqrt(),
         "log_norm_density": z_gradient.square().sum(1) / 2,
         "combined_delta_norm": z_delta.sum(1),
-        "combined_whitened_norm": z_whitened + z_delta[:, 1],
+        "combined_whitened_norm": z_whitened + z_delta[:, 2],
         "reconstruction_error": sample.reconstruction.double().sum(1),
         "latent_loss": sample.latent.double().sum(1),
     }

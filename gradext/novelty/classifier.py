@@ -6,7 +6,7 @@ On gradients its first layer runs on the factors: no [N, O, I] tensor is formed,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..factors import GradFactors
 from .representations import Characterization
+from .scores import whitener
 
 REPRESENTATIONS = ("reconstruction", "latent", "gradient")
 # Weights of direction and magnitude among the gradient features: length of the direction, spread of the magnitude.
@@ -67,28 +68,47 @@ def log_norm(gradient: GradFactors) -> Tensor:
     return norm.clamp_min(torch.finfo(norm.dtype).tiny).log()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
-    """What a classifier sees of a `Characterization`; mean and std: of the training inliers' log-norms of gradients."""
+    """What a classifier sees of a `Characterization`.
+
+    Gradients are whitened, ``g -> L_D⁻¹ g L_A⁻ᵀ`` with the Cholesky factors of the training inliers' Kronecker factors
+    (`GradFactors.kron_fisher`, a ridge added): on the factors, ``a -> L_A⁻¹ a`` and ``δ -> L_D⁻¹ δ``. Their squared
+    length is then the Kronecker Fisher norm, and directions that inliers leave alone count as much as the others.
+
+    mean and std: of the training inliers' log-norms; activation_whitener [I, I] and delta_whitener [O, O]: the
+    transposes of ``L_A⁻¹`` and ``L_D⁻¹``, None: gradients stay as they are.
+    """
 
     representation: str
     mean: float = 0.0
     std: float = 1.0
+    activation_whitener: Tensor | None = None
+    delta_whitener: Tensor | None = None
 
     def __call__(self, sample: Characterization) -> Tensor | GradientFeatures:
         if self.representation != "gradient":
             return getattr(sample, self.representation)
-        return GradientFeatures.of(sample.gradient, self.mean, self.std)
+        return GradientFeatures.of(self.whitened(sample.gradient), self.mean, self.std)
+
+    def whitened(self, gradient: GradFactors) -> GradFactors:
+        if self.activation_whitener is None or self.delta_whitener is None:
+            return gradient
+        return GradFactors(gradient.activation @ self.activation_whitener, gradient.delta @ self.delta_whitener)
 
 
-def features(representation: str, inliers: Characterization) -> Features:
-    """The classifier's features, scaled by the training inliers."""
+def features(representation: str, inliers: Characterization, *, whiten: bool = True) -> Features:
+    """The classifier's features, scaled by the training inliers; ``whiten``: gradients, see `Features`."""
     if representation not in REPRESENTATIONS:
         raise ValueError(f"representation: expected one of {REPRESENTATIONS}, but got {representation!r}")
     if representation != "gradient":
         return Features(representation)
-    logs = log_norm(inliers.gradient)
-    return Features(representation, logs.mean().item(), logs.std(correction=0).item() or 1.0)
+    made = Features(representation)
+    if whiten:
+        activation, delta = (whitener(factor) for factor in inliers.gradient.kron_fisher())
+        made = Features(representation, activation_whitener=activation, delta_whitener=delta)
+    logs = log_norm(made.whitened(inliers.gradient))
+    return replace(made, mean=logs.mean().item(), std=logs.std(correction=0).item() or 1.0)
 
 
 class NoiseClassifier(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .passes import Blocks
 from .representations import Characterization
 from .scores import SCORES, Statistics
 
+WHITENERS = ("activation_whitener", "delta_whitener")
 CLASSIFIER_SCORES = {f"{name}_classifier": name for name in REPRESENTATIONS}
 
 
@@ -38,26 +39,28 @@ class FittedScore:
     def tensors(self) -> dict[str, Tensor]:
         """Everything learned, by name: the fields of the statistics, or the features' scale and the weights."""
         if self.classifier is None:
-            kept = {field.name: getattr(self.statistics, field.name) for field in fields(self.statistics)}
-            return {name: value for name, value in kept.items() if value is not None}
+            return self.statistics.tensors()
         scale = torch.tensor([self.features.mean, self.features.std], dtype=torch.float64)
-        return {"features": scale, **self.classifier.state_dict()}
+        whiteners = {name: getattr(self.features, name) for name in WHITENERS}
+        whiteners = {name: value for name, value in whiteners.items() if value is not None}
+        return {"features": scale, **whiteners, **self.classifier.state_dict()}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> FittedScore:
         """The same score with other learned values, named as `tensors` names them."""
         if self.classifier is None:
-            return replace(self, statistics=Statistics(**tensors))
+            return replace(self, statistics=Statistics.from_tensors(tensors))
         state = dict(tensors)
         mean, std = state.pop("features").tolist()
+        whiteners = {name: state.pop(name, None) for name in WHITENERS}
         classifier = copy.deepcopy(self.classifier)
         classifier.load_state_dict(state)
-        return replace(self, features=Features(self.features.representation, mean, std), classifier=classifier)
+        featurize = Features(self.features.representation, mean, std, **whiteners)
+        return replace(self, features=featurize, classifier=classifier)
 
     def to(self, device: torch.device | str) -> FittedScore:
         """The same score on another device."""
-        if self.classifier is None:
-            return replace(self, statistics=Statistics(**{k: v.to(device) for k, v in self.tensors().items()}))
-        return replace(self, classifier=copy.deepcopy(self.classifier).to(device))
+        moved = self.with_tensors({name: value.to(device) for name, value in self.tensors().items()})
+        return moved if moved.classifier is None else replace(moved, classifier=moved.classifier.to(device))
 
 
 def fit_score(

@@ -7,11 +7,13 @@ with is taken from inliers, best from held-out ones: a model explains the sample
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..factors import GradFactors
 from ..statistics import GradStatistics
 from .passes import Blocks
 from .representations import Characterization
@@ -24,17 +26,18 @@ class Statistics:
     """What scores keep of the inliers, all of it tensors; None where no score that was asked for needs it.
 
     Of the layer that was chosen first: mean_gradient [O, I]; inverse_fisher [O, I], one over the diagonal of the
-    empirical Fisher matrix; activation_inverse [I, I] and delta_inverse [O, O], the inverses of its Kronecker factors
-    ``Σ a aᵀ / N`` and ``Σ δ δᵀ / N``, `RIDGE` times their mean (diagonal) being added before all inversions.
+    empirical Fisher matrix; activation_inverse [I, I], the inverse of its Kronecker factor ``Σ a aᵀ / N``. Of every
+    layer but the one that was chosen last, and of an only one: delta_inverses [O, O], those of ``Σ δ δᵀ / N``. `RIDGE`
+    times their mean (diagonal) is added before all inversions.
 
     Mean and standard deviation of logarithms: gradient_moments [layers, 2] and delta_moments [layers, 2] of every
-    chosen layer's gradient norm and delta norm, whitened_moments [2] of the first one's whitened delta norm.
+    chosen layer's gradient norm and delta norm, whitened_moments [len(delta_inverses), 2] of whitened delta norms.
     """
 
     mean_gradient: Tensor | None = None
     inverse_fisher: Tensor | None = None
     activation_inverse: Tensor | None = None
-    delta_inverse: Tensor | None = None
+    delta_inverses: tuple[Tensor, ...] = ()
     gradient_moments: Tensor | None = None
     delta_moments: Tensor | None = None
     whitened_moments: Tensor | None = None
@@ -56,43 +59,70 @@ class Statistics:
         logs = {
             "gradient_moments": _log_gradient_norms,
             "delta_moments": _log_delta_norms,
-            "whitened_moments": lambda seen: _log(whitened_delta_norm(seen, self))[:, None],
+            "whitened_moments": lambda seen: _log_whitened_norms(seen, self),
         }
         logs = {name: log for name, log in logs.items() if name in needed}
         if not logs:
             return self
         columns = blocks.concatenate(lambda seen: torch.cat([log(seen) for log in logs.values()], dim=1))
-        whitened = "whitened_moments" in logs
-        layers = (columns.shape[1] - whitened) // max(1, len(logs) - whitened)
-        parts = columns.split([1 if name == "whitened_moments" else layers for name in logs], dim=1)
+        whitened = len(self.delta_inverses) if "whitened_moments" in logs else 0
+        layers = (columns.shape[1] - whitened) // max(1, len(logs) - bool(whitened))
+        parts = columns.split([whitened if name == "whitened_moments" else layers for name in logs], dim=1)
         kept = {name: _moments(part.contiguous()).to(blocks.like) for name, part in zip(logs, parts, strict=True)}
-        if whitened:
-            kept["whitened_moments"] = kept["whitened_moments"][0]
         return replace(self, **kept)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are kept, by field; ``delta_inverses`` by field and place."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "delta_inverses"}
+        kept |= {f"delta_inverses.{k}": inverse for k, inverse in enumerate(self.delta_inverses)}
+        return {name: value for name, value in kept.items() if value is not None}
 
-def _second_moments(blocks: Blocks[Characterization], needed: Container[str]) -> dict[str, Tensor]:
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor]) -> Statistics:
+        """The inverse of `tensors`."""
+        places = sorted((name for name in tensors if "." in name), key=lambda name: int(name.split(".")[1]))
+        rest = {name: value for name, value in tensors.items() if name not in places}
+        return Statistics(**rest, delta_inverses=tuple(tensors[name] for name in places))
+
+
+def _second_moments(blocks: Blocks[Characterization], needed: Container[str]) -> dict[str, Any]:
     """The fields that are sums over inliers of their gradients, or of products of them."""
     kinds = {
         "mean": "mean_gradient" in needed,
         "diag_fisher": "inverse_fisher" in needed,
-        "kron_fisher": "delta_inverse" in needed,
+        "kron_fisher": "delta_inverses" in needed,
     }
     if not any(kinds.values()):
         return {}
-    sums = blocks.total(
-        lambda seen: GradStatistics(**kinds).partial_fit({"": seen.gradient}), lambda left, right: left.merge(right)
-    )
-    kept = {}
+
+    def sums_of(seen: Characterization) -> tuple[GradStatistics, GradStatistics]:
+        others = list(seen.gradients.items())[1:-1] if "whitened_moments" in needed else []
+        found = GradStatistics(mean=False, diag_fisher=False, kron_fisher=True)
+        if others:  # of their deltas alone
+            found.partial_fit({name: GradFactors(torch.ones_like(g.delta[..., :1]), g.delta) for name, g in others})
+        return GradStatistics(**kinds).partial_fit({"": seen.gradient}), found
+
+    def merged(left: tuple, right: tuple) -> tuple[GradStatistics, GradStatistics]:
+        return left[0].merge(right[0]), left[1].merge(right[1])
+
+    sums, others = blocks.total(sums_of, merged)
+
+    def plain(value: Tensor) -> Tensor:
+        # The order in memory decides how products round, and is not saved.
+        return value.to(blocks.like).contiguous()
+
+    kept: dict[str, Any] = {}
     if kinds["mean"]:
-        kept["mean_gradient"] = sums.mean[""]
+        kept["mean_gradient"] = plain(sums.mean[""])
     if kinds["diag_fisher"]:
         fisher = sums.diag_fisher[""]
-        kept["inverse_fisher"] = 1 / (fisher + _ridge(fisher))
+        kept["inverse_fisher"] = plain(1 / (fisher + _ridge(fisher)))
     if kinds["kron_fisher"]:
-        kept["activation_inverse"], kept["delta_inverse"] = map(_ridge_inverse, sums.kron_fisher[""])
-    # The order in memory decides how products round, and is not saved.
-    return {name: value.to(blocks.like).contiguous() for name, value in kept.items()}
+        of_activation, of_delta = sums.kron_fisher[""]
+        kept["activation_inverse"] = plain(_ridge_inverse(of_activation))
+        deltas = [of_delta, *(D for _, D in others.kron_fisher.values())] if others.count else [of_delta]
+        kept["delta_inverses"] = tuple(plain(_ridge_inverse(D)) for D in deltas)
+    return kept
 
 
 def gradient_norm(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -123,14 +153,13 @@ def kronecker_fisher(sample: Characterization, statistics: Statistics) -> Tensor
 
     The factored Fisher matrix of Martens and Grosse, ICML 2015.
     """
-    square = sample.gradient.quadratic_kron(statistics.activation_inverse, statistics.delta_inverse)
+    square = sample.gradient.quadratic_kron(statistics.activation_inverse, statistics.delta_inverses[0])
     return square.clamp_min(0).sqrt()
 
 
 def whitened_delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``(Σ_t δ_tᵀ D⁻¹ δ_t)^½``, the delta's part of the Kronecker Fisher norm: a Mahalanobis distance from zero."""
-    delta = sample.gradient.delta
-    return ((delta @ statistics.delta_inverse) * delta).flatten(1).sum(1).clamp_min(0).sqrt()
+    return _whitened_norm(sample.gradient.delta, statistics.delta_inverses[0])
 
 
 def log_norm_density(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -149,13 +178,15 @@ def combined_delta_norm(sample: Characterization, statistics: Statistics) -> Ten
 
 
 def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> Tensor:
-    """``z(log whitened ‖δ_1‖) + Σ_(l>1) z(log ‖δ_l‖)``: as `combined_delta_norm`, the first layer's delta whitened.
+    """``Σ_(l<L) z(log whitened ‖δ_l‖) + z(log ‖δ_L‖)``: as `combined_delta_norm`, all but the last one whitened.
 
-    Whitening a hidden layer's delta weighs up directions that inliers leave alone. The output's delta is the residual
-    of every pixel, of which it would weigh up those that are always blank.
+    Choose the output layer last. Whitening a hidden layer's delta weighs up directions that inliers leave alone; the
+    output's delta is the residual of every pixel, of which it would weigh up those that are always blank. Of an only
+    layer, which is whitened, it is z of the `whitened_delta_norm`.
     """
-    whitened = _standardise(_log(whitened_delta_norm(sample, statistics)), statistics.whitened_moments)
-    return whitened + _standardise(_log_delta_norms(sample), statistics.delta_moments)[:, 1:].sum(1)
+    whitened = _standardise(_log_whitened_norms(sample, statistics), statistics.whitened_moments)
+    last = _standardise(_log_delta_norms(sample), statistics.delta_moments)[:, len(statistics.delta_inverses) :]
+    return whitened.sum(1) + last.sum(1)
 
 
 def reconstruction_error(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -180,11 +211,11 @@ SCORES: dict[str, Callable[[Characterization, Statistics], Tensor]] = {
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "gradient_cosine": ("mean_gradient",),
     "diagonal_fisher": ("inverse_fisher",),
-    "kronecker_fisher": ("activation_inverse", "delta_inverse"),
-    "whitened_delta_norm": ("delta_inverse",),
+    "kronecker_fisher": ("activation_inverse", "delta_inverses"),
+    "whitened_delta_norm": ("delta_inverses",),
     "log_norm_density": ("gradient_moments",),
     "combined_delta_norm": ("delta_moments",),
-    "combined_whitened_norm": ("delta_inverse", "delta_moments", "whitened_moments"),
+    "combined_whitened_norm": ("delta_inverses", "delta_moments", "whitened_moments"),
 }
 
 
@@ -195,6 +226,16 @@ def _log_gradient_norms(sample: Characterization) -> Tensor:
 def _log_delta_norms(sample: Characterization) -> Tensor:
     deltas = (gradient.delta.flatten(1) for gradient in sample.gradients.values())
     return _log(torch.stack([torch.linalg.vector_norm(delta, dim=1) for delta in deltas], dim=1))
+
+
+def _log_whitened_norms(sample: Characterization, statistics: Statistics) -> Tensor:
+    gradients = list(sample.gradients.values())[: len(statistics.delta_inverses)]
+    pairs = zip(gradients, statistics.delta_inverses, strict=True)
+    return _log(torch.stack([_whitened_norm(gradient.delta, inverse) for gradient, inverse in pairs], dim=1))
+
+
+def _whitened_norm(delta: Tensor, inverse: Tensor) -> Tensor:
+    return ((delta @ inverse) * delta).flatten(1).sum(1).clamp_min(0).sqrt()
 
 
 def _log(norms: Tensor) -> Tensor:
@@ -220,3 +261,11 @@ def _ridge(moments: Tensor) -> Tensor:
 def _ridge_inverse(matrix: Tensor) -> Tensor:
     damped = matrix + torch.diag(_ridge(matrix.diagonal()).expand(len(matrix)))
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+def whitener(matrix: Tensor) -> Tensor:
+    """``L⁻ᵀ`` of the Cholesky factor of a matrix of second moments with its ridge: rows v become white as ``v L⁻ᵀ``."""
+    wide = matrix.double()
+    factor = torch.linalg.cholesky(wide + torch.diag(_ridge(wide.diagonal()).expand(len(wide))))
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(wide)).to(wide), upper=False)
+    return inverse.T.to(matrix.dtype).contiguous()
