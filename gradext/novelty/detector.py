@@ -41,7 +41,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     Parameters:
         novelty_score: a label-free score of the gradient, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
-            ``"diagonal_fisher"``, ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of the gradients of several layers,
+            ``"diagonal_fisher"``, ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of several layers' gradients,
             ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of the losses,
             ``"reconstruction_error"``, ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
