@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 
-from gradext.novelty import Calibration, NoveltyDetector, benjamini_hochberg
+from gradext.novelty import Calibration, NoveltyDetector, Statistics, benjamini_hochberg, characterize
+from gradext.novelty.scores import NEEDS, SCORES
 
 FAST = {"hidden_dim": 32, "latent_dim": 4, "epochs": 40, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
 
@@ -100,17 +102,49 @@ def test_detector_holds_the_wanted_rate_on_its_calibration_part(digits, rate):
     assert alarms == int((len(held_out) + 1) * rate + 1e-9) - 1
 
 
-def test_detectors_false_alarms_on_new_samples(digits):
+@pytest.mark.parametrize(
+    "score", [{}, {"novelty_score": "combined_whitened_norm", "layer": ("first", "last")}], ids=["norm", "whitened"]
+)
+def test_detectors_false_alarms_on_new_samples(score, digits):
     """Real images parted in 40 ways into training, calibration and test: the mean rate is at most the wanted one."""
     rates = []
     for seed in range(40):
         order = np.random.default_rng(seed).permutation(len(digits[0]))
         train, test = digits[0][order[:130]], digits[0][order[130:]]
-        detector = NoveltyDetector(target_fpr=0.2, **{**FAST, "epochs": 5, "random_state": seed}).fit(train)
+        detector = NoveltyDetector(target_fpr=0.2, **score, **{**FAST, "epochs": 5, "random_state": seed}).fit(train)
         rates.append((detector.predict(test) == -1).mean())
     error = np.std(rates) / np.sqrt(len(rates))
     assert np.mean(rates) <= 0.2 + 3 * error
     assert np.mean(rates) > 0.05, "and it is not silent"
+
+
+@pytest.mark.parametrize("score", [name for name in SCORES if NEEDS[name]])
+def test_statistics_are_of_held_out_samples_that_calibration_does_not_see(score, digits, monkeypatch):
+    """Which is why p-values are valid: calibration samples and new ones meet the same finished score."""
+    parts, split = [], NoveltyDetector._split
+    monkeypatch.setattr(NoveltyDetector, "_split", lambda *arguments: parts.append(split(*arguments)) or parts[-1])
+    options = {"layer": ("first", "last"), **FAST, "epochs": 3}
+    fitted = NoveltyDetector(score, **options).fit(digits[0])
+    _, validation, calibration = parts[0]
+    held_out = torch.from_numpy(digits[0][validation]).double()
+    expected = Statistics.of(characterize(fitted.model_, held_out, layer=("first", "last")), [score])
+    for name, value in fitted.score_.tensors().items():
+        assert torch.equal(value, getattr(expected, name)), name
+    other = digits[0].copy()
+    other[calibration] = digits[1][: len(calibration)]
+    again = NoveltyDetector(score, **options).fit(other)
+    assert not np.array_equal(again.calibration_.scores, fitted.calibration_.scores)
+    for name, value in fitted.score_.tensors().items():
+        assert torch.equal(again.score_.tensors()[name], value), name
+
+
+def test_statistics_of_few_samples_are_of_the_training_part(digits):
+    """With one held-out sample there would be no spread to standardise by."""
+    options = {"layer": ("first", "last"), **FAST, "epochs": 3}
+    for X in (digits[0][:20], digits[0][:4]):
+        assert np.isfinite(NoveltyDetector("combined_whitened_norm", **options).fit(X).score_samples(digits[1])).all()
+    given = NoveltyDetector("log_norm_density", **options).fit(digits[0][:6])
+    assert (given.score_.statistics.gradient_moments[:, 1] > 0.01).all()
 
 
 def test_p_values_and_discoveries_find_other_classes(digits):

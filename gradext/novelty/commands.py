@@ -26,6 +26,7 @@ from .. import datasets
 from ..datasets import DatasetError
 from ..sources import Source, open_source
 from . import persistence, reporting, scoring
+from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
 
@@ -103,11 +104,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
         normal = _normal(source, arguments)
         rows = scoring.shared_rows(detector, len(source), processes.rank, processes.world)
         progress = not arguments.quiet and processes.rank == 0
-        parts = [part[1:] for part in scoring.novelties(detector, source, rows, progress=progress)]
-        shares = processes.gather((parts, source.skipped))
+        found = joined(
+            np.rec.fromarrays([index, novelty], names="index, novelty")
+            for _, index, novelty in scoring.novelties(detector, source, rows, progress=progress)
+        )
+        shares = processes.gather((found, source.skipped))
     if processes.rank > 0:
         return 0
-    index, novelty = map(np.concatenate, zip(*(part for parts, _ in shares for part in parts), strict=True))
+    found = np.concatenate([share for share, _ in shares if len(share)])
+    index, novelty = found["index"], found["novelty"]
     for _, skipped in shares:
         source.skipped |= skipped
     novel = ~normal[index]

@@ -30,6 +30,7 @@ from .training import History, train
 __all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "fit_score"]
 
 HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
+FEWEST_INLIERS = 10  # for statistics
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -41,8 +42,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     Parameters:
         novelty_score: a label-free score of the gradient, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
-            ``"diagonal_fisher"``, ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of the gradients of several
-            layers, ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of the losses,
+            ``"diagonal_fisher"``, ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of several layers' gradients,
+            ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of the losses,
             ``"reconstruction_error"``, ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: an autoencoder of your own, ``x -> reconstruction`` or ``x -> (reconstruction, mu, logvar)``; None: a
@@ -58,8 +59,11 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         epochs: training epochs; None: 50, more on small sets; 0: ``model`` is trained already.
         batch_size, learning_rate: of Adam.
         noise_std, noise_clip: the classifier's training outliers, ``X + N(0, noise_std²)``, clipped to [0, 1] or not.
-        validation_fraction: share of ``X`` held out to choose the epoch (none with ``epochs=0``).
-        calibration_fraction: share of ``X`` held out for threshold and p-values.
+        validation_fraction: share of ``X`` held out from training (none with ``epochs=0``): it chooses the epoch, and
+            the statistics of label-free scores (`Statistics`) are its own where it has 10 samples or more, since a
+            model explains the samples it was trained on too well; else they are those of the training part.
+        calibration_fraction: share of ``X`` held out from all of that, for threshold and p-values, which are valid
+            since nothing else has seen these samples.
         target_fpr: the wanted rate of false alarms on normal samples; sets ``offset_``.
         contamination: the share of ``X`` that is novel, in (0, 0.5]: sets ``offset_`` in place of ``target_fpr`` so
             that this share of the training samples is called novel. p-values need clean data all the same.
@@ -181,9 +185,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self._make_model(samples[:2], seed)
         self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes)
         self.model_.to(DTYPES[self.dtype])
-        self.score_ = self._fit_score(X, training, seed, processes)
-        held_out = (X, calibration) if X_calibration is None else (X_calibration, np.arange(len(X_calibration)))
-        self.calibration_ = Calibration(self._novelty(*held_out, processes))
+        held_out = validation if len(validation) >= FEWEST_INLIERS else training
+        self.score_ = self._fit_score(X, training, held_out, seed, processes)
+        if X_calibration is None:
+            novelty = self._novelty(X, calibration, processes)
+        else:
+            novelty = self._novelty(X_calibration, np.arange(len(X_calibration)), processes)
+        self.calibration_ = Calibration(novelty)
         if self.contamination is None:
             self._warn_where_too_few()
             self.offset_ = -self.calibration_.threshold(self.target_fpr)
@@ -306,13 +314,16 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.history_, weights = processes.by_first(trained)
         self.model_.load_state_dict(weights)
 
-    def _fit_score(self, X: np.ndarray, training: np.ndarray, seed: int, processes: Processes) -> FittedScore:
+    def _fit_score(
+        self, X: np.ndarray, training: np.ndarray, inliers: np.ndarray, seed: int, processes: Processes
+    ) -> FittedScore:
+        """training, inliers: rows to train a classifier on, and to take statistics of."""
         blocks = self._characterized(X, training, processes)
         device = blocks.like.device
         if self.novelty_score in CLASSIFIER_SCORES:
             score = processes.by_first(lambda: self._fit_classifier(X, training, seed).to("cpu")).to(device)
         else:
-            score = fit_score(self.novelty_score, blocks, None, seed=seed)
+            score = fit_score(self.novelty_score, self._characterized(X, inliers, processes), None, seed=seed)
 
         dead, latent = 0, torch.zeros(())
 
