@@ -28,9 +28,9 @@ EXACT, SINGLE = 1e-9, 1e-4  # the relative differences that are let pass, fp64 a
 SECONDS = 10.0  # of measuring for a row
 HEAD = f"""# pytorch-ood's gradient detectors, theirs and from factors
 
-`predict` of {B} samples in fp32, over all parameters where nothing else is said: medians of calls that take turns in one
-process, and how far resident memory rises in one call, each in a process of its own. Difference: the largest relative
-one between the scores in fp64; the run ends where it is above {EXACT:g}, or in fp32 above {SINGLE:g}.
+`predict` of {B} samples in fp32, over all parameters where nothing else is said: medians of calls that take turns in
+one process, and how far resident memory rises in one call, each in a process of its own. Difference: the largest
+relative one between the scores in fp64; the run ends where it is above {EXACT:g}, or in fp32 above {SINGLE:g}.
 pytorch-ood {{pytorch_ood}}, {{versions}}, commit {{commit}}, {{machine}}.
 Made by `python -m benchmarks.pytorch_ood`.
 
