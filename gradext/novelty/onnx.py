@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import os
 import warnings
@@ -52,9 +53,9 @@ class ScoringGraph(nn.Module):
     layers on [N, features], the activations of `DERIVATIVES`, Flatten, Unflatten, Identity and Dropout. Under the
     binary cross entropy it ends in a sigmoid. ``dtype``: of `DTYPES`; None: the detector's own.
 
-    Inputs outside of [0, 1] that saturate that sigmoid altogether may score differently. Raises NotFittedError;
-    ValueError for other models, with what stands in the way, and where random samples get other scores than the
-    detector's.
+    onnxruntime computes ELU, GELU and Softplus in fp32 alone. Inputs outside of [0, 1] that saturate that sigmoid
+    altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in the way,
+    and where random samples get other scores than the detector's.
     """
 
     def __init__(self, detector: NoveltyDetector, dtype: str | None = None) -> None:
@@ -63,7 +64,7 @@ class ScoringGraph(nn.Module):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, but got {dtype!r}")
         self.dtype = DTYPES[dtype or detector.dtype]
-        self.input_shape, self.loss = detector.input_shape_, detector.loss_
+        self.loss = detector.loss_
         layers, self.latent, logvar = _chain(detector.model_)
         if self.loss == "bce" and type(layers[-1]) is not nn.Sigmoid:
             raise ValueError(f"model: expected a Sigmoid at its end for loss='bce' in ONNX, but got {layers[-1]}")
@@ -72,16 +73,21 @@ class ScoringGraph(nn.Module):
         for name, array in (("shift", detector.shift_), ("scale", detector.scale_)):
             self.register_buffer(name, torch.from_numpy(array))
         self.to("cpu", self.dtype).eval().requires_grad_(False)
+        # Of a sample before and after each layer: numbers, for what ONNX makes of a tensor's own shape holds for one N.
+        values = list(itertools.accumulate(
+            self.layers, lambda h, layer: layer(h), initial=torch.zeros(1, *detector.input_shape_, dtype=self.dtype)
+        ))  # fmt: skip
+        self.shapes = [value.shape[1:] for value in values]
         self.score = _score_in(detector, self.dtype)
         self._check(detector)
 
     def forward(self, X: Tensor) -> Tensor:
-        x = ((X - self.shift) / self.scale).reshape(-1, *self.input_shape)
-        values = [x]
-        for layer in self.layers:
-            values.append(layer(values[-1]))
-        output, target = values[-1], x.reshape(values[-1].shape)
-        latent = x.flatten(1)[:, :0]
+        x = (X - self.shift) / self.scale
+        values = [x.reshape(-1, *self.shapes[0])]
+        for layer, shape in zip(self.layers, self.shapes[1:], strict=True):
+            values.append(values[-1].reshape(-1, *shape) if type(layer) in RESHAPES else layer(values[-1]))
+        output, target = values[-1], x.reshape(-1, *self.shapes[-1])
+        latent = x[:, :0]
         if self.logvar is not None:
             latent = latent_loss(values[self.latent + 1], self.logvar(values[self.latent]))
         # Under the binary cross entropy, the gradient before the last layer, the sigmoid.
@@ -92,10 +98,19 @@ class ScoringGraph(nn.Module):
             if k in self.places:
                 factors[k] = _PlainFactors(values[k], delta)
             if k > first:
-                delta = _backward(self.layers[k], values[k], values[k + 1], delta)
+                delta = self._backward(k, values[k], values[k + 1], delta)
         gradients = LayerFactors((name, factors[k]) for k, name in self.places.items())
         pixels = RECONSTRUCTION_LOSSES[self.loss](output, target).flatten(1)
         return self._novelty(Characterization(pixels, latent, gradients))
+
+    def _backward(self, k: int, z: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+        """∂L/∂z from ``delta`` = ∂L/∂y, y = layer(z)."""
+        layer = self.layers[k]
+        if type(layer) is nn.Linear:
+            return delta @ layer.weight
+        if type(layer) in RESHAPES:
+            return delta.reshape(-1, *self.shapes[k])
+        return delta if type(layer) in UNCHANGED else delta * DERIVATIVES[type(layer)](layer, z, y)
 
     def _novelty(self, sample: Characterization) -> Tensor:
         if self.score.classifier is None:
@@ -208,15 +223,6 @@ def _places(detector: NoveltyDetector, layers: list[nn.Module]) -> dict[int, str
             )
         places[found[0]] = name
     return places
-
-
-def _backward(layer: nn.Module, z: Tensor, y: Tensor, delta: Tensor) -> Tensor:
-    """∂L/∂z from ``delta`` = ∂L/∂y, y = layer(z)."""
-    if type(layer) is nn.Linear:
-        return delta @ layer.weight
-    if type(layer) in RESHAPES:
-        return delta.reshape(z.shape)
-    return delta if type(layer) in UNCHANGED else delta * DERIVATIVES[type(layer)](layer, z, y)
 
 
 def _score_in(detector: NoveltyDetector, dtype: torch.dtype) -> FittedScore:
