@@ -8,6 +8,7 @@ by one product. That is a plain graph, in which any score, label-free or a class
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import itertools
 import math
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from ..factors import GradFactors, LayerFactors
 from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
+from .guards import DetectorWarning
 from .models import latent_loss
 from .persistence import atomic_write
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
@@ -57,6 +59,9 @@ class ScoringGraph(nn.Module):
     altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in the way,
     and where random samples get other scores than the detector's.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, detector: NoveltyDetector, dtype: str | None = None) -> None:
         super().__init__()
@@ -126,7 +131,9 @@ class ScoringGraph(nn.Module):
         """What a module's forward does, nothing tells but running it."""
         uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
         X = detector.shift_ + detector.scale_ * uniform
-        expected = torch.from_numpy(detector._novelty(X))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DetectorWarning)  # of samples unlike those of training
+            expected = -torch.from_numpy(detector.score_samples(X))
         found = self(torch.from_numpy(X).to(self.dtype)).double()
         error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         if not error <= max(TOLERANCES[self.dtype], TOLERANCES[DTYPES[detector.dtype]]):
@@ -163,6 +170,8 @@ def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: st
     The file is whole or not written at all. Raises as `ScoringGraph` does, ImportError without the package onnx,
     OSError where the file cannot be written.
     """
+    if importlib.util.find_spec("onnx") is None:
+        raise ImportError("ONNX graphs need the package onnx: pip install onnx")
     graph = ScoringGraph(detector, dtype)
     example = torch.rand(3, detector.n_features_in_, dtype=graph.dtype)
     content = io.BytesIO()
@@ -170,7 +179,8 @@ def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: st
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks that the shapes have passed
         torch.onnx.export(
-            graph, (example,), content, input_names=["X"], output_names=["novelty"],
+            graph, (example,), content,  # type: ignore[arg-type]  # the older exporter takes files too
+            input_names=["X"], output_names=["novelty"],
             dynamic_axes={"X": {0: "N"}, "novelty": {0: "N"}}, opset_version=17, dynamo=False,
         )  # fmt: skip
     with atomic_write(path) as file:
@@ -211,7 +221,8 @@ def _flat(module: nn.Module) -> Iterator[nn.Module]:
 
 def _places(detector: NoveltyDetector, layers: list[nn.Module]) -> dict[int, str]:
     """Where the chosen layers stand, place -> name, in the order of the choice."""
-    sample = detector._as_samples(detector.shift_[None], DTYPES[detector.dtype])
+    parameter = next(detector.model_.parameters())
+    sample = parameter.new_zeros(1, *detector.input_shape_)
     chosen = characterize(detector.model_, sample, layer=detector.layer, loss=detector.loss_).gradients
     places = {}
     for name, factors in chosen.items():
