@@ -135,6 +135,14 @@ REFUSED = {
         {"input_shape": (1, 8, 8)},
         r"model: expected layers of the kinds Linear, .* but got Conv2d",
     ),
+    "a latent layer of another kind": (
+        OwnVAE(
+            encoder=nn.Sequential(nn.Linear(64, 9)), mu=nn.Linear(9, 3), logvar=nn.Sequential(nn.Linear(9, 3)),
+            decoder=nn.Sequential(nn.Linear(3, 64), nn.Sigmoid()),
+        ),
+        {},
+        "model: expected a linear layer logvar, for ONNX, but got Sequential",
+    ),
     "a derivative that is not there": (perceptron(nn.GELU("tanh")), {}, "but got GELU"),
     "a layer that runs twice": (nn.Sequential(shared, nn.ReLU(), shared, nn.Sigmoid()), {}, "layer: .* that run once"),
     "positions": (

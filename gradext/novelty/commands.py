@@ -1,4 +1,4 @@
-"""The commands ``fit``, ``score``, ``evaluate``, ``report``, ``export`` and ``images``: from arguments to files and results.
+"""The commands ``fit``, ``score``, ``evaluate``, ``report``, ``export``, ``images``: from arguments to results.
 
 Each returns the exit status. Results go to standard output (``--json``: as one object), all else to standard error.
 """

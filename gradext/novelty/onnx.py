@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from .persistence import atomic_write
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
 
 # act'(z) of what an activation made of z, y = act(z): (layer, z, y) -> derivative. Torch's own are unknown to ONNX.
-DERIVATIVES: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+DERIVATIVES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
     nn.ReLU: lambda m, z, y: (y > 0).to(y.dtype),
     nn.LeakyReLU: lambda m, z, y: m.negative_slope + (1 - m.negative_slope) * (z > 0).to(z.dtype),
     nn.ELU: lambda m, z, y: torch.where(z > 0, torch.ones_like(z), y + m.alpha),
@@ -70,7 +71,7 @@ class ScoringGraph(nn.Module):
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, but got {dtype!r}")
         self.dtype = DTYPES[dtype or detector.dtype]
         self.loss = detector.loss_
-        layers, self.latent, logvar = _chain(detector.model_)
+        layers, self.mu, logvar = _chain(detector.model_)
         if self.loss == "bce" and type(layers[-1]) is not nn.Sigmoid:
             raise ValueError(f"model: expected a Sigmoid at its end for loss='bce' in ONNX, but got {layers[-1]}")
         self.places = _places(detector, layers)
@@ -94,7 +95,7 @@ class ScoringGraph(nn.Module):
         output, target = values[-1], x.reshape(-1, *self.shapes[-1])
         latent = x[:, :0]
         if self.logvar is not None:
-            latent = latent_loss(values[self.latent + 1], self.logvar(values[self.latent]))
+            latent = latent_loss(values[self.mu + 1], self.logvar(values[self.mu]))
         # Under the binary cross entropy, the gradient before the last layer, the sigmoid.
         of_sigmoid = self.loss == "bce"
         delta = output - target if of_sigmoid else 2 * (output - target)
@@ -118,7 +119,7 @@ class ScoringGraph(nn.Module):
         return delta if type(layer) in UNCHANGED else delta * DERIVATIVES[type(layer)](layer, z, y)
 
     def _novelty(self, sample: Characterization) -> Tensor:
-        if self.score.classifier is None:
+        if self.score.features is None or self.score.classifier is None:
             return self.score.differentiable(sample)
         features = self.score.features(sample)
         if isinstance(features, GradientFeatures):
@@ -177,7 +178,8 @@ def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: st
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks that the shapes have passed
+        # Of checks that the shapes have passed.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         torch.onnx.export(
             graph, (example,), content,  # type: ignore[arg-type]  # the older exporter takes files too
             input_names=["X"], output_names=["novelty"],
@@ -190,25 +192,27 @@ def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: st
 # --- the chain -------------------------------------------------------------------------------------------------------
 
 
-def _chain(model: nn.Module) -> tuple[list[nn.Module], int | None, nn.Module | None]:
-    """The layers from input to reconstruction, the place of ``mu`` among them, and ``logvar``."""
+def _chain(model: nn.Module) -> tuple[list[nn.Module], int, nn.Module | None]:
+    """The layers from input to reconstruction, the place of ``mu`` among them (0: there is none), and ``logvar``."""
     if type(model) is nn.Sequential:
-        return list(_flat(model)), None, None
-    parts = {name: getattr(model, name, None) for name in ("encoder", "mu", "logvar", "decoder")}
-    present = {name for name, part in parts.items() if isinstance(part, nn.Module)}
-    if present not in ({"encoder", "decoder"}, set(parts)):
+        return list(_flat(model)), 0, None
+    parts = {name: part for name, part in model.named_children() if name in ("encoder", "mu", "logvar", "decoder")}
+    if set(parts) not in ({"encoder", "decoder"}, {"encoder", "mu", "logvar", "decoder"}):
         raise ValueError(
             "model: expected an nn.Sequential, or a module with the parts encoder and decoder, or encoder, mu, logvar "
-            f"and decoder, for ONNX, but got {type(model).__name__} with {sorted(present) or 'none of them'}"
+            f"and decoder, for ONNX, but got {type(model).__name__} with {', '.join(parts) or 'none of them'}"
         )
-    before, after = ([nn.Flatten(), *_flat(parts["encoder"])], list(_flat(parts["decoder"])))
-    if "mu" not in present:
-        return before + after, None, None
+    before, after = [nn.Flatten(), *_flat(parts["encoder"])], list(_flat(parts["decoder"]))
+    if "mu" not in parts:
+        return before + after, 0, None
+    for name in ("mu", "logvar"):
+        if type(parts[name]) is not nn.Linear:
+            raise ValueError(f"model: expected a linear layer {name}, for ONNX, but got {parts[name]}")
     return [*before, parts["mu"], *after], len(before), parts["logvar"]
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    known = (nn.Linear, *DERIVATIVES, *RESHAPES, *UNCHANGED)
+    known: tuple[type[nn.Module], ...] = (nn.Linear, *DERIVATIVES, *RESHAPES, *UNCHANGED)
     if type(module) is nn.Sequential:
         for part in module:
             yield from _flat(part)
