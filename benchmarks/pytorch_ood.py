@@ -87,11 +87,16 @@ def _row(name: str, case: Case, detector: str, seconds: float) -> str:
     calls = {home: _call(case, detector, home) for home in HOMES}
     times = measure.in_turns({home: lambda call=call: call(B) for home, call in calls.items()}, seconds)
     theirs, ours = (times[home]["ms"] for home in HOMES)
-    rises = [f"{_rise(name, detector, home) / 1e6:.1f}" for home in HOMES]
+    rises = [_short(_rise(name, detector, home) / 1e6) for home in HOMES]
     return (
-        f"| {name} | {detector} | {theirs:.3g} | {ours:.3g} | {theirs / ours:.3g} | {' | '.join(rises)} "
+        f"| {name} | {detector} | {_short(theirs)} | {_short(ours)} | {_short(theirs / ours)} | {' | '.join(rises)} "
         f"| {difference:.0e} |"
     )
+
+
+def _short(number: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _difference(case: Case, detector: str, dtype: torch.dtype) -> float:
