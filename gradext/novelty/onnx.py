@@ -168,6 +168,9 @@ class _PlainFactors(GradFactors):
 def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: str | None = None) -> None:
     """Write `ScoringGraph`: input ``X`` [N, D] of its ``dtype``, any N, output ``novelty`` [N], higher is more novel.
 
+    Scores of an fp64 detector come out to 1e-9 of the largest in fp64, and to 1e-5 in fp32, whose rounding by 6e-8
+    adds up over the inputs.
+
     The file is whole or not written at all. Raises as `ScoringGraph` does, ImportError without the package onnx,
     OSError where the file cannot be written.
     """
