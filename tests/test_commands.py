@@ -97,27 +97,6 @@ def test_arrays_tables_and_sets_go_the_same_way(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["auroc"] == by_array
 
 
-def test_exported_graphs_score_as_the_detector(digits, model, tmp_path, capsys, monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    out = str(tmp_path / "zeros.onnx")
-    assert main(["export", model, "--out", out, "--dtype", "float32", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["input"] == {"name": "X", "dtype": "float32", "shape": ["N", 64]}
-    detector = load(model)
-    assert result["threshold"] == -detector.offset_
-    X = np.round(load_digits().images[:33] * 255 / 16).astype(np.uint8)
-    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
-    (novelty,) = session.run(["novelty"], {"X": X.reshape(33, 64).astype(np.float32)})
-    np.testing.assert_allclose(novelty, -detector.score_samples(X), rtol=1e-5)
-    assert main(["export", model, "--out", str(tmp_path / "missing" / "zeros.onnx")]) == 1
-    assert "expected a file in a folder that can be written to" in capsys.readouterr().err
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["export", model, "--out", str(tmp_path / "other.onnx")]) == 1
-    assert "gradext export: ONNX graphs need the package onnx: pip install onnx" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["zeros.onnx"]
-
-
 def test_unreadable_images_are_named_or_kept_as_rows_with_the_reason(digits, model, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -5,12 +5,15 @@ some hundred terms and logarithms of probabilities near one multiply that. Relat
 logits and sums of standardised logarithms pass through zero.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gradext.novelty import SCORES, VAE, NoveltyDetector
+from gradext.cli import main
+from gradext.novelty import SCORES, VAE, NoveltyDetector, save
 from gradext.novelty.detector import CLASSIFIER_SCORES
 from gradext.novelty.onnx import ScoringGraph, export_onnx
 
@@ -177,6 +180,26 @@ def test_other_types_and_detectors_that_are_not_fitted_are_refused(digits):
     detector = NoveltyDetector(**{**FAST, "epochs": 1}).fit(digits[0])
     with pytest.raises(ValueError, match="dtype: expected one of float32, float64, but got 'float16'"):
         ScoringGraph(detector, "float16")
+
+
+def test_on_the_command_line(digits, tmp_path, capsys, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, out = str(tmp_path / "zeros.gradext"), str(tmp_path / "zeros.onnx")
+    detector = NoveltyDetector(**FAST).fit(digits[0])
+    save(detector, model)
+    assert main(["export", model, "--out", out, "--dtype", "float32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["input"] == {"name": "X", "dtype": "float32", "shape": ["N", 64]}
+    assert result["threshold"] == -detector.offset_
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    (novelty,) = session.run(["novelty"], {"X": digits[1][:33]})
+    np.testing.assert_allclose(novelty, -detector.score_samples(digits[1][:33]), rtol=1e-5)
+    assert main(["export", model, "--out", str(tmp_path / "missing" / "zeros.onnx")]) == 1
+    assert "expected a file in a folder that can be written to" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["export", model, "--out", str(tmp_path / "other.onnx")]) == 1
+    assert "gradext export: ONNX graphs need the package onnx: pip install onnx" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zeros.gradext", "zeros.onnx"]
 
 
 def test_the_detector_is_left_as_it_was(digits):
