@@ -183,7 +183,7 @@ def test_other_types_and_detectors_that_are_not_fitted_are_refused(digits):
 
 
 def test_on_the_command_line(digits, tmp_path, capsys, monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     model, out = str(tmp_path / "zeros.gradext"), str(tmp_path / "zeros.onnx")
     detector = NoveltyDetector(**FAST).fit(digits[0])
     save(detector, model)
