@@ -82,6 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--training", metavar="DATA", help="training samples, to show those nearest to the most novel")
     report.set_defaults(run=_novelty)
 
+    export = commands.add_parser("export", parents=[model], help="write the scoring function as an ONNX graph")
+    export.add_argument("--out", required=True, metavar="ONNX", help="the file to write")
+    export.add_argument(
+        "--dtype", choices=("float32", "float64"), help="of input and scores (default: the detector's own)"
+    )
+    export.add_argument("--json", action="store_true", help="print one JSON object")
+    export.set_defaults(run=_novelty)
+
     images = commands.add_parser(
         "images", help="write a named set out as PNG files, DIR/train/LABEL/ and DIR/test/LABEL/"
     )
@@ -99,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"gradext {arguments.command}: {error}", file=sys.stderr)
         return 1
 

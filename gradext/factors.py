@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .backends.reference import BLOCK_ELEMENTS, accumulation_type, widen
+from .backends.reference import BLOCK_ELEMENTS, accumulation_type, row_norms, widen
 
 _convolution_backward = torch.ops.aten.convolution_backward
 # Convolutions unfold about as many elements at a time: what stays in a CPU's cache, and what keeps a GPU busy.
@@ -231,10 +231,10 @@ class GradFactors:
             raise ValueError(f"p: expected a number of at least 1, or infinity, but got {p!r}")
         if self.positions == 1 and self.delta.ndim == 2:
             delta, activation = widen(self.delta, self.activation)
-            return torch.linalg.vector_norm(delta, p, dim=1) * torch.linalg.vector_norm(activation, p, dim=1)
+            return row_norms(delta, p) * row_norms(activation, p)
         if p == 2:
             return _safe_sqrt(self.sq_norm())
-        return self._over_blocks(lambda gradient: torch.linalg.vector_norm(gradient.flatten(1), p, dim=1))
+        return self._over_blocks(lambda gradient: row_norms(gradient.flatten(1), p))
 
     def _over_blocks(self, function) -> Tensor:
         results = [function(block) for block in self._blocks()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import platform
 import shutil
@@ -155,3 +156,29 @@ def digits():
     x = (bunch.data / 16).astype("float32")
     x.flags.writeable = False  # it is everybody's
     return x[bunch.target == 0], x[bunch.target != 0]
+
+
+@pytest.fixture(scope="session")
+def pytorch_ood():
+    """`pytorch_ood.detector`, theirs."""
+    declare_torchvision_operators()
+    pytest.importorskip("pytorch_ood")
+    import pytorch_ood.detector
+
+    return pytorch_ood.detector
+
+
+def declare_torchvision_operators() -> None:
+    """Let torchvision, which pytorch-ood imports, be imported where its compiled operators do not load.
+
+    The wheels of the package index are built for CUDA, and beside a torch without CUDA their import ends with "operator
+    torchvision::nms does not exist" (pytorch/vision#9085). It asks for the names of two operators of box detection that
+    neither pytorch-ood's detectors nor anything here calls; with these declared, all that runs is theirs.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")

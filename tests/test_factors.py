@@ -113,6 +113,13 @@ def test_derivatives_in_the_factors(name, shape):
         assert torch.autograd.gradgradcheck(lambda a, d: method(GradFactors(a, d)), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize(("T", "p"), [(1, 1), (1, 2), (1, 3), (2, 1), (2, 3)])
+def test_norms_of_long_equal_rows_do_not_drift(T, p):
+    factors = GradFactors(torch.full((2, T, 3), 0.3), torch.full((2, T, 300_001), 0.786))
+    exact = torch.linalg.vector_norm(written(factors.to(torch.float64)).flatten(1), p, dim=1)
+    torch.testing.assert_close(factors.norm(p).double(), exact, rtol=1e-5, atol=0)
+
+
 def test_derivatives_in_the_arguments():
     for shape in (3, 1, 4, 3), (3, 9, 2, 3):
         factors, (B, _, O, I) = make(*shape), shape

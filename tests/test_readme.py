@@ -58,14 +58,13 @@ MODULES = [
 ]
 
 
-OPTIONAL = {"gradext.novelty.pyod": "pyod", "gradext.novelty.pytorch_ood": "pytorch_ood"}
-
-
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
+def test_docstring_examples(name, request):
     if name.startswith("gradext.kernels") or name == "gradext._C":
         pytest.skip("kernels have no examples, and the compiled module no docstrings")
-    if name in OPTIONAL:
-        pytest.importorskip(OPTIONAL[name])
+    if name == "gradext.novelty.pyod":
+        pytest.importorskip("pyod")
+    if name == "gradext.novelty.pytorch_ood":
+        request.getfixturevalue("pytorch_ood")
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert results.failed == 0

@@ -1,4 +1,4 @@
-"""The commands ``fit``, ``score``, ``evaluate``, ``report`` and ``images``: from arguments to files and results.
+"""The commands ``fit``, ``score``, ``evaluate``, ``report``, ``export``, ``images``: from arguments to results.
 
 Each returns the exit status. Results go to standard output (``--json``: as one object), all else to standard error.
 """
@@ -25,7 +25,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from .. import datasets
 from ..datasets import DatasetError
 from ..sources import Source, open_source
-from . import persistence, reporting, scoring
+from . import onnx, persistence, reporting, scoring
 from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
@@ -170,6 +170,27 @@ def report(arguments: argparse.Namespace) -> int:
         file.write(page)
     result = {"out": arguments.out, "rows": len(source), "skipped": _skipped(source)}
     _print(arguments, result, f"{arguments.out}: {len(source)} samples")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    persistence.check_writable(arguments.out)
+    detector = persistence.load(arguments.model)
+    onnx.export_onnx(detector, arguments.out, dtype=arguments.dtype)
+    dtype = arguments.dtype or detector.dtype
+    result = {
+        "out": arguments.out,
+        "score": detector.novelty_score,
+        "input": {"name": "X", "dtype": dtype, "shape": ["N", detector.n_features_in_]},
+        "output": {"name": "novelty", "dtype": dtype, "shape": ["N"]},
+        "threshold": -detector.offset_,
+    }
+    _print(
+        arguments,
+        result,
+        f"{arguments.out}: {detector.novelty_score}, X [N, {detector.n_features_in_}] of {dtype} -> novelty [N]; novel "
+        f"above {-detector.offset_:.4g}",
+    )
     return 0
 
 

@@ -1,88 +1,253 @@
 """A fitted detector's scoring function as an ONNX graph (`pip install onnx`), gradient scores included.
 
-The gradient with respect to a layer of a plain decoder has a closed form: at the last layer's output it is ``p - x``
-for the binary cross entropy, at the first's it is that carried back through one matrix and one activation.
+Where a model is a chain of linear layers and activations, the gradient of its reconstruction error with respect to a
+layer has a closed form: at a sigmoid under binary cross entropy it begins as ``p - x``, and every layer carries it back
+by one product. That is a plain graph, in which any score, label-free or a classifier, is computed from the factors.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
+import itertools
+import math
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from .detector import NoveltyDetector
-from .models import VAE, latent_loss
+from ..factors import GradFactors, LayerFactors
+from .classifier import GradientFeatures
+from .detector import DTYPES, FittedScore, NoveltyDetector
+from .guards import DetectorWarning
+from .models import latent_loss
 from .persistence import atomic_write
-from .representations import reconstruction_loss
+from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
 
-LAYERS = {"first": 0, "decoder.0": 0, "last": 2, "decoder.2": 2}
-SCORES = ("gradient_norm", "delta_norm", "gradient_cosine", "reconstruction_error", "latent_loss")
+# act'(z) of what an activation made of z, y = act(z): (layer, z, y) -> derivative. Torch's own are unknown to ONNX.
+DERIVATIVES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
+    nn.ReLU: lambda m, z, y: (y > 0).to(y.dtype),
+    nn.LeakyReLU: lambda m, z, y: m.negative_slope + (1 - m.negative_slope) * (z > 0).to(z.dtype),
+    nn.ELU: lambda m, z, y: torch.where(z > 0, torch.ones_like(z), y + m.alpha),
+    nn.Sigmoid: lambda m, z, y: y * (1 - y),
+    nn.Tanh: lambda m, z, y: 1 - y.square(),
+    nn.SiLU: lambda m, z, y: torch.sigmoid(z) + y * (1 - torch.sigmoid(z)),
+    nn.GELU: lambda m, z, y: (1 + torch.erf(z / math.sqrt(2))) / 2 + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi),
+    nn.Softplus: lambda m, z, y: torch.sigmoid(m.beta * z),
+}
+UNCHANGED = (nn.Identity, nn.Dropout)  # in evaluation mode
+RESHAPES = (nn.Flatten, nn.Unflatten)
+PROBES = 16  # random samples for which the graph has to give the detector's scores
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}  # of them, relative to the largest score
 
 
 class ScoringGraph(nn.Module):
-    """X [N, D] -> novelty [N], of a `NoveltyDetector` on gradext's `VAE` with a label-free score: plain operators.
+    """X [N, D] -> novelty [N] of a fitted `NoveltyDetector`, in operators that ONNX knows.
 
-    Raises ValueError for other models, layers and scores.
+    The model has to be an `nn.Sequential`, or a module that calls its parts ``encoder`` and ``decoder``, or
+    ``encoder``, ``mu`` (beside it ``logvar``) and ``decoder`` one after the other, as `VAE` does; each made of linear
+    layers on [N, features], the activations of `DERIVATIVES`, Flatten, Unflatten, Identity and Dropout. Under the
+    binary cross entropy it ends in a sigmoid. ``dtype``: of `DTYPES`; None: the detector's own.
+
+    onnxruntime computes ELU, GELU and Softplus in fp32 alone. Inputs outside of [0, 1] that saturate that sigmoid
+    altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in the way,
+    and where random samples get other scores than the detector's.
     """
 
-    def __init__(self, detector: NoveltyDetector) -> None:
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, detector: NoveltyDetector, dtype: str | None = None) -> None:
         super().__init__()
-        if type(detector.model_) is not VAE:
-            raise ValueError(f"model: expected gradext's VAE, but got {type(detector.model_).__name__}")
-        for name, value, allowed in (
-            ("novelty_score", detector.novelty_score, SCORES),
-            ("layer", detector.layer, tuple(LAYERS)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)} for ONNX, but got {value!r}")
-        self.model = copy.deepcopy(detector.model_)
-        self.score, self.place = detector.novelty_score, LAYERS[detector.layer]
-        dtype, device = next(self.model.parameters()).dtype, next(self.model.parameters()).device
+        check_is_fitted(detector)
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, but got {dtype!r}")
+        self.dtype = DTYPES[dtype or detector.dtype]
+        self.loss = detector.loss_
+        layers, self.mu, logvar = _chain(detector.model_)
+        if self.loss == "bce" and type(layers[-1]) is not nn.Sigmoid:
+            raise ValueError(f"model: expected a Sigmoid at its end for loss='bce' in ONNX, but got {layers[-1]}")
+        self.places = _places(detector, layers)
+        self.layers, self.logvar = nn.ModuleList(copy.deepcopy(layers)), copy.deepcopy(logvar)
         for name, array in (("shift", detector.shift_), ("scale", detector.scale_)):
-            self.register_buffer(name, torch.from_numpy(array).to(device, dtype))
-        if self.score == "gradient_cosine":
-            self.register_buffer("mean_gradient", detector.score_.tensors()["mean_gradient"])
+            self.register_buffer(name, torch.from_numpy(array))
+        self.to("cpu", self.dtype).eval().requires_grad_(False)
+        # Of a sample before and after each layer: numbers, for what ONNX makes of a tensor's own shape holds for one N.
+        values = list(itertools.accumulate(
+            self.layers, lambda h, layer: layer(h), initial=torch.zeros(1, *detector.input_shape_, dtype=self.dtype)
+        ))  # fmt: skip
+        self.shapes = [value.shape[1:] for value in values]
+        self.score = _score_in(detector, self.dtype)
+        self._check(detector)
 
     def forward(self, X: Tensor) -> Tensor:
         x = (X - self.shift) / self.scale
-        first, _, last, _ = self.model.decoder
-        hidden = self.model.encoder(x)
-        z, logvar = self.model.mu(hidden), self.model.logvar(hidden)
-        if self.score == "latent_loss":
-            return latent_loss(z, logvar).sum(1)
-        before = first(z)
-        inner = torch.relu(before)
-        p = torch.sigmoid(last(inner))
-        if self.score == "reconstruction_error":
-            return reconstruction_loss(p, x).sum(1)
-        activation, delta = inner, p - x
-        if self.place == 0:
-            activation, delta = z, (delta @ last.weight) * (before > 0).to(delta.dtype)
-        length = delta.square().sum(1).sqrt()
-        if self.score == "delta_norm":
-            return length
-        norm = length * activation.square().sum(1).sqrt()
-        if self.score == "gradient_norm":
-            return norm
-        dot = ((delta @ self.mean_gradient) * activation).sum(1)
-        scale = norm * self.mean_gradient.square().sum().sqrt()
-        return 1 - dot / scale.clamp_min(1e-12)
+        values = [x.reshape(-1, *self.shapes[0])]
+        for layer, shape in zip(self.layers, self.shapes[1:], strict=True):
+            values.append(values[-1].reshape(-1, *shape) if type(layer) in RESHAPES else layer(values[-1]))
+        output, target = values[-1], x.reshape(-1, *self.shapes[-1])
+        latent = x[:, :0]
+        if self.logvar is not None:
+            latent = latent_loss(values[self.mu + 1], self.logvar(values[self.mu]))
+        # Under the binary cross entropy, the gradient before the last layer, the sigmoid.
+        of_sigmoid = self.loss == "bce"
+        delta = output - target if of_sigmoid else 2 * (output - target)
+        factors, first = {}, min(self.places)
+        for k in range(len(self.layers) - 1 - of_sigmoid, first - 1, -1):
+            if k in self.places:
+                factors[k] = _PlainFactors(values[k], delta)
+            if k > first:
+                delta = self._backward(k, values[k], values[k + 1], delta)
+        gradients = LayerFactors((name, factors[k]) for k, name in self.places.items())
+        pixels = RECONSTRUCTION_LOSSES[self.loss](output, target).flatten(1)
+        return self._novelty(Characterization(pixels, latent, gradients))
+
+    def _backward(self, k: int, z: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+        """∂L/∂z from ``delta`` = ∂L/∂y, y = layer(z)."""
+        layer = self.layers[k]
+        if type(layer) is nn.Linear:
+            return delta @ layer.weight
+        if type(layer) in RESHAPES:
+            return delta.reshape(-1, *self.shapes[k])
+        return delta if type(layer) in UNCHANGED else delta * DERIVATIVES[type(layer)](layer, z, y)
+
+    def _novelty(self, sample: Characterization) -> Tensor:
+        if self.score.features is None or self.score.classifier is None:
+            return self.score.differentiable(sample)
+        features = self.score.features(sample)
+        if isinstance(features, GradientFeatures):
+            direction = features.direction
+            features = replace(features, direction=_PlainFactors(direction.activation, direction.delta))
+        return self.score.classifier(features)
+
+    @torch.no_grad()
+    def _check(self, detector: NoveltyDetector) -> None:
+        """What a module's forward does, nothing tells but running it."""
+        uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
+        X = detector.shift_ + detector.scale_ * uniform
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DetectorWarning)  # of samples unlike those of training
+            expected = -torch.from_numpy(detector.score_samples(X))
+        found = self(torch.from_numpy(X).to(self.dtype)).double()
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not error <= max(TOLERANCES[self.dtype], TOLERANCES[DTYPES[detector.dtype]]):
+            raise ValueError(
+                f"model: expected a forward that calls its parts one after the other, for ONNX, but {PROBES} random "
+                f"samples get scores that differ from the detector's by {error:.2g} of the largest"
+            )
 
 
-def export_onnx(detector: NoveltyDetector, path: str | os.PathLike) -> None:
-    """Write the scoring function: input ``X`` [N, D] of the detector's ``dtype``, output ``novelty`` [N]."""
-    graph = ScoringGraph(detector).cpu().eval()
-    example = torch.rand(2, detector.n_features_in_, dtype=next(detector.model_.parameters()).dtype)
+class _PlainFactors(GradFactors):
+    """Gradients of one position each, with what scores ask of them in torch's own operators."""
+
+    def norm(self, p: float = 2) -> Tensor:
+        return torch.linalg.vector_norm(self.delta, p, dim=1) * torch.linalg.vector_norm(self.activation, p, dim=1)
+
+    def dot(self, reference: Tensor) -> Tensor:
+        return ((self.delta @ reference) * self.activation).sum(1)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        value = ((self.delta @ weight) * self.activation).sum(2).t()  # [H, N, I] -> [N, H]
+        return value if bias is None else value + bias
+
+    def quadratic(self, diag: Tensor) -> Tensor:
+        return ((self.delta.square() @ diag) * self.activation.square()).sum(1)
+
+    def quadratic_kron(self, A_inv: Tensor, D_inv: Tensor) -> Tensor:
+        of_delta, of_activation = (((v @ M) * v).sum(1) for v, M in ((self.delta, D_inv), (self.activation, A_inv)))
+        return of_delta * of_activation
+
+
+def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: str | None = None) -> None:
+    """Write `ScoringGraph`: input ``X`` [N, D] of its ``dtype``, any N, output ``novelty`` [N], higher is more novel.
+
+    Scores of an fp64 detector come out to 1e-9 of the largest in fp64, and to 1e-5 in fp32, whose rounding by 6e-8
+    adds up over the inputs.
+
+    The file is whole or not written at all. Raises as `ScoringGraph` does, ImportError without the package onnx,
+    OSError where the file cannot be written.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise ImportError("ONNX graphs need the package onnx: pip install onnx")
+    graph = ScoringGraph(detector, dtype)
+    example = torch.rand(3, detector.n_features_in_, dtype=graph.dtype)
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
+        # Of checks that the shapes have passed.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         torch.onnx.export(
-            graph, (example,), content, input_names=["X"], output_names=["novelty"],
+            graph, (example,), content,  # type: ignore[arg-type]  # the older exporter takes files too
+            input_names=["X"], output_names=["novelty"],
             dynamic_axes={"X": {0: "N"}, "novelty": {0: "N"}}, opset_version=17, dynamo=False,
         )  # fmt: skip
     with atomic_write(path) as file:
         file.write(content.getvalue())
+
+
+# --- the chain -------------------------------------------------------------------------------------------------------
+
+
+def _chain(model: nn.Module) -> tuple[list[nn.Module], int, nn.Module | None]:
+    """The layers from input to reconstruction, the place of ``mu`` among them (0: there is none), and ``logvar``."""
+    if type(model) is nn.Sequential:
+        return list(_flat(model)), 0, None
+    parts = {name: part for name, part in model.named_children() if name in ("encoder", "mu", "logvar", "decoder")}
+    if set(parts) not in ({"encoder", "decoder"}, {"encoder", "mu", "logvar", "decoder"}):
+        raise ValueError(
+            "model: expected an nn.Sequential, or a module with the parts encoder and decoder, or encoder, mu, logvar "
+            f"and decoder, for ONNX, but got {type(model).__name__} with {', '.join(parts) or 'none of them'}"
+        )
+    before, after = [nn.Flatten(), *_flat(parts["encoder"])], list(_flat(parts["decoder"]))
+    if "mu" not in parts:
+        return before + after, 0, None
+    for name in ("mu", "logvar"):
+        if type(parts[name]) is not nn.Linear:
+            raise ValueError(f"model: expected a linear layer {name}, for ONNX, but got {parts[name]}")
+    return [*before, parts["mu"], *after], len(before), parts["logvar"]
+
+
+def _flat(module: nn.Module) -> Iterator[nn.Module]:
+    known: tuple[type[nn.Module], ...] = (nn.Linear, *DERIVATIVES, *RESHAPES, *UNCHANGED)
+    if type(module) is nn.Sequential:
+        for part in module:
+            yield from _flat(part)
+    elif type(module) in known and getattr(module, "approximate", "none") == "none":
+        yield module
+    else:
+        names = ", ".join(kind.__name__ for kind in known)
+        raise ValueError(f"model: expected layers of the kinds {names}, for ONNX, but got {module}")
+
+
+def _places(detector: NoveltyDetector, layers: list[nn.Module]) -> dict[int, str]:
+    """Where the chosen layers stand, place -> name, in the order of the choice."""
+    parameter = next(detector.model_.parameters())
+    sample = parameter.new_zeros(1, *detector.input_shape_)
+    chosen = characterize(detector.model_, sample, layer=detector.layer, loss=detector.loss_).gradients
+    places = {}
+    for name, factors in chosen.items():
+        module = detector.model_.get_submodule(name)
+        found = [k for k, layer in enumerate(layers) if layer is module]
+        if len(found) != 1 or type(module) is not nn.Linear or factors.positions != 1:
+            raise ValueError(
+                f"layer: expected linear layers that run once, on [N, features], for ONNX, but {name!r} is not one"
+            )
+        places[found[0]] = name
+    return places
+
+
+def _score_in(detector: NoveltyDetector, dtype: torch.dtype) -> FittedScore:
+    """The detector's score on the CPU, in another type: constants of the graph."""
+    learned = {name: tensor.detach().cpu() for name, tensor in detector.score_.tensors().items()}
+    # The scale of a classifier's features are numbers of Python's.
+    score = detector.score_.with_tensors({k: t if k == "features" else t.to(dtype) for k, t in learned.items()})
+    if score.classifier is not None:
+        score.classifier.to("cpu", dtype).requires_grad_(False)
+    return score

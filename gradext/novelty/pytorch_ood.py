@@ -1,6 +1,7 @@
 """pytorch-ood's gradient detectors (`pip install pytorch-ood`) from factors: equal values, no gradient is written.
 
 pytorch-ood forms every sample's gradients by ``vmap(grad)``, [B, O, I] numbers a layer; here norms come from B(O + I).
+It imports torchvision, which has to be built for the torch that is there: for CUDA, or for the CPU alone.
 """
 
 from __future__ import annotations
