@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -283,7 +284,8 @@ class GradFactors:
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """[B·T, I] and [B·T, O], in the type that sums are taken in."""
-        return widen(*(factor.flatten(0, 1) for factor in self._explicit()))
+        activation, delta = widen(*(factor.flatten(0, 1) for factor in self._explicit()))
+        return activation, delta
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """H functionals of each gradient, ``y[b, h] = ⟨G[b], weight[h]⟩ + bias[h]``, weight [H, O, I] -> [B, H].
@@ -356,7 +358,7 @@ class GradFactors:
             delta, activation = widen(self.delta, self.activation)
             total = delta.square().mT @ activation.square()
         else:
-            total = sum(block.square().sum(0) for block in self._blocks())
+            total = _total(block.square().sum(0) for block in self._blocks())
         return self._like_weight(total / len(self))
 
     def kron_fisher(self) -> tuple[Tensor, Tensor]:
@@ -451,6 +453,12 @@ class ConvFactors(GradFactors):
     hand. Inner products with a reference are convolutions of the image by it, without unfolding.
     """
 
+    image: Tensor
+    plain: Tensor
+    windows: Windows
+    groups: int
+    weight_shape: tuple[int, ...]
+
     def __init__(
         self, image: Tensor, plain: Tensor, windows: Windows, groups: int, weight_shape: tuple[int, ...]
     ) -> None:
@@ -497,7 +505,7 @@ class ConvFactors(GradFactors):
     def __len__(self) -> int:
         return self.plain.shape[0]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> GradFactors:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ConvFactors:
         return ConvFactors(function(self.image), function(self.plain), self.windows, self.groups, self.weight_shape)
 
     def _refuse_groups(self) -> None:
@@ -513,11 +521,11 @@ class ConvFactors(GradFactors):
     def _samples_a_block(self, elements: int) -> int:
         return max(1, UNFOLDED_ELEMENTS.get(self.device.type, 1 << 20) // max(1, elements))
 
-    def _samples(self) -> Iterable[GradFactors]:
+    def _samples(self) -> Iterable[ConvFactors]:
         """Blocks of samples whose unfolded image is of a size to work in."""
         step = self._samples_a_block(self.positions * self.shape[2] * self.groups)
         for b in range(0, max(1, len(self)), step):
-            yield self[b : b + step]
+            yield self._map(operator.itemgetter(slice(b, b + step)))
 
     def compact(self) -> GradFactors:
         _, O, I = self.shape
@@ -605,6 +613,10 @@ class EmbeddingFactors(GradFactors):
     formed by methods that have no cheaper form (project, sketch, quadratic_kron).
     """
 
+    index: Tensor
+    delta_rows: Tensor
+    rows: int
+
     def __init__(self, index: Tensor, delta_rows: Tensor, rows: int) -> None:
         for name, value in (("index", index), ("delta_rows", delta_rows), ("rows", rows), ("weight_shape", None)):
             object.__setattr__(self, name, value)
@@ -643,12 +655,13 @@ class EmbeddingFactors(GradFactors):
 
     @staticmethod
     def cat(parts: Sequence[GradFactors]) -> GradFactors:
-        if not parts or not all(isinstance(part, EmbeddingFactors) for part in parts):
+        own = [part for part in parts if isinstance(part, EmbeddingFactors)]
+        if not own or len(own) < len(parts):
             return GradFactors.cat(parts)
-        T = max(part.positions for part in parts)
-        index = torch.cat([F.pad(part.index, (0, T - part.positions)) for part in parts])
-        rows = torch.cat([F.pad(part.delta_rows, (0, 0, 0, T - part.positions)) for part in parts])
-        return EmbeddingFactors(index, rows, parts[0].rows)
+        T = max(part.positions for part in own)
+        index = torch.cat([F.pad(part.index, (0, T - part.positions)) for part in own])
+        rows = torch.cat([F.pad(part.delta_rows, (0, 0, 0, T - part.positions)) for part in own])
+        return EmbeddingFactors(index, rows, own[0].rows)
 
     def gram(self, other: GradFactors | None = None) -> Tensor:
         """``K[b, c] = Σ_{t,s: index_bt = index'_cs} δ_bt · δ'_cs`` -> [B, C]; BCTSD operations, no unit vectors."""
@@ -754,14 +767,17 @@ class EmbeddingFactors(GradFactors):
         return (F.embedding(index, diag.to(values.dtype)) * values.square()).sum((1, 2))
 
 
-def _with_start(parts: Iterable[GradFactors]) -> Iterable[tuple[int, GradFactors]]:
+_Part = TypeVar("_Part", bound=GradFactors)
+
+
+def _with_start(parts: Iterable[_Part]) -> Iterable[tuple[int, _Part]]:
     start = 0
     for part in parts:
         yield start, part
         start += len(part)
 
 
-class LayerFactors(dict):
+class LayerFactors(dict[str, GradFactors]):
     """The factors of several layers by name: a dict of `GradFactors`, with what sums over all of them."""
 
     def __getitem__(self, name: str) -> GradFactors:
@@ -771,7 +787,7 @@ class LayerFactors(dict):
 
     def sq_norm(self) -> Tensor:
         """``Σ_layers ‖G_layer[b]‖²`` -> [B]."""
-        return sum(factors.sq_norm() for factors in self.values())
+        return _total(factors.sq_norm() for factors in self.values())
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all chosen layers' gradients together, ``(Σ_layers ‖G_layer[b]‖²)^½`` -> [B]."""
@@ -782,7 +798,7 @@ class LayerFactors(dict):
         """``Σ_layers ⟨G_layer[b], reference[layer]⟩`` -> [B]; ``reference`` has an [O, I] tensor for every layer."""
         if set(reference) != set(self):
             raise ValueError(f"reference: expected the layers {sorted(self)}, but got {sorted(reference)}")
-        return sum(factors.dot(reference[name]) for name, factors in self.items())
+        return _total(factors.dot(reference[name]) for name, factors in self.items())
 
     def cosine(self, reference: dict[str, Tensor], eps: float = 1e-12) -> Tensor:
         """The cosine between all layers' gradients together and the reference -> [B]; with K references -> [B, K]."""
@@ -796,11 +812,11 @@ class LayerFactors(dict):
         other = self if other is None else other
         if set(other) != set(self):
             raise ValueError(f"other: expected the layers {sorted(self)}, but got {sorted(other)}")
-        return sum(factors.gram(other[name]) for name, factors in self.items())
+        return _total(factors.gram(other[name]) for name, factors in self.items())
 
     def sketch(self, dim: int, seed: int = 0) -> Tensor:
         """`GradFactors.sketch` of all layers' gradients together, every layer by hashes of its own -> [B, dim]."""
-        return sum(factors.sketch(dim, seed + 1_000_003 * k) for k, factors in enumerate(self.values()))
+        return _total(factors.sketch(dim, seed + 1_000_003 * k) for k, factors in enumerate(self.values()))
 
     def sum(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """``Σ_b w_b G_layer[b]`` by layer."""
@@ -830,6 +846,11 @@ class LayerFactors(dict):
 
     def detach(self) -> LayerFactors:
         return LayerFactors((name, factors.detach()) for name, factors in self.items())
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one tensor or more."""
+    return functools.reduce(torch.add, parts)
 
 
 def _clipping(norm: Tensor, max_norm: float) -> Tensor:

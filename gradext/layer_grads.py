@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -250,9 +251,10 @@ def _joined(uses: list[GradFactors | Tensor]) -> GradFactors | Tensor:
     """The gradient of a parameter that was used several times."""
     if len(uses) == 1:
         return uses[0]
-    if all(isinstance(use, GradFactors) and use.weight_shape is None for use in uses):
-        return GradFactors.stack_positions(uses)
-    return sum(use if isinstance(use, Tensor) else use.materialize() for use in uses)
+    factored = [use for use in uses if isinstance(use, GradFactors) and use.weight_shape is None]
+    if len(factored) == len(uses):
+        return GradFactors.stack_positions(factored)
+    return functools.reduce(torch.add, (use if isinstance(use, Tensor) else use.materialize() for use in uses))
 
 
 def _first(output, loss):
@@ -274,7 +276,7 @@ def _check_sums(found: dict[str, GradFactors | Tensor], expected: dict[str, Tens
         gradient = gradient if isinstance(gradient, Tensor) else gradient.compact()
         total = gradient.sum(0) if isinstance(gradient, Tensor) else gradient.sum()
         norms = gradient.flatten(1).norm(dim=1) if isinstance(gradient, Tensor) else gradient.norm()
-        batch = torch.zeros_like(total) if expected[name] is None else expected[name].to_dense()
+        batch = torch.zeros_like(total) if (given := expected[name]) is None else given.to_dense()
         batch = batch.reshape(total.shape).to(total.dtype)
         sums[name] = total, batch, torch.maximum(norms.sum(), batch.norm()).item()
     largest = max(scale for _, _, scale in sums.values())

@@ -18,7 +18,10 @@ def loop_layer_grads(model: nn.Module, x: Tensor, loss: PerSampleLoss, names: Se
         model.zero_grad(set_to_none=True)
         loss(_first(model(sample)), sample).sum().backward()
         for name in names:
-            grads[name].append(parameters[name].grad)
+            gradient = parameters[name].grad
+            if gradient is None:
+                raise ValueError(f"{name}: the loss does not depend on it")
+            grads[name].append(gradient)
     model.zero_grad(set_to_none=True)
     return {name: torch.stack(values) for name, values in grads.items()}
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,17 +89,18 @@ class Source:
 class ArraySource(Source):
     """Rows of an array in memory or mapped, or of a data frame."""
 
-    rows: object = None
+    rows: Any = None
 
     def read(self, rows: np.ndarray) -> Block:
         taken = self.rows.iloc[rows] if hasattr(self.rows, "iloc") else self.rows[rows]
         return Block(rows, taken)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ImageFolder(Source):
     """Image files, decoded when their rows are read."""
 
+    image_format: ImageFormat
     root: Path = Path()
     skip_unreadable: bool = False
 

@@ -51,7 +51,8 @@ def iter_layer_grads(
     for name in ("out", "create_graph"):
         if options.pop(name, None):
             raise ValueError(f"{name}: iter_layer_grads keeps no graph and reuses memory of its own; leave {name} out")
-    size, buffers = None, {}
+    size: int | None = None
+    buffers: dict[str, Tensor] = {}
     with tqdm(disable=not progress, unit=" samples", desc="gradients") as bar:
         for batch in batches:
             x, target = batch if paired else (batch, None)

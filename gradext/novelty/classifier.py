@@ -100,8 +100,8 @@ class NoiseClassifier(nn.Module):
         self.output = nn.Linear(hidden_dim, 1)
 
     def forward(self, f: Tensor | GradientFeatures) -> Tensor:
-        on_factors = isinstance(f, GradientFeatures)
-        hidden = f.linear(self.hidden.weight, self.hidden.bias) if on_factors else self.hidden(f)
+        layer = self.hidden
+        hidden = f.linear(layer.weight, layer.bias) if isinstance(f, GradientFeatures) else layer(f)
         return self.output(torch.sigmoid(hidden)).squeeze(-1)
 
 

@@ -137,7 +137,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
         self.shift_, self.scale_ = self._fit_scaling(X[training])
         samples = self._as_samples(X[training], torch.float32)
-        self.profile_ = guards.Profile.of(samples)
+        self.profile_: guards.Profile | None = guards.Profile.of(samples)
         self._make_model(samples, seed)
         self.history_ = None
         if self.epochs != 0:
@@ -180,7 +180,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.epochs == 0 and self.model is None:
             raise ValueError("epochs: expected a positive integer or None, but got 0, which is for a trained model=")
 
-    def _split(self, N: int, seed: int, calibration_given: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, N: int, seed: int, calibration_given: bool) -> tuple[np.ndarray, ...]:
         """Shuffled indices of the training, validation and calibration part; at least one in each that is needed."""
         shares = (
             0 if self.epochs == 0 else self.validation_fraction,
@@ -218,7 +218,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim)
+                model: nn.Module = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim)
         else:
             model = copy.deepcopy(self.model).float()
         self.model_ = model.to(device).eval()

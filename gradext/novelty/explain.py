@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ def layer_shares(detector: NoveltyDetector, X) -> dict[str, np.ndarray]:
         factors = _factors(detector, detector.model_, batch, None)
         parts.append({name: f.sq_norm().detach() for name, f in factors.items()})
     squares = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    total = sum(squares.values())
+    total = functools.reduce(torch.add, squares.values())
     return {n: torch.where(total > 0, s / total, torch.zeros_like(s)).cpu().numpy() for n, s in squares.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class FittedScore:
     """``score(sample) -> [N]``, higher is more novel: label-free with `Statistics`, or features and a classifier."""
 
     name: str
-    statistics: Statistics | None = None
+    statistics: Statistics = field(default_factory=Statistics)
     features: Features | None = None
     classifier: NoiseClassifier | None = None
 
@@ -30,21 +30,21 @@ class FittedScore:
 
     def differentiable(self, sample: Characterization) -> Tensor:
         """The same with its graph, where ``sample`` has one."""
-        if self.classifier is None:
+        if self.classifier is None or self.features is None:
             return SCORES[self.name](sample, self.statistics)
         return self.classifier(self.features(sample))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything learned, by name: the fields of the statistics, or the features' scale and the weights."""
-        if self.classifier is None:
-            kept = {field.name: getattr(self.statistics, field.name) for field in fields(self.statistics)}
+        if self.classifier is None or self.features is None:
+            kept = {kept.name: getattr(self.statistics, kept.name) for kept in fields(self.statistics)}
             return {name: value for name, value in kept.items() if value is not None}
         scale = torch.tensor([self.features.mean, self.features.std], dtype=torch.float64)
         return {"features": scale, **self.classifier.state_dict()}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> FittedScore:
         """The same score with other learned values, named as `tensors` names them."""
-        if self.classifier is None:
+        if self.classifier is None or self.features is None:
             return replace(self, statistics=Statistics(**tensors))
         state = dict(tensors)
         mean, std = state.pop("features").tolist()
@@ -69,4 +69,4 @@ def fit_score(
         raise ValueError(f"score {name!r}: expected characterised training outliers, but got None")
     featurize = features(CLASSIFIER_SCORES[name], inliers)
     model = train_classifier(featurize(inliers), featurize(distorted), seed=seed, **classifier)
-    return FittedScore(name, None, featurize, model)
+    return FittedScore(name, features=featurize, classifier=model)

@@ -29,6 +29,10 @@ class ScoringGraph(nn.Module):
     Raises ValueError for other models, layers and scores.
     """
 
+    shift: Tensor
+    scale: Tensor
+    mean_gradient: Tensor
+
     def __init__(self, detector: NoveltyDetector) -> None:
         super().__init__()
         if type(detector.model_) is not VAE:
@@ -49,7 +53,7 @@ class ScoringGraph(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         x = (X - self.shift) / self.scale
-        first, _, last, _ = self.model.decoder
+        first, last = (layer for layer in self.model.decoder if isinstance(layer, nn.Linear))
         hidden = self.model.encoder(x)
         z, logvar = self.model.mu(hidden), self.model.logvar(hidden)
         if self.score == "latent_loss":
@@ -81,7 +85,8 @@ def export_onnx(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
         torch.onnx.export(
-            graph, (example,), content, input_names=["X"], output_names=["novelty"],
+            graph, (example,), content,  # type: ignore[arg-type]  # the older exporter takes files too
+            input_names=["X"], output_names=["novelty"],
             dynamic_axes={"X": {0: "N"}, "novelty": {0: "N"}}, opset_version=17, dynamo=False,
         )  # fmt: skip
     with atomic_write(path) as file:

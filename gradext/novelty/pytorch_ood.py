@@ -5,6 +5,7 @@ pytorch-ood forms every sample's gradients by ``vmap(grad)``, [B, O, I] numbers 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytorch_ood.detector as theirs
@@ -52,4 +53,5 @@ def _sum_over_parameters(detector, x: Tensor, loss: Callable, of: Callable[[Grad
     factors = batch_layer_factors(
         detector.model, x, loss=loss, layers=layers, include_bias=biases, fallback="vmap", target=x
     )
-    return sum(of(factors[name.removesuffix(".weight")]) for name in names).detach()
+    found = [of(factors[name.removesuffix(".weight")]) for name in names]
+    return functools.reduce(torch.add, found).detach()

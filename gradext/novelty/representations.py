@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,7 @@ def continued_bce(output: Tensor, target: Tensor) -> Tensor:
     return reconstruction_loss(output, target).flatten(1).sum(1)
 
 
+LayerChoices = LayerChoice | list[LayerChoice] | tuple[LayerChoice, ...]
 RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
 
 
@@ -90,7 +91,7 @@ def characterize(
     model: nn.Module,
     x: Tensor,
     *,
-    layer: LayerChoice | Sequence[LayerChoice] = "first",
+    layer: LayerChoices = "first",
     loss: str = "bce",
     batch_size: int = 1024,
 ) -> Characterization:
@@ -126,11 +127,12 @@ def characterize(
     return Characterization.cat(parts)
 
 
-def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice], loss: str) -> list[str]:
+def _layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
     """The layers' names in the order of the choice, read off one sample: what runs first is known by running."""
     named = continued_bce if loss == "bce" else loss
     names: dict[str, None] = {}
-    for choice in layer if isinstance(layer, (list, tuple)) else [layer]:
+    choices: Iterable[LayerChoice] = layer if isinstance(layer, (list, tuple)) else [layer]
+    for choice in choices:
         names |= dict.fromkeys(batch_layer_factors(model, x, loss=named, layers=choice))
     return list(names)
 

@@ -72,7 +72,7 @@ def delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
 
 def gradient_cosine(sample: Characterization, statistics: Statistics) -> Tensor:
     """``1 - cos(∇_W L, mean inlier gradient)``, after GradCon (Kwon et al., ECCV 2020); in [0, 2]."""
-    return 1 - sample.gradient.cosine(statistics.mean_gradient)
+    return 1 - sample.gradient.cosine(_kept(statistics.mean_gradient))
 
 
 def diagonal_fisher(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -80,7 +80,7 @@ def diagonal_fisher(sample: Characterization, statistics: Statistics) -> Tensor:
 
     F is the diagonal of the empirical Fisher matrix, as in Kirkpatrick et al., PNAS 2017.
     """
-    return sample.gradient.quadratic(statistics.inverse_fisher).clamp_min(0).sqrt()
+    return sample.gradient.quadratic(_kept(statistics.inverse_fisher)).clamp_min(0).sqrt()
 
 
 def kronecker_fisher(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -88,14 +88,15 @@ def kronecker_fisher(sample: Characterization, statistics: Statistics) -> Tensor
 
     The factored Fisher matrix of Martens and Grosse, ICML 2015.
     """
-    square = sample.gradient.quadratic_kron(statistics.activation_inverse, statistics.delta_inverse)
+    inverses = _kept(statistics.activation_inverse), _kept(statistics.delta_inverse)
+    square = sample.gradient.quadratic_kron(*inverses)
     return square.clamp_min(0).sqrt()
 
 
 def whitened_delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``(Σ_t δ_tᵀ D⁻¹ δ_t)^½``, the delta's part of the Kronecker Fisher norm: a Mahalanobis distance from zero."""
     delta = sample.gradient.delta
-    return ((delta @ statistics.delta_inverse) * delta).flatten(1).sum(1).clamp_min(0).sqrt()
+    return ((delta @ _kept(statistics.delta_inverse)) * delta).flatten(1).sum(1).clamp_min(0).sqrt()
 
 
 def log_norm_density(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -105,12 +106,12 @@ def log_norm_density(sample: Characterization, statistics: Statistics) -> Tensor
     information metric of deep generative models for out-of-distribution detection", 2024. Gradients that are too small
     count as novel too.
     """
-    return _standardise(_log_gradient_norms(sample), statistics.gradient_moments).square().sum(1) / 2
+    return _standardise(_log_gradient_norms(sample), _kept(statistics.gradient_moments)).square().sum(1) / 2
 
 
 def combined_delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``Σ_l z(log ‖δ_l‖)``: the evidence of all chosen layers, each on the scale of the inliers."""
-    return _standardise(_log_delta_norms(sample), statistics.delta_moments).sum(1)
+    return _standardise(_log_delta_norms(sample), _kept(statistics.delta_moments)).sum(1)
 
 
 def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -119,8 +120,8 @@ def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> 
     Whitening a hidden layer's delta weighs up directions that inliers leave alone. The output's delta is the residual
     of every pixel, of which it would weigh up those that are always blank.
     """
-    whitened = _standardise(_log(whitened_delta_norm(sample, statistics)), statistics.whitened_moments)
-    return whitened + _standardise(_log_delta_norms(sample), statistics.delta_moments)[:, 1:].sum(1)
+    whitened = _standardise(_log(whitened_delta_norm(sample, statistics)), _kept(statistics.whitened_moments))
+    return whitened + _standardise(_log_delta_norms(sample), _kept(statistics.delta_moments))[:, 1:].sum(1)
 
 
 def reconstruction_error(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -151,6 +152,15 @@ NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "combined_delta_norm": ("delta_moments",),
     "combined_whitened_norm": ("delta_inverse", "delta_moments", "whitened_moments"),
 }
+
+
+def _kept(statistic: Tensor | None) -> Tensor:
+    if statistic is None:
+        raise ValueError(
+            "statistics: expected those that the score needs, but one is None; make them by Statistics.of(inliers, "
+            "[name of the score])"
+        )
+    return statistic
 
 
 def _log_gradient_norms(sample: Characterization) -> Tensor:

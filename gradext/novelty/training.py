@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,10 @@ def train(
     epochs = auto_epochs(len(x), batch_size) if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
-    objective = model.loss if loss is None else loss
+    objective: Any = model.loss if loss is None else loss  # a model's own attributes are of any type
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     order = torch.Generator().manual_seed(seed)
-    history, best = History(), None
+    history, best = History(), model.state_dict()
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -84,7 +85,7 @@ def train(
             history.validation.append(validation)
             if not math.isfinite(validation):
                 raise RuntimeError(f"the validation loss became {validation} in epoch {epoch}; lower learning_rate")
-            if best is None or validation < history.validation[history.best_epoch]:
+            if history.best_epoch < 0 or validation < history.validation[history.best_epoch]:
                 history.best_epoch, best = epoch, {key: value.clone() for key, value in model.state_dict().items()}
             bar.set_postfix(train=f"{history.train[-1]:.1f}", validation=f"{validation:.1f}")
     optimizer.zero_grad(set_to_none=True)
