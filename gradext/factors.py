@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -96,13 +96,13 @@ class GradFactors:
             f"{type(self).__name__}(B={B}, O={O}, I={I}, T={self.positions}, dtype={self.dtype}, device={self.device})"
         )
 
-    def __getitem__(self, index) -> GradFactors:
+    def __getitem__(self, index: Any) -> GradFactors:
         """The factors of some samples: an integer (kept as a batch of one), a slice, a mask or a list of indices."""
         if isinstance(index, int):
             index = [index]
         return self._map(lambda factor: factor[index])
 
-    def to(self, *args, **kwargs) -> GradFactors:
+    def to(self, *args: Any, **kwargs: Any) -> GradFactors:
         """As `Tensor.to`, for both factors."""
         return self._map(lambda factor: factor.to(*args, **kwargs))
 
@@ -237,7 +237,7 @@ class GradFactors:
             return _safe_sqrt(self.sq_norm())
         return self._over_blocks(lambda gradient: torch.linalg.vector_norm(gradient.flatten(1), p, dim=1))
 
-    def _over_blocks(self, function) -> Tensor:
+    def _over_blocks(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         results = [function(block) for block in self._blocks()]
         return torch.cat(results) if results else self.delta.new_zeros(0, dtype=accumulation_type(self.dtype))
 
@@ -840,7 +840,7 @@ class LayerFactors(dict[str, GradFactors]):
                 raise ValueError(f"parts: expected the layers {sorted(parts[0])} in all, but got {sorted(part)}")
         return LayerFactors((name, type(first).cat([part[name] for part in parts])) for name, first in parts[0].items())
 
-    def to(self, *args, **kwargs) -> LayerFactors:
+    def to(self, *args: Any, **kwargs: Any) -> LayerFactors:
         """As `GradFactors.to`, for every layer."""
         return LayerFactors((name, factors.to(*args, **kwargs)) for name, factors in self.items())
 

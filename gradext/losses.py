@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 _aten = torch.ops.aten
 
@@ -245,5 +245,5 @@ def _ends_in_sigmoid(output: Tensor) -> bool:
     return _is_sigmoid(node)
 
 
-def _is_sigmoid(node) -> bool:
+def _is_sigmoid(node: Node | None) -> bool:
     return node is not None and node.name() == "SigmoidBackward0"

@@ -60,7 +60,7 @@ class Block:
     """Some rows of a source: their indices [n], and the samples [n, ...] (an array or a data frame)."""
 
     index: np.ndarray
-    samples: object
+    samples: Any  # an array or a data frame
 
 
 @dataclass(eq=False)

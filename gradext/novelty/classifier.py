@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class GradientFeatures:
     def __len__(self) -> int:
         return len(self.magnitude)
 
-    def __getitem__(self, index) -> GradientFeatures:
+    def __getitem__(self, index: Any) -> GradientFeatures:
         return GradientFeatures(self.direction[index], self.magnitude[index])
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:

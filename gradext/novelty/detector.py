@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -95,7 +97,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         calibration_fraction: float = 0.2,
         target_fpr: float = 0.05,
         contamination: float | None = None,
-        random_state=None,
+        random_state: int | np.random.RandomState | None = None,
         device: str | None = None,
         dtype: str = "float64",
         verbose: bool = False,
@@ -124,7 +126,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- fitting -----------------------------------------------------------------------------------------------------
 
-    def fit(self, X, y=None, *, X_calibration=None) -> NoveltyDetector:
+    def fit(self, X: ArrayLike, y: object = None, *, X_calibration: ArrayLike | None = None) -> NoveltyDetector:
         """Train on normal samples ``X`` [N, ...], flat or image-shaped: arrays, tensors, data frames.
 
         ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
@@ -238,7 +240,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.loss == "auto":
             self.loss_ = resolve("auto", reconstruction, first.detach()) if in_unit_range else "mse"
 
-    def _objective(self):
+    def _objective(self) -> Callable[[Tensor], Tensor]:
         """What is trained, x [B, ...] -> [B]: the model's own ``loss``, else reconstruction error and latent loss."""
         own = getattr(self.model_, "loss", None)
         if callable(own):
@@ -273,7 +275,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def score_samples(self, X) -> np.ndarray:
+    def score_samples(self, X: ArrayLike) -> np.ndarray:
         """How normal each sample is, [N]; higher is more normal, as in scikit-learn."""
         check_is_fitted(self)
         X = self._validated(X)
@@ -281,25 +283,25 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             _warn(guards.of_input(self._as_samples(X[:SCORED_AT_A_TIME], torch.float32), self.profile_))
         return -self._novelty(X)
 
-    def decision_function(self, X) -> np.ndarray:
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         """+1 for normal samples, -1 for novel ones."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def p_values(self, X) -> np.ndarray:
+    def p_values(self, X: ArrayLike) -> np.ndarray:
         """Conformal p-values [N]: a normal sample gets one of at most t with probability at most t."""
         return self.calibration_.p_values(-self.score_samples(X))
 
-    def discoveries(self, X, *, fdr: float = 0.1) -> np.ndarray:
+    def discoveries(self, X: ArrayLike, *, fdr: float = 0.1) -> np.ndarray:
         """Which samples to call novel so that about ``fdr`` of the calls are false at most (Benjamini-Hochberg)."""
         return benjamini_hochberg(self.p_values(X), fdr)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def _validated(self, X, *, reset: bool = False) -> np.ndarray:
+    def _validated(self, X: Any, *, reset: bool = False) -> np.ndarray:
         """``X`` as an array [N, D] of its own type, not copied where that can be; the errors are scikit-learn's."""
         if isinstance(X, Tensor):
             X = X.detach().cpu()

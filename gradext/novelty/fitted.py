@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class FittedScore:
 
 
 def fit_score(
-    name: str, inliers: Characterization, distorted: Characterization | None, *, seed: int = 0, **classifier
+    name: str, inliers: Characterization, distorted: Characterization | None, *, seed: int = 0, **classifier: Any
 ) -> FittedScore:
     """The score called ``name`` (of `SCORES`, or ``"<representation>_classifier"``) with what it keeps of the inliers.
 

@@ -24,9 +24,11 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -68,7 +70,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb", **options):
+def atomic_write(path: str | os.PathLike, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     """A file that appears under its name only when it is whole; until then, and after an error, the old one stays."""
     path = Path(path)
     check_writable(path)
@@ -310,7 +312,7 @@ def _profile(entries: dict) -> Profile:
     return Profile(**known)
 
 
-def _entry(description: dict, key: str, kind: type, *, optional: bool = False):
+def _entry(description: dict, key: str, kind: type, *, optional: bool = False) -> Any:
     value = description.get(key)
     if value is None and optional:
         return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..factors import GradFactors
 from ..layer_grads import batch_layer_factors
+from ..losses import PerSampleLoss
 
 
 class GradNorm(theirs.GradNorm):
@@ -45,7 +46,9 @@ class GradUncertainty(theirs.GradUncertainty):
         return -_sum_over_parameters(self, x, loss, GradFactors.sq_norm)
 
 
-def _sum_over_parameters(detector, x: Tensor, loss: Callable, of: Callable[[GradFactors], Tensor]) -> Tensor:
+def _sum_over_parameters(
+    detector: GradNorm | GradUncertainty, x: Tensor, loss: PerSampleLoss, of: Callable[[GradFactors], Tensor]
+) -> Tensor:
     """``of`` each selected parameter's gradients, added up -> [B]."""
     names = list(detector._selected_params())
     layers = sorted({name.rpartition(".")[0] for name in names})

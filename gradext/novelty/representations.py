@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Characterization:
     def __len__(self) -> int:
         return len(self.reconstruction)
 
-    def __getitem__(self, index) -> Characterization:
+    def __getitem__(self, index: Any) -> Characterization:
         gradients = LayerFactors((name, factors[index]) for name, factors in self.gradients.items())
         return Characterization(self.reconstruction[index], self.latent[index], gradients)
 
