@@ -39,6 +39,9 @@ class GradFactors:
     tensor([[[3., 6.]]])
     >>> factors.norm()
     tensor([6.7082])
+    >>> batch = GradFactors(activation=torch.rand(8, 5), delta=torch.rand(8, 3))
+    >>> batch, batch[:2].shape
+    (GradFactors(B=8, O=3, I=5, T=1, dtype=torch.float32, device=cpu), torch.Size([2, 3, 5]))
     """
 
     activation: Tensor
@@ -247,13 +250,22 @@ class GradFactors:
         """``⟨G[b], R⟩`` with a reference gradient R [O, I] -> [B]; BTOI operations, intermediate BT·min(O, I).
 
         With K references [K, O, I] -> [B, K], as `linear`.
+
+        >>> factors = GradFactors(activation=torch.tensor([[1.0, 2.0]]), delta=torch.tensor([[3.0]]))
+        >>> factors.dot(torch.tensor([[1.0, 1.0]]))
+        tensor([9.])
         """
         if self._is_bank(reference):
             return self.linear(reference)
         return ops.dot(self.delta, self.activation, self._matrix(reference))
 
     def cosine(self, reference: Tensor, eps: float = 1e-12) -> Tensor:
-        """``⟨G[b], R⟩ / (‖G[b]‖‖R‖)`` -> [B] in [-1, 1], or [B, K]; 0 where the product of norms is below ``eps``."""
+        """``⟨G[b], R⟩ / (‖G[b]‖‖R‖)`` -> [B] in [-1, 1], or [B, K]; 0 where the product of norms is below ``eps``.
+
+        >>> factors = GradFactors(activation=torch.eye(2), delta=torch.ones(2, 1))
+        >>> factors.cosine(torch.tensor([[3.0, 4.0]]))
+        tensor([0.6000, 0.8000])
+        """
         return _cosine(self.dot(reference), self.norm(), [reference], self._is_bank(reference), eps)
 
     def _is_bank(self, reference: Tensor) -> bool:
@@ -265,6 +277,10 @@ class GradFactors:
         """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)`` -> [B, C]; ``other`` defaults to self.
 
         T = 1: BC(O + I). T > 1: BCTS(O + I), or through n blocks of gradients BCOI + (BT + nCS)OI, the lesser.
+
+        >>> GradFactors(activation=torch.eye(2), delta=torch.tensor([[2.0], [3.0]])).gram()
+        tensor([[4., 0.],
+                [0., 9.]])
         """
         other = self if other is None else other
         if other.shape[1:] != self.shape[1:]:
@@ -292,6 +308,11 @@ class GradFactors:
 
         A classifier's first layer on the flattened gradient, `F.linear(G.flatten(1), weight.flatten(1), bias)`, at
         BHOI operations for T = 1 (the longer of O and I contracted first) without the gradients.
+
+        >>> factors, layer = GradFactors(torch.rand(8, 5), torch.rand(8, 3)), torch.nn.Linear(15, 4)
+        >>> hidden = factors.linear(layer.weight.reshape(4, 3, 5), layer.bias)
+        >>> torch.allclose(hidden, layer(factors.materialize().flatten(1)), atol=1e-5)
+        True
         """
         value = ops.linear(self.delta, self.activation, self._matrix(weight, leading=1))
         return value if bias is None else value + bias
@@ -313,6 +334,11 @@ class GradFactors:
         ``(6 / dim + 4 / dim²)‖G‖²‖H‖²``. Hashes come from ``seed`` by integer arithmetic, so that every device and
         every cut into batches gives the same projection, and none is stored; BT(O + I + dim log dim) operations.
         Source: Pham and Pagh, "Fast and scalable polynomial kernels via explicit feature maps", KDD 2013.
+
+        >>> factors = GradFactors(torch.rand(8, 50), torch.rand(8, 30))
+        >>> sketches = factors.sketch(256, seed=1)
+        >>> sketches.shape, torch.allclose(sketches[:3], factors[:3].sketch(256, seed=1), atol=1e-4)
+        (torch.Size([8, 256]), True)
         """
         # Pairs of entries that share no row and no column collide with probability 1/dim, and add 2/dim, and
         # crosswise too with probability at most 2/dim², and add 4/dim²; those in one row or one column add 2/dim each.
@@ -345,6 +371,9 @@ class GradFactors:
         """``Σ_b min(1, max_norm / ‖G[b]‖) G[b]`` -> [O, I], each gradient clipped to a norm, as private training needs.
 
         The norms and one matrix product more. Raises ValueError for a ``max_norm`` that is not positive.
+
+        >>> GradFactors(activation=torch.tensor([[1.0], [10.0]]), delta=torch.ones(2, 1)).clipped_sum(max_norm=2.0)
+        tensor([[3.]])
         """
         return self.sum(_clipping(self.norm(), max_norm))
 
@@ -778,7 +807,16 @@ def _with_start(parts: Iterable[_Part]) -> Iterable[tuple[int, _Part]]:
 
 
 class LayerFactors(dict[str, GradFactors]):
-    """The factors of several layers by name: a dict of `GradFactors`, with what sums over all of them."""
+    """The factors of several layers by name: a dict of `GradFactors`, with what sums over all of them.
+
+    >>> import torch, gradext
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6))
+    >>> factors = gradext.batch_layer_factors(model, torch.rand(5, 6))
+    >>> list(factors), factors.norm().shape, factors.gram().shape
+    (['0', '2'], torch.Size([5]), torch.Size([5, 5]))
+    >>> {name: tuple(total.shape) for name, total in factors.clipped_sum(max_norm=1.0).items()}
+    {'0': (3, 6), '2': (6, 3)}
+    """
 
     def __getitem__(self, name: str) -> GradFactors:
         if name not in self:

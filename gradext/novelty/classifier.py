@@ -101,6 +101,7 @@ class NoiseClassifier(nn.Module):
         self.output = nn.Linear(hidden_dim, 1)
 
     def forward(self, f: Tensor | GradientFeatures) -> Tensor:
+        """The logits [N]."""
         layer = self.hidden
         hidden = f.linear(layer.weight, layer.bias) if isinstance(f, GradientFeatures) else layer(f)
         return self.output(torch.sigmoid(hidden)).squeeze(-1)

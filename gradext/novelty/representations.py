@@ -104,6 +104,11 @@ def characterize(
     first layer of the decoder for novel classes, the last for novel conditions. The model runs in evaluation mode and
     is left as it was; results are on its device. Memory O(N (D + L + O + I)): no gradient is written. Raises ValueError
     for an empty ``x``.
+
+    >>> from gradext.novelty import VAE
+    >>> seen = characterize(VAE(64, 32, 4), torch.rand(5, 64))
+    >>> seen.reconstruction.shape, seen.latent.shape, seen.gradient
+    (torch.Size([5, 64]), torch.Size([5, 4]), GradFactors(B=5, O=32, I=4, T=1, dtype=torch.float32, device=cpu))
     """
     if len(x) == 0:
         raise ValueError("x: expected at least one sample, but got none")
