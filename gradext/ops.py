@@ -21,6 +21,9 @@ from torch.autograd import forward_ad
 from . import backends
 from .backends.reference import EPILOGUES, accumulation_type, apply_epilogue, widen
 
+# Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
+__all__ = ["DTYPES", "dot", "epilogue_delta", "gram", "linear", "outer", "outer_group", "sq_norm"]
+
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
