@@ -6,11 +6,10 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -25,10 +24,16 @@ from .representations import RECONSTRUCTION_LOSSES, Characterization, characteri
 from .scores import SCORES
 from .training import train
 
-__all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "fit_score"]
+__all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
 SCORED_AT_A_TIME = 1024
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Rows(Protocol):
+    """Samples by row: a NumPy array, a tensor, a data frame, or nested lists of numbers."""
+
+    def __len__(self) -> int: ...
 
 
 class NoveltyDetector(OutlierMixin, BaseEstimator):
@@ -126,7 +131,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- fitting -----------------------------------------------------------------------------------------------------
 
-    def fit(self, X: ArrayLike, y: object = None, *, X_calibration: ArrayLike | None = None) -> NoveltyDetector:
+    def fit(self, X: Rows, y: object = None, *, X_calibration: Rows | None = None) -> NoveltyDetector:
         """Train on normal samples ``X`` [N, ...], flat or image-shaped: arrays, tensors, data frames.
 
         ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
@@ -275,7 +280,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def score_samples(self, X: ArrayLike) -> np.ndarray:
+    def score_samples(self, X: Rows) -> np.ndarray:
         """How normal each sample is, [N]; higher is more normal, as in scikit-learn."""
         check_is_fitted(self)
         X = self._validated(X)
@@ -283,19 +288,19 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             _warn(guards.of_input(self._as_samples(X[:SCORED_AT_A_TIME], torch.float32), self.profile_))
         return -self._novelty(X)
 
-    def decision_function(self, X: ArrayLike) -> np.ndarray:
+    def decision_function(self, X: Rows) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X: ArrayLike) -> np.ndarray:
+    def predict(self, X: Rows) -> np.ndarray:
         """+1 for normal samples, -1 for novel ones."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def p_values(self, X: ArrayLike) -> np.ndarray:
+    def p_values(self, X: Rows) -> np.ndarray:
         """Conformal p-values [N]: a normal sample gets one of at most t with probability at most t."""
         return self.calibration_.p_values(-self.score_samples(X))
 
-    def discoveries(self, X: ArrayLike, *, fdr: float = 0.1) -> np.ndarray:
+    def discoveries(self, X: Rows, *, fdr: float = 0.1) -> np.ndarray:
         """Which samples to call novel so that about ``fdr`` of the calls are false at most (Benjamini-Hochberg)."""
         return benjamini_hochberg(self.p_values(X), fdr)
 

@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..factors import LayerFactors
 from ..layer_grads import batch_layer_factors
 from ..layers import LayerChoice
-from .detector import NoveltyDetector
+from .detector import NoveltyDetector, Rows
 from .representations import RECONSTRUCTION_LOSSES, Characterization, parts_of
 
 ROWS_AT_A_TIME = 256
 
 
-def layer_shares(detector: NoveltyDetector, X: ArrayLike) -> dict[str, np.ndarray]:
+def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
     """Each decoder layer's share of the squared gradient norm, ``‖G_l‖² / Σ_k ‖G_k‖²``: name -> [N].
 
     Layers are those that `gradext.batch_layer_factors` takes by default; where all gradients are zero so are shares.
@@ -34,7 +33,7 @@ def layer_shares(detector: NoveltyDetector, X: ArrayLike) -> dict[str, np.ndarra
     return {n: torch.where(total > 0, s / total, torch.zeros_like(s)).cpu().numpy() for n, s in squares.items()}
 
 
-def saliency(detector: NoveltyDetector, X: ArrayLike) -> np.ndarray:
+def saliency(detector: NoveltyDetector, X: Rows) -> np.ndarray:
     """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
     samples = _samples(detector, X)
     names = list(_factors(detector, detector.model_, samples[:1], detector.layer))
@@ -52,7 +51,7 @@ def saliency(detector: NoveltyDetector, X: ArrayLike) -> np.ndarray:
 
 
 def nearest_training(
-    detector: NoveltyDetector, X: ArrayLike, X_training: ArrayLike, *, k: int = 5
+    detector: NoveltyDetector, X: Rows, X_training: Rows, *, k: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ``X_training`` whose gradients point most nearly the same way, and the cosines: two times [N, k].
 
@@ -83,7 +82,7 @@ class _Shifted(nn.Module):
         return self.model(x + self.shift)
 
 
-def _samples(detector: NoveltyDetector, X: ArrayLike) -> Tensor:
+def _samples(detector: NoveltyDetector, X: Rows) -> Tensor:
     samples = torch.cat(list(detector._batches(detector._validated(X))))
     return samples.to(next(detector.model_.parameters()).device)
 
