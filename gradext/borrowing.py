@@ -7,6 +7,7 @@ relies on a single `__exit__`.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import traceback
@@ -96,7 +97,7 @@ class Loans:
         with _lock, torch._C.DisableTorchFunction():  # a call around this one would see its weights used
             for p in parameters:
                 if not p.is_inference() and (not p.requires_grad or id(p) in _loans):
-                    self._take(p, lambda p=p: p.requires_grad_(False))
+                    self._take(p, functools.partial(p.requires_grad_, False))
                     p.requires_grad_(True)
 
     def keep(self, buffers: Iterable[Tensor]) -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType
@@ -51,7 +51,7 @@ from .losses import Root
 from .uses import Form, Use, names_of, select, without
 
 # Functions whose result is the same weight in another form: transposed, or of another type or layout.
-_TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
+_TRANSPOSES = {Tensor.t, torch.t, *(getattr(Tensor, name).__get__ for name in ("T", "mT"))}
 _SWAPS = {Tensor.transpose, torch.transpose}
 _CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous}
 _ROWS = {Tensor.split, torch.split, Tensor.chunk, torch.chunk}
@@ -86,7 +86,7 @@ class _Record(NamedTuple):
     input: Tensor
     input_version: int
     rows: int  # leading dimensions that hold the samples and their positions
-    time_major: bool  # known to be [T, B, ...], or [T·B, ...]
+    time_major: int | None  # the batch size, where it is known to be [T, B, ...], or [T·B, ...]
     output: Tensor
     edge: GradientEdge
     shape: torch.Size
@@ -104,10 +104,6 @@ class _Known:
     form: Form | None  # of the chosen parameter; None for the others
     alias: Tensor | None = None  # what functions get in its place
 
-    @property
-    def name(self) -> str | None:
-        return self.form and self.form.name
-
 
 class _HiddenError(UnsupportedLayerError):
     """What chosen parameters meet cannot be seen at all, so that the forward has to be run without them."""
@@ -118,7 +114,7 @@ class _HiddenError(UnsupportedLayerError):
 
 
 class _Capture(TorchFunctionMode):
-    def __init__(self, parameters: dict[str, Tensor], chosen: Iterable[str], keep_graph: bool):
+    def __init__(self, parameters: Mapping[str, Tensor], chosen: Collection[str], keep_graph: bool):
         super().__init__()
         self.keep_graph = keep_graph  # leave the parameters in the graph, for derivatives of the deltas
         self.known = {
@@ -154,22 +150,22 @@ class _Capture(TorchFunctionMode):
                 "depends on its weight through a backward pass, for which there is no exact rule; choose only layers "
                 'that run later, or pass fallback="loop"',
             )
-        used: list[_Known] = []
+        used: list[tuple[Tensor, Form]] = []  # chosen parameters among the arguments
         new_args, new_kwargs = self._replace(args, used), self._replace_values(kwargs, used)
         if not used:
             return func(*new_args, **new_kwargs)
-        if args and args[0] is used[0].tensor:
-            forms = _forms(func, args, kwargs, used[0].form)
+        if args and args[0] is used[0][0]:
+            forms = _forms(func, args, kwargs, used[0][1])
             if forms is not None:
                 result = func(*new_args, **new_kwargs)
                 for part, form in zip(result if isinstance(result, (tuple, list)) else [result], forms, strict=True):
                     self.known[id(part)] = _Known(part, form, part)
                 return result
-        if all(entry.name in self.unruled for entry in used) and not self.opaque:
+        if all(form.name in self.unruled for _, form in used) and not self.opaque:
             return func(*new_args, **new_kwargs)
         # A chosen parameter in a function without a rule. Autograd itself says whether it counts: zeros_like() and
         # the like give results that do not depend on it differentiably.
-        names = [entry.name for entry in used]
+        names = [form.name for _, form in used]
         result = func(*self._replace(args, used, probe=True), **self._replace_values(kwargs, used, probe=True))
         if _requires_grad(result) and not self.opaque:
             self.unruled |= dict.fromkeys(names, getattr(func, "__qualname__", None) or str(func))
@@ -192,7 +188,7 @@ class _Capture(TorchFunctionMode):
         finally:
             self.time_major = former
 
-    def _replace(self, values, used: list[_Known], probe: bool = False):
+    def _replace(self, values, used: list[tuple[Tensor, Form]], probe: bool = False):
         """Aliases in place of parameters, in lists and tuples too; appends the chosen ones to ``used``.
 
         With ``probe`` the chosen ones require grad.
@@ -207,14 +203,14 @@ class _Capture(TorchFunctionMode):
                     continue
                 new = self._alias(entry)
                 if entry.form is not None:
-                    used.append(entry)
+                    used.append((entry.tensor, entry.form))
                     new = new.detach().requires_grad_() if probe and not new.requires_grad else new
             if new is not value:
                 changed = list(values) if changed is None else changed
                 changed[k] = new
         return values if changed is None else type(values)(changed)
 
-    def _replace_values(self, kwargs: dict, used: list[_Known], probe: bool = False) -> dict:
+    def _replace_values(self, kwargs: dict, used: list[tuple[Tensor, Form]], probe: bool = False) -> dict:
         return dict(zip(kwargs, self._replace(list(kwargs.values()), used, probe), strict=True)) if kwargs else kwargs
 
     def _alias(self, entry: _Known) -> Tensor:
@@ -234,7 +230,7 @@ class _Capture(TorchFunctionMode):
                 'fallback="vmap"',
             )
         arguments = {
-            role: parameter if known[role] is None else self._alias(known[role])
+            role: parameter if (entry := known[role]) is None else self._alias(entry)
             for role, parameter in call.parameters.items()
         }
         if not _requires_grad((call.input, *arguments.values())):  # here the graph begins
@@ -333,12 +329,20 @@ def capture(
 
 
 def _capture(
-    model, args, kwargs, objective, chosen: Chosen, named_loss, check_samples: bool, create_graph: bool
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    objective: Callable[[object], Root],
+    chosen: Chosen,
+    named_loss: tuple[str, Tensor] | None,
+    check_samples: bool,
+    create_graph: bool,
 ) -> Captured:
     if not (check_samples or create_graph) and _is_undisturbed(chosen):
         forms = {id(chosen.parameters[name]): Form(name, chosen.parameters[name].shape) for name in chosen.owners}
         if named_loss is not None and type(model) is nn.Sequential and len(args) == 1 and not kwargs:
-            uses = closed_form.uses(model, as_constant(args[0]), *named_loss, forms, chosen)
+            loss, target = named_loss
+            uses = closed_form.uses(model, as_constant(args[0]), loss, target, forms, chosen)
             if uses:
                 return Captured(uses, {}, len(args[0]))
         if _may_be_read(model, (*args, *kwargs.values()), chosen):
@@ -359,7 +363,14 @@ def _capture(
 
 
 def _captured(
-    model, args, kwargs, objective, chosen: Chosen, named_loss, check_samples: bool, create_graph: bool
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    objective: Callable[[object], Root],
+    chosen: Chosen,
+    named_loss: tuple[str, Tensor] | None,
+    check_samples: bool,
+    create_graph: bool,
 ) -> Captured:
     owners, pick = chosen.owners, chosen.pick
     mode = _Capture(chosen.parameters, owners, create_graph)
@@ -411,7 +422,8 @@ def _captured(
 
 def _forward(mode: _Capture, model: nn.Module, args: tuple, kwargs: dict, chosen: Chosen):
     """The watched forward, for whose time frozen parameters require grad: a use that the mode misses leaves a trace."""
-    loans, hooks, modes = Loans(), [], function_modes()
+    loans, modes = Loans(), function_modes()
+    hooks: list[tuple[nn.Module, Callable]] = []
 
     def put_back() -> None:
         modes()
@@ -474,7 +486,7 @@ def _read(model, args, kwargs, objective, forms: dict[int, Form], chosen: Chosen
     uses = select(uses, chosen.pick, chosen.owners)
     edges = [use.edge for use in uses]
     if edges == [root.edge] and not hooked:
-        deltas = [root.gradient]  # the backward begins where it would end
+        deltas: Sequence[Tensor] = [root.gradient]  # the backward begins where it would end
     else:
         # Nothing that ran later lies below the first use: the backward ends there, and is captured after its hooks.
         with _after_hooks({k: edge for k, edge in enumerate(edges) if k and hooked}) as found:
@@ -534,7 +546,7 @@ def _layouts(record: _Record, batch: int) -> list[Layout]:
         return [_batch_second] if second == batch else [flat_time_major] if flat else [_batch_first]
     if batch == 1:
         return [_batch_first] if first > 0 else []
-    found = [_batch_first] if first == batch else []
+    found: list[Layout] = [_batch_first] if first == batch else []
     found += [_batch_second] if second == batch else []
     found += [_batch_first, flat_time_major] if flat else []  # [B·T, ...] or [T·B, ...]
     return found
@@ -562,7 +574,7 @@ def _no_batch(record: _Record, batch: int) -> CaptureError:
 def _uses(
     mode: _Capture,
     root: Root,
-    nodes: set[Node],
+    nodes: set[Node | None],
     records: list[_Record],
     shared: SampleRows | None,
     check_samples: bool,
@@ -575,19 +587,21 @@ def _uses(
     calls, and new ones are added.
     """
     batch = root.gradient.shape[0]
-    known = shared is not None and shared.layouts is not None
-    layouts = [[layout] for layout in shared.layouts] if known else [_layouts(record, batch) for record in records]
+    known = None if shared is None else shared.layouts
+    layouts = [_layouts(record, batch) for record in records] if known is None else [[layout] for layout in known]
     edges = [record.edge for record in records]
     arrangements = [_arrangement(record, batch) if record.edge.node in nodes else None for record in records]
-    unproved = set(arrangements) - proved - {None}  # what the losses do not depend on has no gradient to get wrong
+    # What the losses do not depend on has no gradient to get wrong.
+    unproved = {arrangement for arrangement in arrangements if arrangement is not None} - proved
     ends = edges == [root.edge] and not create_graph and not mode.hooked
+    roots = () if root.edge is None else (root.edge,)
     # Another order than the usual one has to be proved, and where there are as many positions as samples, any order:
     # theirs could be exchanged, and the shapes would not tell. The usual one can be a coincidence too (an embedding of
     # as many positions, a loop over the samples, a permutation), which one proof for each arrangement rules out.
-    check_samples = (batch > 1 and not known) and (
+    check_samples = (batch > 1 and known is None) and (
         check_samples
         or any(_ambiguous(record, layout, batch) for record, layout in zip(records, layouts, strict=True))
-        or (unproved and not ends and not _is_capturing(root.gradient))
+        or (bool(unproved) and not ends and not _is_capturing(root.gradient))
     )
 
     def backward(gradient: Tensor, **options) -> list[Tensor]:
@@ -596,14 +610,14 @@ def _uses(
         end = Afterwards(function_modes())
         with end, end, _after_hooks(dict(enumerate(edges)) if mode.hooked else {}) as hooked:
             mode.__enter__()
-            found = torch.autograd.grad((root.edge,), edges, (gradient,), allow_unused=True, **options)
+            found = torch.autograd.grad(roots, edges, (gradient,), allow_unused=True, **options)
         # A layer's output that the loss does not depend on has delta zero, as in torch.func.
         return [
             r.output.new_zeros(r.shape, dtype=r.dtype) if delta is None else hooked.get(k, delta).reshape(r.shape)
             for k, (r, delta) in enumerate(zip(records, found, strict=True))
         ]
 
-    if root.edge is None:  # the losses do not depend on the chosen layers at all
+    if not roots:  # the losses do not depend on the chosen layers at all
         deltas = [record.output.new_zeros(record.shape, dtype=record.dtype) for record in records]
     elif ends and not check_samples:
         deltas = [root.gradient]  # the backward begins where it would end
@@ -614,7 +628,7 @@ def _uses(
             proved |= {
                 arrangement
                 for arrangement, delta in zip(arrangements, deltas, strict=True)
-                if arrangement in unproved and (delta.abs() > 0).any()
+                if arrangement is not None and arrangement in unproved and (delta.abs() > 0).any()
             }
     if shared is not None:
         shared.layouts = [layout[0] for layout in layouts]
@@ -737,12 +751,11 @@ def _missing(
 def _walk(mode: _Capture, root: Root) -> tuple[set[Node | None], list[str]]:
     """The graph's nodes, and the chosen parameters that it reaches by another way than their aliases."""
     seen = {known.alias.grad_fn for known in mode.known.values() if mode.keep_graph and known.alias is not None}
-    seen.add(None)
     unseen: list[str] = []
-    stack = [] if root.edge is None else [root.edge.node]
+    stack: list[Node | None] = [] if root.edge is None else [root.edge.node]
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         stack += [child for child, _ in node.next_functions]
@@ -816,7 +829,7 @@ def _checked_gradient(layer: str, module: nn.Module, role: str, gradients, rows:
         came = (len(gradient), *form)
     elif isinstance(gradient, Tensor):
         came = tuple(gradient.shape)
-    if came != shape:
+    if came != shape or gradient is None:
         raise ValueError(
             f"layer {layer!r}: expected the rule registered for {type(module).__name__} to give the gradient of "
             f"{role!r} as a tensor or GradFactors of shape {shape}, but got {came or type(gradients).__name__}"

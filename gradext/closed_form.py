@@ -10,7 +10,7 @@ which is also the oracle of the tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +24,22 @@ _aten = torch.ops.aten
 
 
 class _Step(NamedTuple):
-    forward: Callable[[nn.Module, Tensor], Tensor | None]  # (layer, x) -> y; None for what it does not take
-    backward: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (layer, x, y, ∂L/∂y) -> ∂L/∂x
+    # The layer is Any: what it has depends on its type, by which the step was found.
+    forward: Callable[[Any, Tensor], Tensor | None]  # (layer, x) -> y; None for what it does not take
+    backward: Callable[[Any, Tensor, Tensor, Tensor], Tensor]  # (layer, x, y, ∂L/∂y) -> ∂L/∂x
 
 
-def _conv(layer: nn.Module, x: Tensor) -> Tensor | None:
+def _conv(layer: Any, x: Tensor) -> Tensor | None:
     plain = x.ndim == layer.weight.ndim and layer.padding_mode == "zeros" and type(layer.padding) is tuple
     return layer._conv_forward(x, layer.weight, layer.bias) if plain else None
 
 
-def _conv_backward(layer: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+def _conv_backward(layer: Any, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
     rest = (layer.stride, layer.padding, layer.dilation, False, [0] * len(layer.stride), layer.groups)
     return _aten.convolution_backward(delta, x, layer.weight, None, *rest, (True, False, False))[0]
 
 
-def _reshape(layer: nn.Module, x: Tensor) -> Tensor | None:
+def _reshape(layer: Any, x: Tensor) -> Tensor | None:
     y = layer.forward(x)
     return y if y.shape[0] == x.shape[0] else None
 
@@ -145,7 +146,7 @@ def _own(layer: nn.Module, forms: Mapping[int, Form]) -> dict[str, Form]:
     return {role: forms[id(p)] for role, p in layer._parameters.items() if id(p) in forms}
 
 
-def _gradient(layer: nn.Module):
+def _gradient(layer: Any):
     if type(layer) is nn.Linear:
         return LinearRule.gradient
     pads = tuple((n, n) for n in layer.padding)

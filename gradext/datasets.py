@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -42,6 +42,7 @@ NAMES = ("digits", "mnist", "fashion-mnist", "cifar-10")
 FOLDS = 5
 
 StrPath = str | os.PathLike[str]
+Stream = IO[bytes] | io.BufferedIOBase
 
 _CHUNK = 1 << 20  # bytes asked of a stream at a time
 _CLASSES = 10  # of every set that is read from files
@@ -179,7 +180,7 @@ class OneClassSplit:
 
 
 @contextlib.contextmanager
-def _decompressed(path: StrPath) -> Iterator[BinaryIO]:
+def _decompressed(path: StrPath) -> Iterator[Stream]:
     """The content of a plain, gzip or xz file, told by its first bytes; DatasetError if it is damaged."""
     if not os.path.isfile(path):
         came = "a folder" if os.path.isdir(path) else "something else" if os.path.lexists(path) else "nothing"
@@ -202,7 +203,7 @@ def _decompressed(path: StrPath) -> Iterator[BinaryIO]:
         raise DatasetError(f"{os.fspath(path)}: damaged or unreadable: {error}") from error
 
 
-def _read(stream: BinaryIO, limit: int) -> bytearray:
+def _read(stream: Stream, limit: int) -> bytearray:
     """The next `limit` bytes, or all there are."""
     content = bytearray()
     while chunk := stream.read(min(_CHUNK, limit - len(content))):
@@ -290,18 +291,19 @@ def _cifar10_records_of_tar(path: StrPath) -> dict[str, np.ndarray]:
                 file = known.get(member.name.removeprefix("./"))
                 if file is None:
                     continue
-                if not member.isreg():
+                part = tar.extractfile(member) if member.isreg() else None
+                if part is None:
                     raise DatasetError(f"{name}: {member.name}: expected a plain file, got a link or other")
                 if file in records:
                     raise DatasetError(f"{name}: {member.name}: expected {file} once, got it twice")
-                records[file] = _cifar10_records(tar.extractfile(member), f"{name}: {member.name}")
+                records[file] = _cifar10_records(part, f"{name}: {member.name}")
     missing = [file for file in _CIFAR10_FILES if file not in records]
     if missing:
         raise DatasetError(f"{name}: expected a tar of CIFAR-10's binary version, got one without {', '.join(missing)}")
     return records
 
 
-def _cifar10_records(stream: BinaryIO, name: str) -> np.ndarray:
+def _cifar10_records(stream: Stream, name: str) -> np.ndarray:
     """uint8 [N, 3073]; `name` is for messages."""
     limit = _CIFAR10_MAX_RECORDS * _CIFAR10_RECORD
     content = _read(stream, limit + 1)
@@ -462,7 +464,7 @@ def _load_idx_parts(name: str, folder: Path) -> list[np.ndarray]:
     paths, missing = _find(spellings, folders)
     if missing:
         raise _missing(name, [f"{spellings[key][0]}[.gz]" for key in missing], folders)
-    arrays = []
+    arrays: list[np.ndarray] = []
     for part in _IDX_PARTS:
         images_path, labels_path = (paths[f"{part}-{kind}"] for kind in _IDX_KINDS)
         images, labels = load_idx(images_path), load_idx(labels_path)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,9 @@ class GradFactors:
     tensor([[[3., 6.]]])
     >>> factors.norm()
     tensor([6.7082])
+    >>> batch = GradFactors(activation=torch.rand(8, 5), delta=torch.rand(8, 3))
+    >>> batch, batch[:2].shape
+    (GradFactors(B=8, O=3, I=5, T=1, dtype=torch.float32, device=cpu), torch.Size([2, 3, 5]))
     """
 
     activation: Tensor
@@ -95,13 +99,13 @@ class GradFactors:
             f"{type(self).__name__}(B={B}, O={O}, I={I}, T={self.positions}, dtype={self.dtype}, device={self.device})"
         )
 
-    def __getitem__(self, index) -> GradFactors:
+    def __getitem__(self, index: Any) -> GradFactors:
         """The factors of some samples: an integer (kept as a batch of one), a slice, a mask or a list of indices."""
         if isinstance(index, int):
             index = [index]
         return self._map(lambda factor: factor[index])
 
-    def to(self, *args, **kwargs) -> GradFactors:
+    def to(self, *args: Any, **kwargs: Any) -> GradFactors:
         """As `Tensor.to`, for both factors."""
         return self._map(lambda factor: factor.to(*args, **kwargs))
 
@@ -236,7 +240,7 @@ class GradFactors:
             return _safe_sqrt(self.sq_norm())
         return self._over_blocks(lambda gradient: row_norms(gradient.flatten(1), p))
 
-    def _over_blocks(self, function) -> Tensor:
+    def _over_blocks(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         results = [function(block) for block in self._blocks()]
         return torch.cat(results) if results else self.delta.new_zeros(0, dtype=accumulation_type(self.dtype))
 
@@ -246,13 +250,22 @@ class GradFactors:
         """``⟨G[b], R⟩`` with a reference gradient R [O, I] -> [B]; BTOI operations, intermediate BT·min(O, I).
 
         With K references [K, O, I] -> [B, K], as `linear`.
+
+        >>> factors = GradFactors(activation=torch.tensor([[1.0, 2.0]]), delta=torch.tensor([[3.0]]))
+        >>> factors.dot(torch.tensor([[1.0, 1.0]]))
+        tensor([9.])
         """
         if self._is_bank(reference):
             return self.linear(reference)
         return ops.dot(self.delta, self.activation, self._matrix(reference))
 
     def cosine(self, reference: Tensor, eps: float = 1e-12) -> Tensor:
-        """``⟨G[b], R⟩ / (‖G[b]‖‖R‖)`` -> [B] in [-1, 1], or [B, K]; 0 where the product of norms is below ``eps``."""
+        """``⟨G[b], R⟩ / (‖G[b]‖‖R‖)`` -> [B] in [-1, 1], or [B, K]; 0 where the product of norms is below ``eps``.
+
+        >>> factors = GradFactors(activation=torch.eye(2), delta=torch.ones(2, 1))
+        >>> factors.cosine(torch.tensor([[3.0, 4.0]]))
+        tensor([0.6000, 0.8000])
+        """
         return _cosine(self.dot(reference), self.norm(), [reference], self._is_bank(reference), eps)
 
     def _is_bank(self, reference: Tensor) -> bool:
@@ -264,6 +277,10 @@ class GradFactors:
         """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)`` -> [B, C]; ``other`` defaults to self.
 
         T = 1: BC(O + I). T > 1: BCTS(O + I), or through n blocks of gradients BCOI + (BT + nCS)OI, the lesser.
+
+        >>> GradFactors(activation=torch.eye(2), delta=torch.tensor([[2.0], [3.0]])).gram()
+        tensor([[4., 0.],
+                [0., 9.]])
         """
         other = self if other is None else other
         if other.shape[1:] != self.shape[1:]:
@@ -283,13 +300,19 @@ class GradFactors:
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """[B·T, I] and [B·T, O], in the type that sums are taken in."""
-        return widen(*(factor.flatten(0, 1) for factor in self._explicit()))
+        activation, delta = widen(*(factor.flatten(0, 1) for factor in self._explicit()))
+        return activation, delta
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """H functionals of each gradient, ``y[b, h] = ⟨G[b], weight[h]⟩ + bias[h]``, weight [H, O, I] -> [B, H].
 
         A classifier's first layer on the flattened gradient, `F.linear(G.flatten(1), weight.flatten(1), bias)`, at
         BHOI operations for T = 1 (the longer of O and I contracted first) without the gradients.
+
+        >>> factors, layer = GradFactors(torch.rand(8, 5), torch.rand(8, 3)), torch.nn.Linear(15, 4)
+        >>> hidden = factors.linear(layer.weight.reshape(4, 3, 5), layer.bias)
+        >>> torch.allclose(hidden, layer(factors.materialize().flatten(1)), atol=1e-5)
+        True
         """
         value = ops.linear(self.delta, self.activation, self._matrix(weight, leading=1))
         return value if bias is None else value + bias
@@ -311,6 +334,11 @@ class GradFactors:
         ``(6 / dim + 4 / dim²)‖G‖²‖H‖²``. Hashes come from ``seed`` by integer arithmetic, so that every device and
         every cut into batches gives the same projection, and none is stored; BT(O + I + dim log dim) operations.
         Source: Pham and Pagh, "Fast and scalable polynomial kernels via explicit feature maps", KDD 2013.
+
+        >>> factors = GradFactors(torch.rand(8, 50), torch.rand(8, 30))
+        >>> sketches = factors.sketch(256, seed=1)
+        >>> sketches.shape, torch.allclose(sketches[:3], factors[:3].sketch(256, seed=1), atol=1e-4)
+        (torch.Size([8, 256]), True)
         """
         # Pairs of entries that share no row and no column collide with probability 1/dim, and add 2/dim, and
         # crosswise too with probability at most 2/dim², and add 4/dim²; those in one row or one column add 2/dim each.
@@ -343,6 +371,9 @@ class GradFactors:
         """``Σ_b min(1, max_norm / ‖G[b]‖) G[b]`` -> [O, I], each gradient clipped to a norm, as private training needs.
 
         The norms and one matrix product more. Raises ValueError for a ``max_norm`` that is not positive.
+
+        >>> GradFactors(activation=torch.tensor([[1.0], [10.0]]), delta=torch.ones(2, 1)).clipped_sum(max_norm=2.0)
+        tensor([[3.]])
         """
         return self.sum(_clipping(self.norm(), max_norm))
 
@@ -356,7 +387,7 @@ class GradFactors:
             delta, activation = widen(self.delta, self.activation)
             total = delta.square().mT @ activation.square()
         else:
-            total = sum(block.square().sum(0) for block in self._blocks())
+            total = _total(block.square().sum(0) for block in self._blocks())
         return self._like_weight(total / len(self))
 
     def kron_fisher(self) -> tuple[Tensor, Tensor]:
@@ -451,6 +482,12 @@ class ConvFactors(GradFactors):
     hand. Inner products with a reference are convolutions of the image by it, without unfolding.
     """
 
+    image: Tensor
+    plain: Tensor
+    windows: Windows
+    groups: int
+    weight_shape: tuple[int, ...]
+
     def __init__(
         self, image: Tensor, plain: Tensor, windows: Windows, groups: int, weight_shape: tuple[int, ...]
     ) -> None:
@@ -497,7 +534,7 @@ class ConvFactors(GradFactors):
     def __len__(self) -> int:
         return self.plain.shape[0]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> GradFactors:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ConvFactors:
         return ConvFactors(function(self.image), function(self.plain), self.windows, self.groups, self.weight_shape)
 
     def _refuse_groups(self) -> None:
@@ -513,11 +550,11 @@ class ConvFactors(GradFactors):
     def _samples_a_block(self, elements: int) -> int:
         return max(1, UNFOLDED_ELEMENTS.get(self.device.type, 1 << 20) // max(1, elements))
 
-    def _samples(self) -> Iterable[GradFactors]:
+    def _samples(self) -> Iterable[ConvFactors]:
         """Blocks of samples whose unfolded image is of a size to work in."""
         step = self._samples_a_block(self.positions * self.shape[2] * self.groups)
         for b in range(0, max(1, len(self)), step):
-            yield self[b : b + step]
+            yield self._map(operator.itemgetter(slice(b, b + step)))
 
     def compact(self) -> GradFactors:
         _, O, I = self.shape
@@ -605,6 +642,10 @@ class EmbeddingFactors(GradFactors):
     formed by methods that have no cheaper form (project, sketch, quadratic_kron).
     """
 
+    index: Tensor
+    delta_rows: Tensor
+    rows: int
+
     def __init__(self, index: Tensor, delta_rows: Tensor, rows: int) -> None:
         for name, value in (("index", index), ("delta_rows", delta_rows), ("rows", rows), ("weight_shape", None)):
             object.__setattr__(self, name, value)
@@ -643,12 +684,13 @@ class EmbeddingFactors(GradFactors):
 
     @staticmethod
     def cat(parts: Sequence[GradFactors]) -> GradFactors:
-        if not parts or not all(isinstance(part, EmbeddingFactors) for part in parts):
+        own = [part for part in parts if isinstance(part, EmbeddingFactors)]
+        if not own or len(own) < len(parts):
             return GradFactors.cat(parts)
-        T = max(part.positions for part in parts)
-        index = torch.cat([F.pad(part.index, (0, T - part.positions)) for part in parts])
-        rows = torch.cat([F.pad(part.delta_rows, (0, 0, 0, T - part.positions)) for part in parts])
-        return EmbeddingFactors(index, rows, parts[0].rows)
+        T = max(part.positions for part in own)
+        index = torch.cat([F.pad(part.index, (0, T - part.positions)) for part in own])
+        rows = torch.cat([F.pad(part.delta_rows, (0, 0, 0, T - part.positions)) for part in own])
+        return EmbeddingFactors(index, rows, own[0].rows)
 
     def gram(self, other: GradFactors | None = None) -> Tensor:
         """``K[b, c] = Σ_{t,s: index_bt = index'_cs} δ_bt · δ'_cs`` -> [B, C]; BCTSD operations, no unit vectors."""
@@ -754,15 +796,27 @@ class EmbeddingFactors(GradFactors):
         return (F.embedding(index, diag.to(values.dtype)) * values.square()).sum((1, 2))
 
 
-def _with_start(parts: Iterable[GradFactors]) -> Iterable[tuple[int, GradFactors]]:
+_Part = TypeVar("_Part", bound=GradFactors)
+
+
+def _with_start(parts: Iterable[_Part]) -> Iterable[tuple[int, _Part]]:
     start = 0
     for part in parts:
         yield start, part
         start += len(part)
 
 
-class LayerFactors(dict):
-    """The factors of several layers by name: a dict of `GradFactors`, with what sums over all of them."""
+class LayerFactors(dict[str, GradFactors]):
+    """The factors of several layers by name: a dict of `GradFactors`, with what sums over all of them.
+
+    >>> import torch, gradext
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6))
+    >>> factors = gradext.batch_layer_factors(model, torch.rand(5, 6))
+    >>> list(factors), factors.norm().shape, factors.gram().shape
+    (['0', '2'], torch.Size([5]), torch.Size([5, 5]))
+    >>> {name: tuple(total.shape) for name, total in factors.clipped_sum(max_norm=1.0).items()}
+    {'0': (3, 6), '2': (6, 3)}
+    """
 
     def __getitem__(self, name: str) -> GradFactors:
         if name not in self:
@@ -771,7 +825,7 @@ class LayerFactors(dict):
 
     def sq_norm(self) -> Tensor:
         """``Σ_layers ‖G_layer[b]‖²`` -> [B]."""
-        return sum(factors.sq_norm() for factors in self.values())
+        return _total(factors.sq_norm() for factors in self.values())
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all chosen layers' gradients together, ``(Σ_layers ‖G_layer[b]‖²)^½`` -> [B]."""
@@ -782,7 +836,7 @@ class LayerFactors(dict):
         """``Σ_layers ⟨G_layer[b], reference[layer]⟩`` -> [B]; ``reference`` has an [O, I] tensor for every layer."""
         if set(reference) != set(self):
             raise ValueError(f"reference: expected the layers {sorted(self)}, but got {sorted(reference)}")
-        return sum(factors.dot(reference[name]) for name, factors in self.items())
+        return _total(factors.dot(reference[name]) for name, factors in self.items())
 
     def cosine(self, reference: dict[str, Tensor], eps: float = 1e-12) -> Tensor:
         """The cosine between all layers' gradients together and the reference -> [B]; with K references -> [B, K]."""
@@ -796,11 +850,11 @@ class LayerFactors(dict):
         other = self if other is None else other
         if set(other) != set(self):
             raise ValueError(f"other: expected the layers {sorted(self)}, but got {sorted(other)}")
-        return sum(factors.gram(other[name]) for name, factors in self.items())
+        return _total(factors.gram(other[name]) for name, factors in self.items())
 
     def sketch(self, dim: int, seed: int = 0) -> Tensor:
         """`GradFactors.sketch` of all layers' gradients together, every layer by hashes of its own -> [B, dim]."""
-        return sum(factors.sketch(dim, seed + 1_000_003 * k) for k, factors in enumerate(self.values()))
+        return _total(factors.sketch(dim, seed + 1_000_003 * k) for k, factors in enumerate(self.values()))
 
     def sum(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """``Σ_b w_b G_layer[b]`` by layer."""
@@ -824,12 +878,17 @@ class LayerFactors(dict):
                 raise ValueError(f"parts: expected the layers {sorted(parts[0])} in all, but got {sorted(part)}")
         return LayerFactors((name, type(first).cat([part[name] for part in parts])) for name, first in parts[0].items())
 
-    def to(self, *args, **kwargs) -> LayerFactors:
+    def to(self, *args: Any, **kwargs: Any) -> LayerFactors:
         """As `GradFactors.to`, for every layer."""
         return LayerFactors((name, factors.to(*args, **kwargs)) for name, factors in self.items())
 
     def detach(self) -> LayerFactors:
         return LayerFactors((name, factors.detach()) for name, factors in self.items())
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one tensor or more."""
+    return functools.reduce(torch.add, parts)
 
 
 def _clipping(norm: Tensor, max_norm: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from .capture import SampleRows
 from .factors import LayerFactors
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
-from .losses import per_sample_loss, resolve
+from .losses import PerSampleLoss, per_sample_loss, resolve
 
 
 def make_graphed_layer_grads(
@@ -21,9 +21,9 @@ def make_graphed_layer_grads(
     *,
     target: Tensor | None = None,
     num_warmup_iters: int = 3,
-    pool=None,
+    pool: Any = None,
     reduce: Callable[[LayerFactors], object] | None = None,
-    **options,
+    **options: Any,
 ) -> GraphedLayerGrads:
     """`gradext.batch_layer_grads` of one model and one shape of input, recorded as a CUDA graph and replayed.
 
@@ -75,7 +75,7 @@ class Recorder(Protocol):
 
 
 class CudaGraphRecorder:
-    def __init__(self, device: torch.device, num_warmup_iters: int, pool):
+    def __init__(self, device: torch.device, num_warmup_iters: int, pool: Any) -> None:
         self._device, self._num_warmup_iters, self._pool = device, num_warmup_iters, pool
         self._graph = torch.cuda.CUDAGraph()
 
@@ -105,17 +105,19 @@ class GraphedLayerGrads:
         *,
         target: Tensor | None = None,
         reduce: Callable[[LayerFactors], object] | None = None,
-        loss="auto",
+        loss: str | PerSampleLoss = "auto",
         check: str | None = None,
         check_finite: bool = False,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         if options.get("create_graph"):
             raise ValueError("create_graph: expected False, since a replay builds no graph; use batch_layer_grads")
         self._x, self._target = _StaticInput("x", as_call(sample_x)), _StaticInput("target", target)
         args, kwargs = self._x.value
         x, target = kwargs or args, self._target.value
-        choice = {name: options[name] for name in ("layers", "include_bias", "fallback") if name in options}
+        choice: dict[str, Any] = {
+            name: options[name] for name in ("layers", "include_bias", "fallback") if name in options
+        }
         if loss == "auto":
             loss = _resolve(model, x, target, choice)
         # What waits for the GPU to judge the values cannot be recorded.
@@ -123,7 +125,7 @@ class GraphedLayerGrads:
         with rows.shared():
             batch_layer_factors(model, x, target=target, loss=loss, check=check, check_finite=check_finite, **choice)
 
-        def call():
+        def call() -> object:
             with rows.shared():
                 if reduce is None:
                     return batch_layer_grads(model, x, target=target, loss=loss, **options)
@@ -133,7 +135,7 @@ class GraphedLayerGrads:
         self._results = recorder.capture(call)
         self._assumptions = _Assumptions(model)
 
-    def __call__(self, x: Tensor | tuple | Mapping, target: Tensor | None = None):
+    def __call__(self, x: Tensor | tuple | Mapping, target: Tensor | None = None) -> Any:
         self._assumptions.check()
         self._x.copy_from(as_call(x))
         self._target.copy_from(target)
@@ -141,7 +143,7 @@ class GraphedLayerGrads:
         return self._results
 
 
-def _resolve(model, x, target, choice: dict) -> str:
+def _resolve(model: nn.Module, x: Any, target: Tensor | None, choice: dict[str, Any]) -> str:
     """The loss that ``"auto"`` means, which the model's output and its graph decide."""
     found = []
 
@@ -156,14 +158,14 @@ def _resolve(model, x, target, choice: dict) -> str:
 class _StaticInput:
     """Tensors that stay where they are, in the structure that they came in; other values are constants."""
 
-    def __init__(self, name: str, sample):
+    def __init__(self, name: str, sample: Any) -> None:
         self._name = name
         # Under inference mode they could not be written to later, outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.value = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sample)
         self._leaves, self._structure = pytree.tree_flatten(self.value)
 
-    def copy_from(self, value) -> None:
+    def copy_from(self, value: Any) -> None:
         leaves, structure = pytree.tree_flatten(value)
         if structure != self._structure:
             raise ValueError(f"{self._name}: expected the structure of the sample that was recorded, but got another")
@@ -179,11 +181,11 @@ class _StaticInput:
                     leaf.copy_(new)
 
 
-def _kind(value):
+def _kind(value: Any) -> object:
     return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
-def _describe(value) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {value.dtype} on {value.device}"
     return repr(value)
@@ -192,7 +194,7 @@ def _describe(value) -> str:
 class _Assumptions:
     """What the graph takes for granted: which modules there are, in which mode, and where their tensors lie."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         modules = list(model.named_modules(prefix="model"))
         self._modules = [(name, module, module.training, dict(module._modules)) for name, module in modules]
         self._tensors = [

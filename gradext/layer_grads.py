@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +148,16 @@ def batch_layer_factors(
 
 
 def _gradients(
-    model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph
+    model: nn.Module,
+    x: Tensor | tuple | Mapping,
+    loss: str | PerSampleLoss,
+    target: Tensor | None,
+    layers: LayerChoice,
+    include_bias: bool,
+    fallback: str | None,
+    check: str | None,
+    check_finite: bool,
+    create_graph: bool,
 ) -> tuple[dict[str, GradFactors | Tensor], dict[str, nn.Parameter]]:
     """The per-sample gradient of every chosen parameter, in the form that its rule gives, and all parameters."""
     if not isinstance(model, nn.Module):
@@ -167,7 +178,7 @@ def _gradients(
 
     resolved: dict[str, str] = {}
 
-    def objective(output) -> Root:
+    def objective(output: Any) -> Root:
         output = _first(output, loss)
         if not callable(loss) and (fallback or check == "sum"):
             resolved["loss"] = resolve(loss, output, target)
@@ -200,7 +211,7 @@ def _gradients(
     if not captured.missing and check != "sum":
         return found, parameters
 
-    def total(output, target) -> Tensor:
+    def total(output: Any, target: Any) -> Tensor:
         return loss_values(resolved.get("loss", loss), _first(output, loss), target).sum()
 
     wrapped = "" if runs is model else "module."
@@ -217,7 +228,7 @@ def _gradients(
     return found, parameters
 
 
-def as_call(x) -> tuple[tuple, dict]:
+def as_call(x: Any) -> tuple[tuple, dict]:
     """A model's input as positional and keyword arguments."""
     if isinstance(x, Mapping):
         return (), dict(x)
@@ -250,12 +261,13 @@ def _joined(uses: list[GradFactors | Tensor]) -> GradFactors | Tensor:
     """The gradient of a parameter that was used several times."""
     if len(uses) == 1:
         return uses[0]
-    if all(isinstance(use, GradFactors) and use.weight_shape is None for use in uses):
-        return GradFactors.stack_positions(uses)
-    return sum(use if isinstance(use, Tensor) else use.materialize() for use in uses)
+    factored = [use for use in uses if isinstance(use, GradFactors) and use.weight_shape is None]
+    if len(factored) == len(uses):
+        return GradFactors.stack_positions(factored)
+    return functools.reduce(torch.add, (use if isinstance(use, Tensor) else use.materialize() for use in uses))
 
 
-def _first(output, loss):
+def _first(output: Any, loss: str | PerSampleLoss) -> Any:
     """What the loss takes of the model's output: its first element if it is a tuple."""
     output = output[0] if isinstance(output, (tuple, list)) else output
     if not callable(loss) and (not isinstance(output, Tensor) or output.ndim == 0):
@@ -274,7 +286,7 @@ def _check_sums(found: dict[str, GradFactors | Tensor], expected: dict[str, Tens
         gradient = gradient if isinstance(gradient, Tensor) else gradient.compact()
         total = gradient.sum(0) if isinstance(gradient, Tensor) else gradient.sum()
         norms = gradient.flatten(1).norm(dim=1) if isinstance(gradient, Tensor) else gradient.norm()
-        batch = torch.zeros_like(total) if expected[name] is None else expected[name].to_dense()
+        batch = torch.zeros_like(total) if (given := expected[name]) is None else given.to_dense()
         batch = batch.reshape(total.shape).to(total.dtype)
         sums[name] = total, batch, torch.maximum(norms.sum(), batch.norm()).item()
     largest = max(scale for _, _, scale in sums.values())
@@ -292,7 +304,10 @@ def _check_sums(found: dict[str, GradFactors | Tensor], expected: dict[str, Tens
 
 
 def _check_outs(
-    out, found: dict[str, GradFactors | Tensor], parameters: dict[str, nn.Parameter], dtype
+    out: Mapping[str, Tensor] | None,
+    found: dict[str, GradFactors | Tensor],
+    parameters: dict[str, nn.Parameter],
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     if out is None:
         return {}

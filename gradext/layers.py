@@ -37,8 +37,10 @@ class LinearRule:
     """``y = x Wᵀ + b`` with W [O, I], x [..., I], y [..., O], by `F.linear` or as a matrix product."""
 
     module_types = (nn.Linear,)
-    functions = (F.linear, torch.matmul, torch.mm, torch.addmm)
-    functions += (Tensor.matmul, Tensor.mm, Tensor.addmm, Tensor.__matmul__, Tensor.__rmatmul__)
+    functions: tuple[Callable, ...] = (
+        *(F.linear, torch.matmul, torch.mm, torch.addmm),
+        *(Tensor.matmul, Tensor.mm, Tensor.addmm, Tensor.__matmul__, Tensor.__rmatmul__),
+    )
 
     @staticmethod
     def bind(func, args, kwargs) -> Call | None:
@@ -48,8 +50,10 @@ class LinearRule:
         if kwargs:
             return None
         if func in (torch.addmm, Tensor.addmm):
-            bias, input, weight = args if len(args) == 3 else (None, None, None)
-            if bias is None or weight.ndim != 2 or bias.shape != weight.shape[1:]:
+            if len(args) != 3:
+                return None
+            bias, input, weight = args
+            if weight.ndim != 2 or bias.shape != weight.shape[1:]:
                 return None
             return LinearRule._product(input, weight, bias, lambda weight, bias: func(bias, input, weight))
         if len(args) != 2:
@@ -71,7 +75,7 @@ class LinearRule:
     def _product(input, weight, bias, run) -> Call:
         def gradient(role, input, delta):
             found = LinearRule.gradient(role, input, delta)
-            return found.transposed() if role == "weight" else found
+            return found.transposed() if isinstance(found, GradFactors) else found
 
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         return Call(input, parameters, run, input.ndim - 1, gradient)
@@ -345,7 +349,8 @@ def _has_rule(kind: type[nn.Module]) -> bool:
 
 def is_supported(module: nn.Module) -> bool:
     """Whether there is a rule for the module's type and it has a weight (and does not recompute it at each use)."""
-    return bool(registered(module) or (_has_rule(type(module)) and own_parameters(module, include_bias=False)))
+    known = _has_rule(type(module))  # type: ignore[arg-type]  # mypy takes the class's __hash__ for its instances'
+    return bool(registered(module) or (known and own_parameters(module, include_bias=False)))
 
 
 def supported_layers(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
@@ -412,7 +417,9 @@ def choose(model: nn.Module, layers: LayerChoice, include_bias: bool = False, an
 
 def _contents(model: nn.Module) -> list:
     """What tells whether a model still consists of the same modules and parameters by the same names."""
-    contents, seen, stack = [len(_registered)], set(), [model]
+    contents: list[object] = [len(_registered)]
+    seen: set[int] = set()
+    stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
         contents.append(id(module))
@@ -459,9 +466,10 @@ def choose_layers(
     pick = layers if isinstance(layers, str) and layers in ("first", "last") else None
     if layers is None or pick:
         decoder = getattr(model, "decoder", None)
-        inside = isinstance(decoder, nn.Module)
-        chosen = find(decoder, "decoder") if inside else find(model)
-        where = "model.decoder" if inside else "the model"
+        if isinstance(decoder, nn.Module):
+            chosen, where = find(decoder, "decoder"), "model.decoder"
+        else:
+            chosen, where = find(model), "the model"
     elif isinstance(layers, str) and layers == "all":
         chosen, where = find(model), "the model"
     else:

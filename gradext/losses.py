@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 _aten = torch.ops.aten
 
@@ -101,12 +101,16 @@ def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, 
     if callable(loss):
         return _root(per_sample_loss(loss, output, target))
     loss, target = _checked_target(loss, output, target)
-    sigmoid = _is_sigmoid(output.grad_fn) and not output._backward_hooks
+    node = output.grad_fn
+    sigmoid = _is_sigmoid(node) and not output._backward_hooks
     with torch.set_grad_enabled(create_graph):
         gradient = None if create_graph and loss == "cross_entropy" else _closed_form(loss, output, target, sigmoid)
     if gradient is None:
         return _root(_in_full_precision(LOSSES[loss], output, target))
-    return Root(GradientEdge(*output.grad_fn.next_functions[0]) if loss == "bce" else _edge(output), gradient)
+    if loss == "bce" and node is not None:
+        before, place = node.next_functions[0]
+        return Root(None if before is None else GradientEdge(before, place), gradient)
+    return Root(_edge(output), gradient)
 
 
 class Beginning(NamedTuple):
@@ -241,5 +245,5 @@ def _ends_in_sigmoid(output: Tensor) -> bool:
     return _is_sigmoid(node)
 
 
-def _is_sigmoid(node) -> bool:
+def _is_sigmoid(node: Node | None) -> bool:
     return node is not None and node.name() == "SigmoidBackward0"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ._version import __version__
 
@@ -60,6 +61,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
     for path in _candidates():
         try:
             spec = importlib.util.spec_from_file_location("gradext._C", path)
+            if spec is None or spec.loader is None:
+                raise ImportError("not a name of an extension module")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         except ImportError as error:
@@ -74,4 +77,5 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return None, f"{found}: {_CURE}"
 
 
+C: Any  # a module, whose content no type checker sees, or None
 C, reason = _load()

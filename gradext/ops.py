@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .backends.reference import EPILOGUES, accumulation_type, apply_epilogue, widen
+
+# Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
+__all__ = ["DTYPES", "dot", "epilogue_delta", "gram", "linear", "outer", "outer_group", "sq_norm"]
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,7 +44,7 @@ def _call(operator: str, overload: str, *tensors: Tensor, **options):
     return getattr(getattr(torch.ops.gradext, operator), overload)(*tensors, **options)
 
 
-def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether no gradient is wanted and nobody looks on: no mode, tracer, transform, or tensor subclass.
 
     Nor a lazy negative (the imaginary part of a conjugate): the dispatcher makes plain memory of it.
@@ -96,7 +100,7 @@ def outer(
     """
     name = "outer" if delta.ndim == 2 else "outer_sum"
     if epilogue is not None or operand is not None:
-        _check_epilogue(epilogue, delta, operand)
+        epilogue, operand = _checked_epilogue(epilogue, delta, operand)
         tensors = (delta, activation, operand)
         if _is_plain(tensors if out is None else (*tensors, out)):
             options = {"dtype": dtype} if out is None else {"out": out}
@@ -116,7 +120,7 @@ def outer(
 
 def epilogue_delta(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
     """The delta that `outer` forms of its arguments, as a tensor, in the type that sums are kept in."""
-    _check_epilogue(epilogue, delta, operand)
+    _checked_epilogue(epilogue, delta, operand)
     return apply_epilogue(epilogue, delta, operand)
 
 
@@ -146,7 +150,7 @@ def outer_group(products: Sequence[Product], *, backend: str | None = None) -> l
         ]
     for p in products:
         if p.epilogue is not None or p.operand is not None:
-            _check_epilogue(p.epilogue, p.delta, p.operand)
+            _checked_epilogue(p.epilogue, p.delta, p.operand)
     return _outer_group(products, backend)
 
 
@@ -217,7 +221,7 @@ def check_factors(delta: Tensor, activation: Tensor) -> None:
     )
 
 
-def _check_epilogue(epilogue: str | None, delta: Tensor, operand: Tensor | None) -> None:
+def _checked_epilogue(epilogue: str | None, delta: Tensor, operand: Tensor | None) -> tuple[str, Tensor]:
     if epilogue is None:
         raise ValueError("operand: expected an epilogue that uses it, but got epilogue=None")
     if epilogue not in EPILOGUES:
@@ -230,6 +234,7 @@ def _check_epilogue(epilogue: str | None, delta: Tensor, operand: Tensor | None)
         raise TypeError(f"operand: expected delta's type {delta.dtype}, but got {operand.dtype}; convert it with .to()")
     if operand.device != delta.device:
         raise ValueError(f"operand: expected delta's device {delta.device}, but got {operand.device}")
+    return epilogue, operand
 
 
 def _check_other(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activation: Tensor) -> None:
@@ -327,9 +332,9 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
     """Of two tensors whose spans overlap: slices of one buffer may still lie between each other."""
     if one.is_contiguous() and other.is_contiguous():
         return True
-    views = [np.asarray(_Extent(t)) for t in (one, other)]
     try:
-        return np.shares_memory(*views, max_work=1 << 16)
+        # Its stubs know only the limits -1 and 0, its documentation any.
+        return np.shares_memory(np.asarray(_Extent(one)), np.asarray(_Extent(other)), max_work=1 << 16)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -441,7 +446,8 @@ def _outer_kernels(name: str, ndim: int):
 
 
 def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tensor]:
-    results, groups = [], {}
+    results: list[Tensor] = []
+    groups: dict[ModuleType, list[tuple]] = {}
     if any(p.out is not None for p in products):
         inputs = (t for p in products for t in (p.delta, p.activation, p.operand) if t is not None)
         check_apart([p.out for p in products if p.out is not None], inputs)
@@ -464,7 +470,7 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
     return results
 
 
-def _contraction_kernel(name: str, operand: str | None, shape: str, result_shape):
+def _contraction_kernel(name: str, operand: str, shape: str, result_shape):
     def check(delta, activation, operands):
         check_factors(delta, activation)
         for tensor in operands:
@@ -474,10 +480,10 @@ def _contraction_kernel(name: str, operand: str | None, shape: str, result_shape
         check(delta, activation, operands)
         # Backends get operands of the factors' type, or of the wider one that they accumulate in.
         wide = accumulation_type(delta.dtype)
-        operands = [t if t.dtype in (delta.dtype, wide) else t.to(wide) for t in operands]
+        wider = [t if t.dtype in (delta.dtype, wide) else t.to(wide) for t in operands]
         with _autocast_off(delta.device.type):
             function = backends.implementation(name, backend, backends.Call(delta))
-            return function(delta, activation, *operands)
+            return function(delta, activation, *wider)
 
     def fake(delta, activation, *operands, backend=None):
         check(delta, activation, operands)
@@ -585,15 +591,14 @@ def _gram_backward(ctx, grad):
         return (product.reshape(B, T, C, S) * grad[:, None, :, None]).reshape(B * T, C * S)
 
     needed = ctx.needs_input_grad
-    by_a = weighted(a @ other_a.mT) if needed[0] or needed[2] else None
-    by_d = weighted(d @ other_d.mT) if needed[1] or needed[3] else None
-    return _as_saved(
-        ctx,
-        by_a @ other_d if needed[0] else None,
-        by_d @ other_a if needed[1] else None,
-        by_a.mT @ d if needed[2] else None,
-        by_d.mT @ a if needed[3] else None,
-    )
+    grad_d, grad_a, grad_other_d, grad_other_a = None, None, None, None
+    if needed[0] or needed[2]:
+        by_a = weighted(a @ other_a.mT)
+        grad_d, grad_other_d = by_a @ other_d if needed[0] else None, by_a.mT @ d if needed[2] else None
+    if needed[1] or needed[3]:
+        by_d = weighted(d @ other_d.mT)
+        grad_a, grad_other_a = by_d @ other_a if needed[1] else None, by_d.mT @ a if needed[3] else None
+    return _as_saved(ctx, grad_d, grad_a, grad_other_d, grad_other_a)
 
 
 def _contract_linear(g: Tensor, long: Tensor, short: Tensor, W: Tensor, needed) -> tuple[Tensor | None, ...]:
@@ -613,7 +618,7 @@ def _contract_linear(g: Tensor, long: Tensor, short: Tensor, W: Tensor, needed) 
 
 _outer_kernels("outer", 2)
 _outer_kernels("outer_sum", 3)
-_contraction_kernel("sq_norm", None, "", lambda delta: (delta.shape[0],))
+_contraction_kernel("sq_norm", "", "", lambda delta: (delta.shape[0],))
 _contraction_kernel("dot", "reference", "[O, I]", lambda delta, reference: (delta.shape[0],))
 _contraction_kernel("linear", "weight", "[H, O, I]", lambda delta, weight: (delta.shape[0], weight.shape[0]))
 _gram_kernel()

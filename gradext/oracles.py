@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ def loop_layer_grads(model: nn.Module, x: Tensor, loss: PerSampleLoss, names: Se
         model.zero_grad(set_to_none=True)
         loss(_first(model(sample)), sample).sum().backward()
         for name in names:
-            grads[name].append(parameters[name].grad)
+            gradient = parameters[name].grad
+            if gradient is None:
+                raise ValueError(f"{name}: the loss does not depend on it")
+            grads[name].append(gradient)
     model.zero_grad(set_to_none=True)
     return {name: torch.stack(values) for name, values in grads.items()}
 
@@ -28,12 +32,12 @@ def vmap_layer_grads(model: nn.Module, x: Tensor, loss: PerSampleLoss, names: Se
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     chosen = {name: parameters.pop(name) for name in names}
 
-    def sample_loss(chosen, sample):
+    def sample_loss(chosen: dict[str, Tensor], sample: Tensor) -> Tensor:
         output = torch.func.functional_call(model, {**parameters, **chosen}, (sample[None],))
         return loss(_first(output), sample[None]).sum()
 
     return torch.func.vmap(torch.func.grad(sample_loss), (None, 0))(chosen, x)
 
 
-def _first(output):
+def _first(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output

@@ -13,7 +13,7 @@ be told to keep the order, on any path from the losses to a chosen parameter mak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,10 +94,10 @@ class _UnreadableError(Exception):
     pass
 
 
-def _graph(root: Node) -> tuple[dict[Node, list[tuple[Node, int]]], list[Node]]:
+def _graph(root: Node) -> tuple[dict[Node, list[tuple[Node, int]]], list[Any]]:
     """The edges to every node from ``root`` on, as (the node above, the place there), and the parameters' nodes."""
     parents: dict[Node, list[tuple[Node, int]]] = {root: []}
-    leaves = []
+    leaves: list[Any] = []
     stack = [root]
     while stack:
         node = stack.pop()
@@ -143,7 +143,7 @@ def _keeps_samples(root: Node, below: Iterable[Node], parents: dict[Node, list[t
     return True
 
 
-def _keeps(node: Node, place: int, child: Node, batch: int) -> bool:
+def _keeps(node: Any, place: int, child: Node, batch: int) -> bool:  # of a node what its kind alone has saved
     name = node.name()
     if name in _ELEMENTWISE:
         return place == 0
@@ -169,7 +169,7 @@ def _shape(node: Node) -> tuple[int, ...]:
     return tuple(node._input_metadata[0].shape)
 
 
-def _reading(node: Node, forms: dict[str, Form], batch: int) -> Reading:
+def _reading(node: Any, forms: dict[str, Form], batch: int) -> Reading:
     edge = GradientEdge(node, 0)
     shape = _shape(node)
     if shape[0] % batch:

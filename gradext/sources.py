@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Block:
     """Some rows of a source: their indices [n], and the samples [n, ...] (an array or a data frame)."""
 
     index: np.ndarray
-    samples: object
+    samples: Any  # an array or a data frame
 
 
 @dataclass(eq=False)
@@ -92,7 +93,7 @@ class Source:
 class ArraySource(Source):
     """Rows of an array in memory or mapped, or of a data frame."""
 
-    rows: object = None
+    rows: Any = None
 
     def read(self, rows: np.ndarray) -> Block:
         taken = self.rows.iloc[rows] if hasattr(self.rows, "iloc") else self.rows[rows]
@@ -105,10 +106,11 @@ class ArraySource(Source):
         return super().samples(rows) if isinstance(self.rows, np.memmap) else self.read(rows).samples
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ImageFolder(Source):
     """Image files, decoded when their rows are read."""
 
+    image_format: ImageFormat
     root: Path = Path()
     skip_unreadable: bool = False
 

@@ -93,7 +93,7 @@ class GradStatistics:
     @property
     def kron_fisher(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A [I, I], D [O, O]) by layer."""
-        return self._means("kron_fisher")
+        return {name: (A, D) for name, (A, D) in self._means("kron_fisher").items()}
 
     def _means(self, kind: str) -> dict[str, tuple[Tensor, ...]]:
         if kind not in self._kinds:
@@ -117,7 +117,8 @@ class GradStatistics:
                 scale = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
                 eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
                 inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping**0.5 * scale * eye)))
-            found[name] = tuple(inverses)
+            A_inv, D_inv = inverses
+            found[name] = A_inv, D_inv
         return found
 
     def state_dict(self) -> dict[str, Tensor]:

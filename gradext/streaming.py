@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,41 @@ from .factors import LayerFactors
 from .functional import Samples
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
 
+Reduced = TypeVar("Reduced")
 
+
+@overload
+def iter_layer_grads(
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    memory_budget: int = ...,
+    reduce: None = None,
+    paired: bool = ...,
+    progress: bool = ...,
+    **options: Any,
+) -> Iterator[dict[str, Tensor]]: ...
+@overload
+def iter_layer_grads(
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    memory_budget: int = ...,
+    reduce: Callable[[LayerFactors], Reduced],
+    paired: bool = ...,
+    progress: bool = ...,
+    **options: Any,
+) -> Iterator[Reduced]: ...
 def iter_layer_grads(
     model: nn.Module,
     batches: Iterable,
     *,
     memory_budget: int = 1 << 30,
-    reduce: Callable[[LayerFactors], object] | None = None,
+    reduce: Callable[[LayerFactors], Any] | None = None,
     paired: bool = False,
     progress: bool = False,
-    **options,
-) -> Iterator:
+    **options: Any,
+) -> Iterator[Any]:
     """`batch_layer_grads` over ``batches`` of any size, cut into chunks that need at most ``memory_budget`` bytes.
 
     Yields for each chunk, in order, the gradients {name: [b, *parameter.shape]}; or, with ``reduce``, what it returns
@@ -51,7 +76,8 @@ def iter_layer_grads(
     for name in ("out", "create_graph"):
         if options.pop(name, None):
             raise ValueError(f"{name}: iter_layer_grads keeps no graph and reuses memory of its own; leave {name} out")
-    size, buffers = None, {}
+    size: int | None = None
+    buffers: dict[str, Tensor] = {}
     with tqdm(disable=not progress, unit=" samples", desc="gradients") as bar:
         for batch in batches:
             x, target = batch if paired else (batch, None)
@@ -83,7 +109,9 @@ def iter_layer_grads(
                 bar.update(min(size, count - start))
 
 
-def _bytes_per_sample(model, samples: Samples, memory_budget: int, reduce, options: Mapping) -> int:
+def _bytes_per_sample(
+    model: nn.Module, samples: Samples, memory_budget: int, reduce: Callable | None, options: Mapping[str, Any]
+) -> int:
     """What one more sample needs: what its graph saves, its factors, and its gradients if they are formed."""
     x, target = samples.with_rows([rows[:1].clone() for rows in samples.rows])
     model_memory = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .factors import GradFactors
-
-Found = TypeVar("Found")  # a NamedTuple with a field ``forms``: the parameters that one call used, by role
 
 
 class Form(NamedTuple):
@@ -50,12 +48,26 @@ class Use(NamedTuple):
         for role, form in self.forms.items():
             gradient = self.gradient(role, self.input, self.delta)
             if self.delta.shape[0] != batch:
-                whole = isinstance(gradient, Tensor)
-                gradient = gradient.unflatten(0, (batch, -1)).sum(1) if whole else gradient.regrouped(batch)
+                if isinstance(gradient, Tensor):
+                    gradient = gradient.unflatten(0, (batch, -1)).sum(1)
+                else:
+                    gradient = gradient.regrouped(batch)
             yield form.name, form.place(gradient)
 
 
-def names_of(record: Found) -> set[str]:
+class _Record(Protocol):
+    """A NamedTuple that tells, among other things, which parameters one call used."""
+
+    @property
+    def forms(self) -> dict[str, Form]: ...  # by role
+
+    def _replace(self: Found, *, forms: dict[str, Form]) -> Found: ...
+
+
+Found = TypeVar("Found", bound=_Record)
+
+
+def names_of(record: _Record) -> set[str]:
     """The parameters that a call used."""
     return {form.name for form in record.forms.values()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class Call(NamedTuple):
     """What the table may ask of a call, computed only where a row asks: a choice takes about 1 µs."""
 
     delta: Tensor  # [B, (T,) O]
-    out: Tensor | None = None  # the result [B, O, I] of `outer`
+    out: Any = None  # the result [B, O, I] of `outer`, a tensor; rows for other operators do not ask for it
 
     @property
     def positions(self) -> int:

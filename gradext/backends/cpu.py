@@ -56,7 +56,7 @@ def outer(
     elif dtype is None:
         dtype = delta.dtype if delta.dtype is activation.dtype else torch.promote_types(delta.dtype, activation.dtype)
 
-    if epilogue is not None:
+    if epilogue is not None and operand is not None:  # `ops` sees that both are given or none
         delta = reference.apply_epilogue(epilogue, delta, operand)
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     if delta.dtype is not compute:

@@ -134,8 +134,7 @@ def _takes(out: Tensor) -> bool:
 
 
 def _by_torch(delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None) -> Tensor:
-    fused = {} if epilogue is None else {"epilogue": epilogue, "operand": operand}
-    return reference.outer(delta, activation, out=out, **fused)
+    return reference.outer(delta, activation, out, epilogue=epilogue, operand=operand)
 
 
 def _readable(delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None) -> Problem:
@@ -168,7 +167,7 @@ def _outer_fields(
     )
 
 
-def _positions(factor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def _positions(factor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides with T = 1 made explicit."""
     if factor.dim() == 3:
         return factor.shape, factor.stride()

@@ -76,7 +76,7 @@ def outer(
     """
     dtype = out.dtype if out is not None else dtype or delta.dtype
     delta, activation = widen(delta, activation)
-    if epilogue is not None:
+    if epilogue is not None and operand is not None:  # `ops` sees that both are given or none
         delta = apply_epilogue(epilogue, delta, operand)
     if delta.ndim == 2:
         delta, activation = delta.unsqueeze(-1), activation.unsqueeze(-2)

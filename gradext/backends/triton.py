@@ -111,7 +111,7 @@ def outer_group(problems: list[tuple[Tensor, Tensor, Tensor, str | None, Tensor 
         if out.numel() == 0:
             continue
         d, a = _positions(delta, activation)
-        z = d if epilogue is None else _positions(operand)[0]  # not read without an epilogue
+        z = d if operand is None else _positions(operand)[0]  # not read without an epilogue
         by_columns = out.stride(1) < out.stride(2)
         many = d.shape[1] > kernels.ONE_BY_ONE
         by_library = many and out.dtype == d.dtype and d.element_size() > 2

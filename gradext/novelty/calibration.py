@@ -15,7 +15,14 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The novelties of n normal samples that were held out. scores: [n], sorted here."""
+    """The novelties of n normal samples that were held out. scores: [n], sorted here.
+
+    >>> calibration = Calibration(np.arange(1, 20))
+    >>> calibration.threshold(target_fpr=0.1), calibration.attainable_fpr
+    (18.0, 0.05)
+    >>> calibration.p_values(np.array([0.5, 18.5, 30.0])).tolist()
+    [1.0, 0.1, 0.05]
+    """
 
     scores: np.ndarray
 
@@ -57,6 +64,9 @@ def benjamini_hochberg(p_values: np.ndarray, fdr: float) -> np.ndarray:
 
     Rejects the k smallest p-values, k the largest with ``p_(k) <= k fdr / N``. Holds for conformal p-values, whose
     dependence is positive (Bates et al., 2023). Source: Benjamini and Hochberg, JRSS B 1995.
+
+    >>> benjamini_hochberg(np.array([0.01, 0.6, 0.04, 0.2]), fdr=0.1)
+    array([ True, False,  True, False])
     """
     if not 0 < fdr < 1:
         raise ValueError(f"fdr: expected a number between 0 and 1, but got {fdr!r}")

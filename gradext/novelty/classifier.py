@@ -49,7 +49,7 @@ class GradientFeatures:
     def __len__(self) -> int:
         return len(self.magnitude)
 
-    def __getitem__(self, index) -> GradientFeatures:
+    def __getitem__(self, index: Any) -> GradientFeatures:
         return GradientFeatures(self.direction[index], self.magnitude[index])
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,8 +120,9 @@ class NoiseClassifier(nn.Module):
         self.output = nn.Linear(hidden_dim, 1)
 
     def forward(self, f: Tensor | GradientFeatures) -> Tensor:
-        on_factors = isinstance(f, GradientFeatures)
-        hidden = f.linear(self.hidden.weight, self.hidden.bias) if on_factors else self.hidden(f)
+        """The logits [N]."""
+        layer = self.hidden
+        hidden = f.linear(layer.weight, layer.bias) if isinstance(f, GradientFeatures) else layer(f)
         return self.output(torch.sigmoid(hidden)).squeeze(-1)
 
 

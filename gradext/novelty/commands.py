@@ -54,7 +54,7 @@ def fit(arguments: argparse.Namespace) -> int:
         "skipped": _skipped(source),
         "input_shape": list(detector.input_shape_),
         "score": detector.novelty_score,
-        "best_epoch": detector.history_.best_epoch,
+        "best_epoch": None if detector.history_ is None else detector.history_.best_epoch,
         "threshold": -detector.offset_,
         "calibration_samples": len(detector.calibration_.scores),
     }

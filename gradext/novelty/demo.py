@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from .. import datasets
 from ..layer_grads import batch_layer_factors, batch_layer_grads
-from ..layers import LayerChoice
 from ..losses import bce
 from ..oracles import loop_layer_grads, vmap_layer_grads
 from .detector import CLASSIFIER_SCORES, fit_score
 from .models import VAE
 from .plots import novelty_figure
-from .representations import characterize, distort
+from .representations import LayerChoices, characterize, distort
 from .scores import SCORES, Statistics
 from .training import History, train
 
@@ -189,13 +188,13 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def speed_table(model: nn.Module, x: Tensor, batch: int = 256, repeats: int = 5) -> str:
+def speed_table(model: VAE, x: Tensor, batch: int = 256, repeats: int = 5) -> str:
     """The last decoder layer's gradients by four routes, each checked against the loop, then timed in turn.
 
     Times are medians over ``repeats`` rounds, in each of which every route runs once.
     """
     x = x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch]
-    weight = model.decoder[-2].weight
+    weight: Any = model.decoder[-2].weight
     name = next(n for n, p in model.named_parameters() if p is weight)
     out = {name: torch.empty(batch, *weight.shape)}
     routes: dict[str, Callable[[], Tensor]] = {
@@ -209,7 +208,7 @@ def speed_table(model: nn.Module, x: Tensor, batch: int = 256, repeats: int = 5)
     for route, call in routes.items():
         value = call()
         wanted = expected if value.ndim == 3 else torch.linalg.vector_norm(expected.flatten(1), dim=1)
-        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, route=route: f"{route}: {m}")
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5, msg=f"{route}: {{}}".format)
     del expected, value, wanted
     times: dict[str, list[float]] = {route: [] for route in routes}
     for _ in range(repeats):
@@ -234,9 +233,7 @@ def _writable_folder(folder: Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(
-            f"--out {folder}: expected a folder that can be written to, but {os.strerror(error.errno)}"
-        ) from error
+        raise OSError(f"--out {folder}: expected a folder that can be written to, but {error.strerror}") from error
     return folder
 
 

@@ -27,11 +27,17 @@ from .representations import RECONSTRUCTION_LOSSES, Characterization, characteri
 from .scores import SCORES
 from .training import History, train
 
-__all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "fit_score"]
+__all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
 HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
 FEWEST_INLIERS = 10  # for statistics
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Rows(Protocol):
+    """Samples by row: a NumPy array, a tensor, a data frame, or nested lists of numbers."""
+
+    def __len__(self) -> int: ...
 
 
 class NoveltyDetector(OutlierMixin, BaseEstimator):
@@ -121,7 +127,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         calibration_fraction: float = 0.2,
         target_fpr: float = 0.05,
         contamination: float | None = None,
-        random_state=None,
+        random_state: int | np.random.RandomState | None = None,
         device: str | None = None,
         dtype: str = "float64",
         verbose: bool = False,
@@ -224,7 +230,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.epochs == 0 and self.model is None:
             raise ValueError("epochs: expected a positive integer or None, but got 0, which is for a trained model=")
 
-    def _split(self, N: int, seed: int, calibration_given: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, N: int, seed: int, calibration_given: bool) -> tuple[np.ndarray, ...]:
         """Shuffled indices of the training, validation and calibration part; at least one in each that is needed."""
         shares = (
             0 if self.epochs == 0 else self.validation_fraction,
@@ -265,7 +271,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim)
+                model: nn.Module = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim)
         else:
             model = copy.deepcopy(self.model).float()
         self.model_ = model.to(device).eval()
@@ -285,7 +291,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.loss == "auto":
             self.loss_ = resolve("auto", reconstruction, first.detach()) if in_unit_range else "mse"
 
-    def _objective(self):
+    def _objective(self) -> Callable[[Tensor], Tensor]:
         """What is trained, x [B, ...] -> [B]: the model's own ``loss``, else reconstruction error and latent loss."""
         own = getattr(self.model_, "loss", None)
         if callable(own):
@@ -383,19 +389,19 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
         return self._novelty(X, np.arange(len(X)))
 
-    def decision_function(self, X) -> np.ndarray:
+    def decision_function(self, X: Rows) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: Rows) -> np.ndarray:
         """+1 for normal samples, -1 for novel ones."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def p_values(self, X) -> np.ndarray:
+    def p_values(self, X: Rows) -> np.ndarray:
         """Conformal p-values [N]: a normal sample gets one of at most t with probability at most t."""
         return self.calibration_.p_values(-self.score_samples(X))
 
-    def discoveries(self, X, *, fdr: float = 0.1) -> np.ndarray:
+    def discoveries(self, X: Rows, *, fdr: float = 0.1) -> np.ndarray:
         """Which samples to call novel so that about ``fdr`` of the calls are false at most (Benjamini-Hochberg)."""
         return benjamini_hochberg(self.p_values(X), fdr)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from .representations import RECONSTRUCTION_LOSSES, Characterization, layer_name
 ROWS_AT_A_TIME = 256
 
 
-def layer_shares(detector: NoveltyDetector, X) -> dict[str, np.ndarray]:
+def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
     """Each decoder layer's share of the squared gradient norm, ``‖G_l‖² / Σ_k ‖G_k‖²``: name -> [N].
 
     Layers are those that `gradext.batch_layer_factors` takes by default; where all gradients are zero so are shares.
@@ -25,11 +28,11 @@ def layer_shares(detector: NoveltyDetector, X) -> dict[str, np.ndarray]:
         factors = _factors(detector, detector.model_, batch, None)
         parts.append({name: f.sq_norm().detach() for name, f in factors.items()})
     squares = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    total = sum(squares.values())
+    total = functools.reduce(torch.add, squares.values())
     return {n: torch.where(total > 0, s / total, torch.zeros_like(s)).cpu().numpy() for n, s in squares.items()}
 
 
-def saliency(detector: NoveltyDetector, X) -> np.ndarray:
+def saliency(detector: NoveltyDetector, X: Rows) -> np.ndarray:
     """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
     samples = _samples(detector, X)
     names = layer_names(detector.model_, samples[:1], detector.layer, detector.loss_)
@@ -47,7 +50,9 @@ def saliency(detector: NoveltyDetector, X) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def nearest_training(detector: NoveltyDetector, X, X_training, *, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def nearest_training(
+    detector: NoveltyDetector, X: Rows, X_training: Rows, *, k: int = 5
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ``X_training`` whose gradients point most nearly the same way, and the cosines: two times [N, k].
 
     ``cos(G_i, G_j)`` of the detector's layers, from the factored Gram matrix: no gradient is written.
@@ -74,7 +79,7 @@ class _Shifted(nn.Module):
         super().__init__()
         self.model, self.shift = model, nn.Parameter(torch.zeros_like(x))
 
-    def forward(self, x: Tensor):
+    def forward(self, x: Tensor) -> Any:
         return self.model(x + self.shift)
 
 
@@ -83,7 +88,15 @@ def _samples(detector: NoveltyDetector, X) -> Tensor:
     return samples.to(next(detector.model_.parameters()).device)
 
 
-def _factors(detector: NoveltyDetector, model, batch: Tensor, layers, *, shift=None, **options) -> LayerFactors:
+def _factors(
+    detector: NoveltyDetector,
+    model: nn.Module,
+    batch: Tensor,
+    layers: LayerChoice,
+    *,
+    shift: Tensor | None = None,
+    **options: Any,
+) -> LayerFactors:
     def loss(output: Tensor, target: Tensor) -> Tensor:
         target = target if shift is None else target + shift
         return RECONSTRUCTION_LOSSES[detector.loss_](output, target).flatten(1).sum(1)

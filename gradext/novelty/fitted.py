@@ -22,7 +22,7 @@ class FittedScore:
     """``score(sample) -> [N]``, higher is more novel: label-free with `Statistics`, or features and a classifier."""
 
     name: str
-    statistics: Statistics | None = None
+    statistics: Statistics = field(default_factory=Statistics)
     features: Features | None = None
     classifier: NoiseClassifier | None = None
 
@@ -32,7 +32,7 @@ class FittedScore:
 
     def differentiable(self, sample: Characterization) -> Tensor:
         """The same with its graph, where ``sample`` has one."""
-        if self.classifier is None:
+        if self.classifier is None or self.features is None:
             return SCORES[self.name](sample, self.statistics)
         return self.classifier(self.features(sample))
 
@@ -84,4 +84,4 @@ def fit_score(
         raise ValueError(f"score {name!r}: expected characterised training outliers, but got None")
     featurize = features(CLASSIFIER_SCORES[name], inliers)
     model = train_classifier(featurize(inliers), featurize(distorted), seed=seed, **classifier)
-    return FittedScore(name, None, featurize, model)
+    return FittedScore(name, features=featurize, classifier=model)

@@ -41,6 +41,7 @@ class VAE(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(reconstruction [B, D], mu [B, L], logvar [B, L])."""
         z, mu, logvar = self._encode(x)
         return self.decoder(z), mu, logvar
 

@@ -24,9 +24,11 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -64,13 +66,11 @@ def check_writable(path: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise OSError(
-            f"{path}: expected a file in a folder that can be written to, but {os.strerror(error.errno)}"
-        ) from error
+        raise OSError(f"{path}: expected a file in a folder that can be written to, but {error.strerror}") from error
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb", **options):
+def atomic_write(path: str | os.PathLike, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     """A file that appears under its name only when it is whole; until then, and after an error, the old one stays."""
     path = Path(path)
     check_writable(path)
@@ -103,7 +103,6 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     if not _is_named(detector.layer):
         raise ValueError(f"layer: expected a name, several or None, to be saved, but got {detector.layer!r}")
     model = detector.model_
-    own = detector.model is not None
     parameters = {name: value for name, value in detector.get_params(deep=False).items() if name not in NOT_SAVED}
     if parameters["input_shape"] is not None:
         parameters["input_shape"] = [int(size) for size in parameters["input_shape"]]
@@ -113,14 +112,14 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
         "versions": {"gradext": __version__}
         | {package: metadata.version(package) for package in ("torch", "numpy", "scikit-learn")},
         "parameters": {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()},
-        "architecture": {"type": "own", "class": type(model).__qualname__}
-        if own
-        else {
+        "architecture": {
             "type": "VAE",
             "input_dim": model.input_dim,
             "hidden_dim": model.mu.in_features,
             "latent_dim": model.mu.out_features,
-        },
+        }
+        if detector.model is None and isinstance(model, VAE)
+        else {"type": "own", "class": type(model).__qualname__},
         "n_features": int(detector.n_features_in_),
         "feature_names": [str(name) for name in detector.feature_names_in_]
         if hasattr(detector, "feature_names_in_")
@@ -199,7 +198,7 @@ def _digest(description: dict, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -256,7 +255,7 @@ def _rebuild(
         raise ModelFileError("scale: expected positive values")
     detector.calibration_ = Calibration(_vector(given, "calibration"))
     state = {name.removeprefix("model."): given.pop(name) for name in tensors if name.startswith("model.")}
-    if own:
+    if model is not None:
         detector.model_ = copy.deepcopy(model).to(dtype)
     else:
         sizes = {name: _entry(architecture, name, int) for name in VAE_SIZES}
@@ -321,11 +320,11 @@ def _profile(entries: dict) -> Profile:
     return Profile(**known)
 
 
-def _entry(description: dict, key: str, kind: type, *, optional: bool = False):
+def _entry(description: dict, key: str, kind: type, *, optional: bool = False) -> Any:
     value = description.get(key)
     if value is None and optional:
         return None
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ModelFileError(f"{key}: expected {kind.__name__}, but got {value!r}")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 INLIER, OUTLIER, INK, GREY = "#2a6fbb", "#e8743b", "#22272e", "#8a939e"
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
@@ -155,7 +156,7 @@ def novelty_figure(
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(13.33, 7.5), dpi=150, facecolor="white")
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.06))
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.06), squeeze=False)[:, 0]
         figure.suptitle(title, x=0.035, y=0.975, ha="left", fontsize=16, fontweight="bold")
         axes = top.subplots(1, len(histograms), gridspec_kw={"left": 0.035, "right": 0.975, "top": 0.8, "bottom": 0.15})
         for ax, (name, (score, unit)) in zip(axes, histograms.items(), strict=True):

@@ -7,7 +7,7 @@ from pyod.models.base import BaseDetector
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from .detector import NoveltyDetector
+from .detector import NoveltyDetector, Rows
 
 
 class GradientNovelty(BaseDetector):
@@ -23,7 +23,7 @@ class GradientNovelty(BaseDetector):
         super().__init__(contamination=contamination)
         self.detector = detector
 
-    def fit(self, X, y=None) -> GradientNovelty:
+    def fit(self, X: Rows, y: object = None) -> GradientNovelty:
         """Train on ``X`` [N, D]; ``y`` is ignored."""
         self._set_n_classes(y)
         self.detector_ = (NoveltyDetector() if self.detector is None else clone(self.detector)).fit(X)
@@ -31,7 +31,7 @@ class GradientNovelty(BaseDetector):
         self._process_decision_scores()
         return self
 
-    def decision_function(self, X) -> np.ndarray:
+    def decision_function(self, X: Rows) -> np.ndarray:
         """Novelty [N]; higher is more novel."""
         check_is_fitted(self, ["detector_", "decision_scores_"])
         return -self.detector_.score_samples(X)

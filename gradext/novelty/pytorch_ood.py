@@ -6,6 +6,7 @@ It imports torchvision, which has to be built for the torch that is there: for C
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytorch_ood.detector as theirs
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..factors import GradFactors
 from ..layer_grads import batch_layer_factors
+from ..losses import PerSampleLoss
 
 
 class GradNorm(theirs.GradNorm):
@@ -45,7 +47,9 @@ class GradUncertainty(theirs.GradUncertainty):
         return -_sum_over_parameters(self, x, loss, GradFactors.sq_norm)
 
 
-def _sum_over_parameters(detector, x: Tensor, loss: Callable, of: Callable[[GradFactors], Tensor]) -> Tensor:
+def _sum_over_parameters(
+    detector: GradNorm | GradUncertainty, x: Tensor, loss: PerSampleLoss, of: Callable[[GradFactors], Tensor]
+) -> Tensor:
     """``of`` each selected parameter's gradients, added up -> [B]."""
     names = list(detector._selected_params())
     layers = sorted({name.rpartition(".")[0] for name in names})
@@ -53,4 +57,5 @@ def _sum_over_parameters(detector, x: Tensor, loss: Callable, of: Callable[[Grad
     factors = batch_layer_factors(
         detector.model, x, loss=loss, layers=layers, include_bias=biases, fallback="vmap", target=x
     )
-    return sum(of(factors[name.removesuffix(".weight")]) for name in names).detach()
+    found = [of(factors[name.removesuffix(".weight")]) for name in names]
+    return functools.reduce(torch.add, found).detach()

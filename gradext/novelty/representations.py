@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Characterization:
     def __len__(self) -> int:
         return len(self.reconstruction)
 
-    def __getitem__(self, index) -> Characterization:
+    def __getitem__(self, index: Any) -> Characterization:
         gradients = LayerFactors((name, factors[index]) for name, factors in self.gradients.items())
         return Characterization(self.reconstruction[index], self.latent[index], gradients)
 
@@ -77,6 +78,7 @@ def continued_bce(output: Tensor, target: Tensor) -> Tensor:
     return reconstruction_loss(output, target).flatten(1).sum(1)
 
 
+LayerChoices = LayerChoice | list[LayerChoice] | tuple[LayerChoice, ...]
 RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
 
 
@@ -94,7 +96,7 @@ def characterize(
     model: nn.Module,
     x: Tensor,
     *,
-    layer: LayerChoice | Sequence[LayerChoice] = "first",
+    layer: LayerChoices = "first",
     loss: str = "bce",
     batch_size: int = 1024,
 ) -> Characterization:
@@ -106,6 +108,11 @@ def characterize(
     first layer of the decoder for novel classes, the last for novel conditions. The model runs in evaluation mode and
     is left as it was; results are on its device. Memory O(N (D + L + O + I)): no gradient is written. Raises ValueError
     for an empty ``x``.
+
+    >>> from gradext.novelty import VAE
+    >>> seen = characterize(VAE(64, 32, 4), torch.rand(5, 64))
+    >>> seen.reconstruction.shape, seen.latent.shape, seen.gradient
+    (torch.Size([5, 64]), torch.Size([5, 4]), GradFactors(B=5, O=32, I=4, T=1, dtype=torch.float32, device=cpu))
     """
     if len(x) == 0:
         raise ValueError("x: expected at least one sample, but got none")
@@ -134,7 +141,8 @@ def layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[Layer
     """The layers' names in the order of the choice, read off samples ``x``: what runs first is known by running."""
     named = continued_bce if loss == "bce" else loss
     names: dict[str, None] = {}
-    for choice in layer if isinstance(layer, (list, tuple)) else [layer]:
+    choices: Iterable[LayerChoice] = layer if isinstance(layer, (list, tuple)) else [layer]
+    for choice in choices:
         names |= dict.fromkeys(batch_layer_factors(model, x, loss=named, layers=choice))
     return list(names)
 

@@ -137,7 +137,7 @@ def delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
 
 def gradient_cosine(sample: Characterization, statistics: Statistics) -> Tensor:
     """``1 - cos(∇_W L, mean inlier gradient)``, after GradCon (Kwon et al., ECCV 2020); in [0, 2]."""
-    return 1 - sample.gradient.cosine(statistics.mean_gradient)
+    return 1 - sample.gradient.cosine(_kept(statistics.mean_gradient))
 
 
 def diagonal_fisher(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -145,7 +145,7 @@ def diagonal_fisher(sample: Characterization, statistics: Statistics) -> Tensor:
 
     F is the diagonal of the empirical Fisher matrix, as in Kirkpatrick et al., PNAS 2017.
     """
-    return sample.gradient.quadratic(statistics.inverse_fisher).clamp_min(0).sqrt()
+    return sample.gradient.quadratic(_kept(statistics.inverse_fisher)).clamp_min(0).sqrt()
 
 
 def kronecker_fisher(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -169,12 +169,12 @@ def log_norm_density(sample: Characterization, statistics: Statistics) -> Tensor
     information metric of deep generative models for out-of-distribution detection", 2024. Gradients that are too small
     count as novel too.
     """
-    return _standardise(_log_gradient_norms(sample), statistics.gradient_moments).square().sum(1) / 2
+    return _standardise(_log_gradient_norms(sample), _kept(statistics.gradient_moments)).square().sum(1) / 2
 
 
 def combined_delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``Σ_l z(log ‖δ_l‖)``: the evidence of all chosen layers, each on the scale of the inliers."""
-    return _standardise(_log_delta_norms(sample), statistics.delta_moments).sum(1)
+    return _standardise(_log_delta_norms(sample), _kept(statistics.delta_moments)).sum(1)
 
 
 def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -217,6 +217,15 @@ NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "combined_delta_norm": ("delta_moments",),
     "combined_whitened_norm": ("delta_inverses", "delta_moments", "whitened_moments"),
 }
+
+
+def _kept(statistic: Tensor | None) -> Tensor:
+    if statistic is None:
+        raise ValueError(
+            "statistics: expected those that the score needs, but one is None; make them by Statistics.of(inliers, "
+            "[name of the score])"
+        )
+    return statistic
 
 
 def _log_gradient_norms(sample: Characterization) -> Tensor:

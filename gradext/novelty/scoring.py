@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +188,7 @@ def _write_parquet(path: Path, lines: Iterator[list[str]]) -> None:
         "novel": pyarrow.bool_(),
     }
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+    read: dict[str, Callable[[str], object]]
     read = {"row": int, "novelty": float, "p_value": float, "novel": lambda text: text == "1"}
     with atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
         block: list[list] = []

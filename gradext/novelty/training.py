@@ -72,7 +72,7 @@ def train(
     rows = max(1, min(4096, (1 << 25) // x_validation[:1].numel()))  # of validation at a time
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     order = torch.Generator().manual_seed(seed)
-    history, best = History(), None
+    history, best = History(), model.state_dict()
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def train(
             history.validation.append(validation)
             if not math.isfinite(validation):
                 raise RuntimeError(f"the validation loss became {validation} in epoch {epoch}; lower learning_rate")
-            if best is None or validation < history.validation[history.best_epoch]:
+            if history.best_epoch < 0 or validation < history.validation[history.best_epoch]:
                 history.best_epoch, best = epoch, {key: value.clone() for key, value in model.state_dict().items()}
             bar.set_postfix(train=f"{history.train[-1]:.1f}", validation=f"{validation:.1f}")
     optimizer.zero_grad(set_to_none=True)
