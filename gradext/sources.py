@@ -84,7 +84,7 @@ class Source:
     def read(self, rows: np.ndarray) -> Block:
         raise NotImplementedError
 
-    def samples(self, rows: np.ndarray) -> object:
+    def samples(self, rows: np.ndarray) -> Any:
         """The samples of the given rows as `NoveltyDetector.fit` takes them: batches of them, read when asked for."""
         return (block.samples for block in self.blocks(rows, 256) if len(block.index))
 
@@ -99,7 +99,7 @@ class ArraySource(Source):
         taken = self.rows.iloc[rows] if hasattr(self.rows, "iloc") else self.rows[rows]
         return Block(rows, taken)
 
-    def samples(self, rows: np.ndarray) -> object:
+    def samples(self, rows: np.ndarray) -> Any:
         """The array or data frame itself, or a part of it; of a map batches, so that no part need be in memory."""
         if len(rows) == len(self):
             return self.rows

@@ -97,10 +97,10 @@ def spooled(X) -> np.ndarray:
     draws rows at random, and what is held out must stay held out. Raises OSError where the disk is full.
     """
     with tempfile.TemporaryFile(prefix="gradext-") as file:
-        count, first = 0, None
+        count, empty = 0, np.empty(0)
         try:
             for batch in batches(X):
-                first = batch[:0] if first is None else first
+                empty = empty if count else batch[:0]
                 file.write(np.ascontiguousarray(batch).data)
                 count += len(batch)
             file.flush()
@@ -114,4 +114,4 @@ def spooled(X) -> np.ndarray:
             ) from error
         if not count:
             raise ValueError("X: expected at least one sample, but got no batch that holds any")
-        return np.memmap(file, first.dtype, mode="r", shape=(count, *first.shape[1:]))
+        return np.memmap(file, empty.dtype, mode="r", shape=(count, *empty.shape[1:]))

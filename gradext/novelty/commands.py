@@ -105,7 +105,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         rows = scoring.shared_rows(detector, len(source), processes.rank, processes.world)
         progress = not arguments.quiet and processes.rank == 0
         found = joined(
-            np.rec.fromarrays([index, novelty], names="index, novelty")
+            np.rec.fromarrays([index, novelty], dtype=[("index", np.int64), ("novelty", np.float64)])
             for _, index, novelty in scoring.novelties(detector, source, rows, progress=progress)
         )
         shares = processes.gather((found, source.skipped))

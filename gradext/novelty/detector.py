@@ -6,17 +6,20 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from ..losses import resolve
+from ..sources import ImageFormat
 from . import guards
 from .batches import BLOCK_ROWS, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
@@ -27,7 +30,7 @@ from .representations import RECONSTRUCTION_LOSSES, Characterization, characteri
 from .scores import SCORES
 from .training import History, train
 
-__all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
+__all__ = ["CLASSIFIER_SCORES", "Batches", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
 HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
 FEWEST_INLIERS = 10  # for statistics
@@ -38,6 +41,9 @@ class Rows(Protocol):
     """Samples by row: a NumPy array, a tensor, a data frame, or nested lists of numbers."""
 
     def __len__(self) -> int: ...
+
+
+Batches: TypeAlias = Iterable[Any]  # of arrays or tensors [n, ...], or of tuples that begin with one
 
 
 class NoveltyDetector(OutlierMixin, BaseEstimator):
@@ -156,7 +162,14 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- fitting -----------------------------------------------------------------------------------------------------
 
-    def fit(self, X, y=None, *, X_calibration=None, process_group=None) -> NoveltyDetector:
+    def fit(
+        self,
+        X: Rows | Batches,
+        y: object = None,
+        *,
+        X_calibration: Rows | Batches | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> NoveltyDetector:
         """Train on normal samples ``X`` [N, ...], flat or image-shaped.
 
         ``X``: arrays, tensors, data frames, memory maps; or what comes in batches [n, ...] (of tuples the first part is
@@ -184,11 +197,11 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             )
         seed = processes.by_first(lambda: int(check_random_state(self.random_state).randint(2**31)))
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
-        self.image_format_ = None
+        self.image_format_: ImageFormat | None = None
         self.shift_, self.scale_ = self._fit_scaling(X, training)
         samples = _Samples(self, X, training, torch.float32)
-        self.profile_ = guards.Profile.of(samples.blocks())
-        self._make_model(samples[:2], seed)
+        self.profile_: guards.Profile | None = guards.Profile.of(samples.blocks())
+        self._make_model(samples[:2], seed, in_unit_range=self.profile_.low >= 0 and self.profile_.high <= 1)
         self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes)
         self.model_.to(DTYPES[self.dtype])
         held_out = validation if len(validation) >= FEWEST_INLIERS else training
@@ -262,10 +275,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             return np.zeros(D), np.full(D, 255.0 if in_bytes else 1.0)
         return low, np.where(high > low, high - low, 1.0)
 
-    def _make_model(self, first: Tensor, seed: int) -> None:
+    def _make_model(self, first: Tensor, seed: int, *, in_unit_range: bool) -> None:
         """``model_`` and ``loss_``, tried on the ``first`` samples."""
         device = torch.device(self.device or "cpu")
-        in_unit_range = self.profile_.low >= 0 and self.profile_.high <= 1
         if self.model is None:
             if not in_unit_range:
                 raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
@@ -339,7 +351,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             return score(seen).double()
 
         novelty, N = blocks.concatenate(of_block).numpy(), len(training)
-        dead, latent = map(sum, zip(*processes.gather((dead, latent)), strict=True))
+        counts, sums = zip(*processes.gather((dead, latent)), strict=True)
+        dead, latent = sum(counts), reduce(torch.add, sums)
         _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer))
         if self.contamination is None:
             _warn(guards.of_training_scores(novelty, training))
@@ -367,7 +380,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def score_samples(self, X) -> np.ndarray:
+    def score_samples(self, X: Rows | Batches) -> np.ndarray:
         """How normal each sample is, [N]; higher is more normal, as in scikit-learn.
 
         ``X``: as in `fit`; what comes in batches is scored as it comes, in its order, without a file.
@@ -381,7 +394,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             raise ValueError("X: expected at least one sample, but got no batch that holds any")
         return -found
 
-    def _novelty_of(self, X, start: int = 0) -> np.ndarray:
+    def _novelty_of(self, X: Any, start: int = 0) -> np.ndarray:
         """Of an array whose first row is sample ``start``; with warnings about the first samples of all."""
         X = self._validated(X, start=start)
         if start == 0 and self.profile_ is not None:
@@ -389,25 +402,25 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
         return self._novelty(X, np.arange(len(X)))
 
-    def decision_function(self, X: Rows) -> np.ndarray:
+    def decision_function(self, X: Rows | Batches) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X: Rows) -> np.ndarray:
+    def predict(self, X: Rows | Batches) -> np.ndarray:
         """+1 for normal samples, -1 for novel ones."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def p_values(self, X: Rows) -> np.ndarray:
+    def p_values(self, X: Rows | Batches) -> np.ndarray:
         """Conformal p-values [N]: a normal sample gets one of at most t with probability at most t."""
         return self.calibration_.p_values(-self.score_samples(X))
 
-    def discoveries(self, X: Rows, *, fdr: float = 0.1) -> np.ndarray:
+    def discoveries(self, X: Rows | Batches, *, fdr: float = 0.1) -> np.ndarray:
         """Which samples to call novel so that about ``fdr`` of the calls are false at most (Benjamini-Hochberg)."""
         return benjamini_hochberg(self.p_values(X), fdr)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def _validated(self, X, *, reset: bool = False, start: int = 0) -> np.ndarray:
+    def _validated(self, X: Any, *, reset: bool = False, start: int = 0) -> np.ndarray:
         """``X`` as an array [N, D] of its own type, not copied where that can be; the errors are scikit-learn's.
 
         start: the number of its first row, for errors.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..factors import LayerFactors
 from ..layer_grads import batch_layer_factors
-from .detector import DTYPES, NoveltyDetector
+from ..layers import LayerChoice
+from .detector import DTYPES, NoveltyDetector, Rows
 from .representations import RECONSTRUCTION_LOSSES, Characterization, layer_names, parts_of
 
 ROWS_AT_A_TIME = 256
@@ -83,7 +84,7 @@ class _Shifted(nn.Module):
         return self.model(x + self.shift)
 
 
-def _samples(detector: NoveltyDetector, X) -> Tensor:
+def _samples(detector: NoveltyDetector, X: Rows) -> Tensor:
     samples = detector._as_samples(detector._validated(X), DTYPES[detector.dtype])
     return samples.to(next(detector.model_.parameters()).device)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class FittedScore:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything learned, by name: the fields of the statistics, or the features' scale and the weights."""
-        if self.classifier is None:
+        if self.classifier is None or self.features is None:
             return self.statistics.tensors()
         scale = torch.tensor([self.features.mean, self.features.std], dtype=torch.float64)
         whiteners = {name: getattr(self.features, name) for name in WHITENERS}
@@ -47,7 +48,7 @@ class FittedScore:
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> FittedScore:
         """The same score with other learned values, named as `tensors` names them."""
-        if self.classifier is None:
+        if self.classifier is None or self.features is None:
             return replace(self, statistics=Statistics.from_tensors(tensors))
         state = dict(tensors)
         mean, std = state.pop("features").tolist()
@@ -69,7 +70,7 @@ def fit_score(
     distorted: Characterization | None,
     *,
     seed: int = 0,
-    **classifier,
+    **classifier: Any,
 ) -> FittedScore:
     """The score called ``name`` (of `SCORES`, or ``"<representation>_classifier"``) with what it keeps of the inliers.
 
@@ -80,8 +81,10 @@ def fit_score(
         return FittedScore(name, Statistics.of(inliers, [name]))
     if name not in CLASSIFIER_SCORES:
         raise ValueError(f"score: expected one of {sorted([*SCORES, *CLASSIFIER_SCORES])}, but got {name!r}")
-    if distorted is None:
-        raise ValueError(f"score {name!r}: expected characterised training outliers, but got None")
+    if distorted is None or isinstance(inliers, Blocks):
+        raise ValueError(
+            f"score {name!r}: expected characterised inliers and training outliers, but got None or blocks"
+        )
     featurize = features(CLASSIFIER_SCORES[name], inliers)
     model = train_classifier(featurize(inliers), featurize(distorted), seed=seed, **classifier)
     return FittedScore(name, features=featurize, classifier=model)

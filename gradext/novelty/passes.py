@@ -57,9 +57,9 @@ class Processes:
             except Exception as error:
                 box = [(None, error)]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
-        value, error = box[0]
-        if error is not None:
-            raise error
+        value, raised = box[0]
+        if raised is not None:
+            raise raised
         return value
 
 

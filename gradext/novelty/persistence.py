@@ -127,7 +127,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
         "input_shape": list(detector.input_shape_),
         "loss": detector.loss_,
         "offset": float(detector.offset_),
-        "image_format": asdict(detector.image_format_) if getattr(detector, "image_format_", None) else None,
+        "image_format": None if detector.image_format_ is None else asdict(detector.image_format_),
         "history": asdict(detector.history_) if detector.history_ else None,
         "profile": asdict(detector.profile_) if detector.profile_ else None,
     }

@@ -137,7 +137,7 @@ def characterize(
     return Characterization.cat(parts)
 
 
-def layer_names(model: nn.Module, x: Tensor, layer: LayerChoice | Sequence[LayerChoice], loss: str) -> list[str]:
+def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
     """The layers' names in the order of the choice, read off samples ``x``: what runs first is known by running."""
     named = continued_bce if loss == "bce" else loss
     names: dict[str, None] = {}

@@ -68,7 +68,8 @@ class Statistics:
         whitened = len(self.delta_inverses) if "whitened_moments" in logs else 0
         layers = (columns.shape[1] - whitened) // max(1, len(logs) - bool(whitened))
         parts = columns.split([whitened if name == "whitened_moments" else layers for name in logs], dim=1)
-        kept = {name: _moments(part.contiguous()).to(blocks.like) for name, part in zip(logs, parts, strict=True)}
+        moments = (_moments(part.contiguous()).to(blocks.like) for part in parts)
+        kept: dict[str, Any] = dict(zip(logs, moments, strict=True))
         return replace(self, **kept)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -153,7 +154,7 @@ def kronecker_fisher(sample: Characterization, statistics: Statistics) -> Tensor
 
     The factored Fisher matrix of Martens and Grosse, ICML 2015.
     """
-    square = sample.gradient.quadratic_kron(statistics.activation_inverse, statistics.delta_inverses[0])
+    square = sample.gradient.quadratic_kron(_kept(statistics.activation_inverse), statistics.delta_inverses[0])
     return square.clamp_min(0).sqrt()
 
 
@@ -184,8 +185,8 @@ def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> 
     output's delta is the residual of every pixel, of which it would weigh up those that are always blank. Of an only
     layer, which is whitened, it is z of the `whitened_delta_norm`.
     """
-    whitened = _standardise(_log_whitened_norms(sample, statistics), statistics.whitened_moments)
-    last = _standardise(_log_delta_norms(sample), statistics.delta_moments)[:, len(statistics.delta_inverses) :]
+    whitened = _standardise(_log_whitened_norms(sample, statistics), _kept(statistics.whitened_moments))
+    last = _standardise(_log_delta_norms(sample), _kept(statistics.delta_moments))[:, len(statistics.delta_inverses) :]
     return whitened.sum(1) + last.sum(1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def train(
     epochs = auto_epochs(len(x), batch_size) if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
-    objective = model.loss if loss is None else loss
+    objective: Any = model.loss if loss is None else loss  # a model's own attributes are of any type
     rows = max(1, min(4096, (1 << 25) // x_validation[:1].numel()))  # of validation at a time
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     order = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def train(
             with torch.no_grad():
                 starts = range(0, len(x_validation), rows)
                 blocks = (x_validation[start : start + rows].to(device) for start in starts)
-                validation = sum(objective(block).sum().item() for block in blocks) / len(x_validation)
+                validation = sum((objective(block).sum().item() for block in blocks), 0.0) / len(x_validation)
             history.train.append(total.item() / len(x))
             history.validation.append(validation)
             if not math.isfinite(validation):
