@@ -25,7 +25,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from .. import datasets
 from ..datasets import DatasetError
 from ..sources import Source, open_source
-from . import onnx, persistence, reporting, scoring
+from . import persistence, reporting, scoring
 from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
@@ -174,9 +174,11 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
+    from .onnx import export_onnx
+
     persistence.check_writable(arguments.out)
     detector = persistence.load(arguments.model)
-    onnx.export_onnx(detector, arguments.out, dtype=arguments.dtype)
+    export_onnx(detector, arguments.out, dtype=arguments.dtype)
     dtype = arguments.dtype or detector.dtype
     result = {
         "out": arguments.out,
