@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[0, 5, 8], metavar="C")
     options = parser.parse_args(arguments)
     tasks = [
-        {"dataset": options.dataset, "inlier": inlier, "seed": seed, "epochs": 5 if options.quick else None}
+        {"dataset": options.dataset, "inlier": inlier, "seed": seed, "epochs": 5 if options.quick else runs.EPOCHS}
         for seed in options.seeds
         for inlier in options.classes
     ]

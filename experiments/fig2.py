@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folds", type=int, nargs="+", metavar="F", help="default: all five; --quick: 0")
     options = parser.parse_args(arguments)
     folds = options.folds or ([0] if options.quick else range(datasets.FOLDS))
-    epochs = 5 if options.quick else None
+    epochs = 5 if options.quick else runs.EPOCHS
     tasks = [
         {"inlier": options.inlier, "fold": fold, "seed": seed, "epochs": epochs}
         for fold in folds

@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 import gradext
 
+EPOCHS = (
+    100  # of a VAE on digits or clothes: the validation loss, by which the epoch that is kept is chosen, still falls
+)
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("commit", "versions", "machine")
 

@@ -35,7 +35,7 @@ from gradext.novelty.scores import SCORES
 
 from . import runs
 
-EPOCHS = {"mnist": 100, "fashion-mnist": 100, "cifar-10": 60}
+EPOCHS = {"mnist": runs.EPOCHS, "fashion-mnist": runs.EPOCHS, "cifar-10": 60}
 PAPER = {
     "mnist": {
         "reconstruction_classifier": (0.043, 0.916, 0.293, 0.132, 0.103, 0.158, 0.101, 0.115, 0.291, 0.147),
