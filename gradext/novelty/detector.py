@@ -7,7 +7,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..losses import resolve
 from . import guards
-from .batches import BLOCK_ROWS, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
+from .batches import BLOCK_ROWS, NO_SAMPLES, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
@@ -163,8 +162,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
 
         ``process_group``: a group of `torch.distributed` (gloo) whose processes all call this with the same data. They
-        share the passes over it, for range, statistics and calibration; the first one trains, which in parallel would
-        be neither exact nor simple. All end with the same detector, whose bits do not depend on their number.
+        share the passes over it for statistics and calibration; the first one trains, since gradients summed by several
+        would round otherwise for each number of them. All end with the same detector, bit for bit that of one process.
 
         Raises ValueError for data or parameters that do not fit, OSError for a full disk, RuntimeError if the loss
         becomes NaN.
@@ -245,10 +244,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shift [D], scale [D])."""
         D = X.shape[1]
-        low, high = (
-            reduce(merged, (extreme(X[part], axis=0) for part in _cut(rows, D))).astype(np.float64)
-            for extreme, merged in ((np.min, np.minimum), (np.max, np.maximum))
-        )
+        low, high = np.full(D, np.inf), np.full(D, -np.inf)
+        for part in _cut(rows, D):
+            block = X[part]
+            low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
         in_bytes = self.scaling == "auto" and X.dtype == np.uint8
         as_is = self.scaling == "none" or (self.scaling == "auto" and low.min() >= 0 and high.max() <= 1)
         _warn(guards.of_features(low, high, minmax=not (in_bytes or as_is)))
@@ -372,7 +371,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         starts = itertools.count(step=rows_at_a_time(self.n_features_in_))
         found = joined(map(self._novelty_of, blocks(X), starts))
         if not len(found):
-            raise ValueError("X: expected at least one sample, but got no batch that holds any")
+            raise ValueError(NO_SAMPLES)
         return -found
 
     def _novelty_of(self, X, start: int = 0) -> np.ndarray:
