@@ -29,7 +29,6 @@ from .training import History, train
 __all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "fit_score"]
 
 HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
-FEWEST_INLIERS = 10  # for statistics
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -58,9 +57,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         epochs: training epochs; None: 50, more on small sets; 0: ``model`` is trained already.
         batch_size, learning_rate: of Adam.
         noise_std, noise_clip: the classifier's training outliers, ``X + N(0, noise_std²)``, clipped to [0, 1] or not.
-        validation_fraction: share of ``X`` held out from training (none with ``epochs=0``): it chooses the epoch, and
-            the statistics of label-free scores (`Statistics`) are its own where it has 10 samples or more, since a
-            model explains the samples it was trained on too well; else they are those of the training part.
+        validation_fraction: share of ``X`` held out from training to choose the epoch (none with ``epochs=0``). The
+            statistics of label-free scores (`Statistics`) are of the training and the validation part together: a model
+            explains the samples it was trained on too well, but the validation part alone is too small for some.
         calibration_fraction: share of ``X`` held out from all of that, for threshold and p-values, which are valid
             since nothing else has seen these samples.
         target_fpr: the wanted rate of false alarms on normal samples; sets ``offset_``.
@@ -184,8 +183,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self._make_model(samples[:2], seed)
         self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes)
         self.model_.to(DTYPES[self.dtype])
-        held_out = validation if len(validation) >= FEWEST_INLIERS else training
-        self.score_ = self._fit_score(X, training, held_out, seed, processes)
+        self.score_ = self._fit_score(X, training, np.concatenate([training, validation]), seed, processes)
         if X_calibration is None:
             novelty = self._novelty(X, calibration, processes)
         else:
