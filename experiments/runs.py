@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 import gradext
 
-EPOCHS = (
-    100  # of a VAE on digits or clothes: the validation loss, by which the epoch that is kept is chosen, still falls
-)
+# Of a VAE on digits or clothes: for that long the validation loss, which chooses the epoch that is kept, falls.
+EPOCHS = 100
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("commit", "versions", "machine")
 

@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 BLOCK_ROWS, BLOCK_BYTES = 1024, 1 << 27
+NO_SAMPLES = (
+    "X: expected at least one sample, but got no batch that holds any; a generator gives its batches once only: make a "
+    "new one, or pass what can be iterated over again"
+)
 
 
 def rows_at_a_time(features: int) -> int:
@@ -113,5 +117,5 @@ def spooled(X) -> np.ndarray:
                 "memory-mapped .npy"
             ) from error
         if not count:
-            raise ValueError("X: expected at least one sample, but got no batch that holds any")
+            raise ValueError(NO_SAMPLES)
         return np.memmap(file, empty.dtype, mode="r", shape=(count, *empty.shape[1:]))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..losses import resolve
 from ..sources import ImageFormat
 from . import guards
-from .batches import BLOCK_ROWS, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
+from .batches import BLOCK_ROWS, NO_SAMPLES, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
@@ -33,7 +33,6 @@ from .training import History, train
 __all__ = ["CLASSIFIER_SCORES", "Batches", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
 HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
-FEWEST_INLIERS = 10  # for statistics
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -71,9 +70,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         epochs: training epochs; None: 50, more on small sets; 0: ``model`` is trained already.
         batch_size, learning_rate: of Adam.
         noise_std, noise_clip: the classifier's training outliers, ``X + N(0, noise_std²)``, clipped to [0, 1] or not.
-        validation_fraction: share of ``X`` held out from training (none with ``epochs=0``): it chooses the epoch, and
-            the statistics of label-free scores (`Statistics`) are its own where it has 10 samples or more, since a
-            model explains the samples it was trained on too well; else they are those of the training part.
+        validation_fraction: share of ``X`` held out from training to choose the epoch (none with ``epochs=0``). The
+            statistics of label-free scores (`Statistics`) are of the training and the validation part together: a model
+            explains the samples it was trained on too well, but the validation part alone is too small for some.
         calibration_fraction: share of ``X`` held out from all of that, for threshold and p-values, which are valid
             since nothing else has seen these samples.
         target_fpr: the wanted rate of false alarms on normal samples; sets ``offset_``.
@@ -182,8 +181,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
 
         ``process_group``: a group of `torch.distributed` (gloo) whose processes all call this with the same data. They
-        share the passes over it, for range, statistics and calibration; the first one trains, which in parallel would
-        be neither exact nor simple. All end with the same detector, whose bits do not depend on their number.
+        share the passes over it for statistics and calibration; the first one trains, since gradients summed by several
+        would round otherwise for each number of them. All end with the same detector, bit for bit that of one process.
 
         Raises ValueError for data or parameters that do not fit, OSError for a full disk, RuntimeError if the loss
         becomes NaN.
@@ -204,8 +203,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self._make_model(samples[:2], seed, in_unit_range=self.profile_.low >= 0 and self.profile_.high <= 1)
         self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes)
         self.model_.to(DTYPES[self.dtype])
-        held_out = validation if len(validation) >= FEWEST_INLIERS else training
-        self.score_ = self._fit_score(X, training, held_out, seed, processes)
+        self.score_ = self._fit_score(X, training, np.concatenate([training, validation]), seed, processes)
         if X_calibration is None:
             novelty = self._novelty(X, calibration, processes)
         else:
@@ -264,10 +262,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shift [D], scale [D])."""
         D = X.shape[1]
-        low, high = (
-            reduce(merged, (extreme(X[part], axis=0) for part in _cut(rows, D))).astype(np.float64)
-            for extreme, merged in ((np.min, np.minimum), (np.max, np.maximum))
-        )
+        low, high = np.full(D, np.inf), np.full(D, -np.inf)
+        for part in _cut(rows, D):
+            block = X[part]
+            low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
         in_bytes = self.scaling == "auto" and X.dtype == np.uint8
         as_is = self.scaling == "none" or (self.scaling == "auto" and low.min() >= 0 and high.max() <= 1)
         _warn(guards.of_features(low, high, minmax=not (in_bytes or as_is)))
@@ -391,7 +389,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         starts = itertools.count(step=rows_at_a_time(self.n_features_in_))
         found = joined(map(self._novelty_of, blocks(X), starts))
         if not len(found):
-            raise ValueError("X: expected at least one sample, but got no batch that holds any")
+            raise ValueError(NO_SAMPLES)
         return -found
 
     def _novelty_of(self, X: Any, start: int = 0) -> np.ndarray:
