@@ -6,6 +6,9 @@ A model's forward gives ``(reconstruction, mu, logvar)``, its ``loss(x)`` the tr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +35,7 @@ class VAE(nn.Module):
         for name, value in (("input_dim", input_dim), ("hidden_dim", hidden_dim), ("latent_dim", latent_dim)):
             if value < 1:
                 raise ValueError(f"{name}: expected a positive integer, but got {value!r}")
-        self.input_dim = input_dim
+        self.input_dim, self.sample_shape = input_dim, (input_dim,)
         self.encoder = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.ReLU())
         self.mu = nn.Linear(hidden_dim, latent_dim)
         self.logvar = nn.Linear(hidden_dim, latent_dim)
@@ -58,10 +61,45 @@ class VAE(nn.Module):
         x = x.flatten(1)
         if x.shape[1] != self.input_dim:
             raise ValueError(f"x: expected {self.input_dim} elements a sample, but got {x.shape[1]}")
-        hidden = self.encoder(x)
+        hidden = self.encoder(x.reshape(-1, *self.sample_shape))
         mu, logvar = self.mu(hidden), self.logvar(hidden)
         z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar) if self.training else mu
         return z, mu, logvar
+
+
+class ConvVAE(VAE):
+    """A `VAE` of images [C, H, W]: two convolutions down by two each, two transposed ones up, LeakyReLU between.
+
+    H and W: multiples of 4; the first layer of the decoder is linear, its last a transposed convolution. Forward takes
+    and gives what that of the VAE does, reconstruction [B, C·H·W].
+
+    >>> import torch
+    >>> reconstruction, mu, logvar = ConvVAE((1, 8, 8), channels=4, latent_dim=2)(torch.rand(5, 64))
+    >>> reconstruction.shape, mu.shape
+    (torch.Size([5, 64]), torch.Size([5, 2]))
+    """
+
+    def __init__(self, image_shape: Sequence[int] = (1, 28, 28), channels: int = 16, latent_dim: int = 20) -> None:
+        nn.Module.__init__(self)
+        C, H, W = image_shape
+        if min(C, H, W, channels, latent_dim) < 1 or H % 4 or W % 4:
+            raise ValueError(
+                f"image_shape, channels, latent_dim: expected [C, H, W] with multiples of 4 as H and W, and positive "
+                f"numbers, but got {tuple(image_shape)}, {channels}, {latent_dim}"
+            )
+        self.input_dim, self.sample_shape = C * H * W, (C, H, W)
+        small = (2 * channels, H // 4, W // 4)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(C, channels, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, 2 * channels, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(),
+        )  # fmt: skip
+        self.mu = nn.Linear(math.prod(small), latent_dim)
+        self.logvar = nn.Linear(math.prod(small), latent_dim)
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, math.prod(small)), nn.LeakyReLU(0.2), nn.Unflatten(1, small),
+            nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(channels, C, 4, 2, 1), nn.Flatten(), nn.Sigmoid(),
+        )  # fmt: skip
 
 
 def latent_loss(mu: Tensor, logvar: Tensor) -> Tensor:

@@ -98,6 +98,14 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
 
     The architecture of a ``model`` of your own is code, which no file holds: hand one to `load`. Raises NotFittedError,
     ValueError for a ``layer`` that is neither a name, nor several, nor None, OSError where the file cannot be written.
+
+    >>> X = np.random.default_rng(0).random((100, 16))
+    >>> detector = NoveltyDetector(hidden_dim=16, latent_dim=2, epochs=2, random_state=0).fit(X)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(detector, f"{folder}/detector.gradext")
+    ...     again = load(f"{folder}/detector.gradext")
+    >>> bool((again.score_samples(X) == detector.score_samples(X)).all())
+    True
     """
     check_is_fitted(detector)
     if not _is_named(detector.layer):
