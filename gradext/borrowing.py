@@ -12,10 +12,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class Afterwards:
@@ -39,15 +41,35 @@ class Afterwards:
 
 
 def torch_state() -> Callable[[], None]:
-    """A function that puts back grad mode, torch-function modes and autocast's cache as they are now."""
-    grad, cache, modes = torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), function_modes()
+    """A function that puts back grad mode, torch functions with their modes, and autocast as they are now."""
+    grad, modes, functions = torch.is_grad_enabled(), function_modes(), torch._C._get_torch_function_state()
+    cache, autocast = torch.is_autocast_cache_enabled(), [torch.is_autocast_enabled(device) for device in _AUTOCAST]
 
     def put_back() -> None:
+        torch._C._set_torch_function_state(functions)
         modes()
         torch._C._set_grad_enabled(grad)
         torch.set_autocast_cache_enabled(cache)
+        for device, enabled in zip(_AUTOCAST, autocast, strict=True):
+            torch.set_autocast_enabled(device, enabled)
 
     return put_back
+
+
+_AUTOCAST = ("cpu", "cuda")
+
+
+def without_autocast(device_type: str, function: Callable[..., Result], *arguments: object) -> Result:
+    """``function(*arguments)``, whose operators give the types that they say.
+
+    An interrupt inside `torch.autocast` would leave it off, and its depth wrong, so that casts of weights outlive them.
+    """
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
+    end = Afterwards(lambda: torch.set_autocast_enabled(device_type, True))
+    with end, end:
+        torch.set_autocast_enabled(device_type, False)
+        return function(*arguments)
 
 
 def function_modes() -> Callable[[], None]:
