@@ -232,7 +232,7 @@ def expected(name: str, tensors: list[Tensor]) -> Expected:
         error = (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
     # torch.linalg.vector_norm adds up the squares of a piece of a row one after the other, in 16 lanes or more.
     longest = min(max(tensors[0].shape[-1], tensors[1].shape[-1]), 2 * reference.PIECE)
-    # Equal numbers, one after the other, round to the same side every time: n of them by up to n/4 roundings of the sum.
+    # Equal numbers, one after the other, round to the same side every time: n of them by up to n/4 of the sum's.
     repeated = any(0 in t.stride() for t in tensors)
     return Expected(exact, terms, error, 8 + (longest / 4 if repeated else longest / 16 if name == "sq_norm" else 0))
 

@@ -22,15 +22,17 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from .. import datasets
+from .._version import __version__
 from ..datasets import DatasetError
 from ..sources import Source, open_source
-from . import persistence, reporting, scoring
+from . import persistence, reporting, scoring, writing
 from .detector import NoveltyDetector
+from .training import Checkpoint
 
 
 def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
-    persistence.check_writable(out)
+    writing.check_writable(out)
     with _warnings_told():
         source = _source(arguments, size=_size(arguments.size), mode=arguments.mode)
         rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
@@ -39,9 +41,11 @@ def fit(arguments: argparse.Namespace) -> int:
             arguments.score, layer=arguments.layer, epochs=arguments.epochs, hidden_dim=arguments.hidden_dim,
             latent_dim=arguments.latent_dim, target_fpr=arguments.target_fpr, contamination=arguments.contamination,
             random_state=arguments.seed, device=arguments.device, verbose=not arguments.quiet,
-        ).fit(block.samples)  # fmt: skip
+        ).fit(block.samples, checkpoint=(checkpoint := _checkpoint(arguments, source)))  # fmt: skip
     detector.image_format_ = source.image_format
     persistence.save(detector, out)
+    writing.clear_leftovers(out)
+    checkpoint.remove()
     result = {
         "model": str(out),
         "samples": len(block.index),
@@ -60,6 +64,15 @@ def fit(arguments: argparse.Namespace) -> int:
         f"{result['calibration_samples']} held-out samples",
     )
     return 0
+
+
+def _checkpoint(arguments: argparse.Namespace, source: Source) -> Checkpoint:
+    """``MODEL.partial``, where a training that is stopped goes on when the same command is run again."""
+    out = Path(arguments.out)
+    told = {name: value for name, value in vars(arguments).items() if name not in ("run", "json", "quiet", "out")}
+    versions = [__version__, torch.__version__, np.__version__, torch.get_num_threads()]
+    run = json.dumps([source.fingerprint, sorted(source.skipped), told, versions], sort_keys=True)
+    return Checkpoint(out.with_name(f"{out.name}.partial"), hashlib.sha256(run.encode()).hexdigest())
 
 
 def score(arguments: argparse.Namespace) -> int:
@@ -127,7 +140,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    persistence.check_writable(arguments.out)
+    writing.check_writable(arguments.out)
     with _warnings_told():
         detector, source = _open(arguments)
         labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
@@ -148,7 +161,7 @@ def report(arguments: argparse.Namespace) -> int:
             title=f"{Path(arguments.model).name} on {arguments.data}",
             progress=not arguments.quiet,
         )
-    with persistence.atomic_write(arguments.out, "w", encoding="utf-8") as file:
+    with writing.atomic_write(arguments.out, "w", encoding="utf-8") as file:
         file.write(page)
     result = {"out": arguments.out, "rows": len(source), "skipped": _skipped(source)}
     _print(arguments, result, f"{arguments.out}: {len(source)} samples")

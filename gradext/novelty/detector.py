@@ -21,7 +21,7 @@ from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, parts_of
 from .scores import SCORES
-from .training import train
+from .training import Checkpoint, train
 
 __all__ = ["CLASSIFIER_SCORES", "FittedScore", "NoveltyDetector", "fit_score"]
 
@@ -124,10 +124,11 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- fitting -----------------------------------------------------------------------------------------------------
 
-    def fit(self, X, y=None, *, X_calibration=None) -> NoveltyDetector:
+    def fit(self, X, y=None, *, X_calibration=None, checkpoint: Checkpoint | None = None) -> NoveltyDetector:
         """Train on normal samples ``X`` [N, ...], flat or image-shaped: arrays, tensors, data frames.
 
-        ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
+        ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``checkpoint``:
+        where the training goes on if it was stopped before. ``y`` is ignored.
         """
         self._check_parameters()
         X = self._validated(X, reset=True)
@@ -144,7 +145,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             self.history_ = train(
                 self.model_, samples, self._as_samples(X[validation], torch.float32), epochs=self.epochs,
                 batch_size=self.batch_size, learning_rate=self.learning_rate, loss=self._objective(), seed=seed,
-                progress=self.verbose,
+                progress=self.verbose, checkpoint=checkpoint,
             )  # fmt: skip
         self.model_.to(DTYPES[self.dtype])
         self.score_ = self._fit_score(self._as_samples(X[training], DTYPES[self.dtype]), training, seed)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .detector import NoveltyDetector
 from .models import VAE, latent_loss
-from .persistence import atomic_write
 from .representations import reconstruction_loss
+from .writing import atomic_write
 
 LAYERS = {"first": 0, "decoder.0": 0, "last": 2, "decoder.2": 2}
 SCORES = ("gradient_norm", "delta_norm", "gradient_cosine", "reconstruction_error", "latent_loss")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..datasets import DatasetError
 from ..sources import Source
 from .detector import NoveltyDetector
-from .persistence import atomic_write, check_writable
+from .writing import atomic_write, check_writable, clear_leftovers
 
 COLUMNS = ("row", "sample", "novelty", "p_value", "novel", "error")
 FILE_TYPES = (".csv", ".parquet")
@@ -160,6 +160,7 @@ def finish(out: str | os.PathLike, rows: int, world: int = 1) -> list[dict]:
         _write_parquet(path, lines())
     for partial in partials:
         partial.unlink()
+    clear_leftovers(path)
     return errors
 
 
