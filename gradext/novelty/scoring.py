@@ -61,9 +61,9 @@ def score_to_file(
     share = np.arange(len(source) * rank // world, len(source) * (rank + 1) // world)
     head = json.dumps({"model": model_id, "data": source.fingerprint, "rows": len(source), "world": world})
     done = _resume(partial, head)
-    with open(partial, "a", encoding="utf-8", newline="") as file:
+    with open(partial, "ab", buffering=0) as file:  # a buffer would be tried again when the file is closed
         if done is None:
-            file.write(head + "\n")
+            _append(file, head + "\n")
         for asked, index, found in novelties(detector, source, share[done or 0 :], progress=progress):
             p_values = detector.calibration_.p_values(found)
             values = dict(zip(index.tolist(), zip(found.tolist(), p_values.tolist(), strict=True), strict=True))
@@ -79,10 +79,18 @@ def score_to_file(
                 else:
                     reason = " ".join(source.skipped[row].split())
                     writer.writerow([row, source.names[row], "", "", "", reason])
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+            _append(file, text.getvalue())
     return partial
+
+
+def _append(file: io.FileIO, text: str) -> None:
+    content = text.encode()
+    try:
+        while content:
+            content = content[file.write(content) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{file.name}: could not be written: {error.strerror or error}") from error
 
 
 def check_out(out: str | os.PathLike) -> None:
