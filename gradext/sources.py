@@ -21,6 +21,8 @@ from .datasets import DatasetError
 TABLES = (".csv", ".parquet")
 ARRAYS = (".npy", ".npz")
 MODES = ("L", "RGB")
+# A file that unpacks to more than both is taken for a bomb: numbers of any use do not repeat each other so much.
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,19 @@ class Source:
 
     def read(self, rows: np.ndarray) -> Block:
         raise NotImplementedError
+
+
+class _Numbered(Sequence):
+    """The names "0", "1", ... of N rows, made when asked for: they can be larger than the rows."""
+
+    def __init__(self, N: int) -> None:
+        self._rows = range(N)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row):
+        return [str(k) for k in self._rows[row]] if isinstance(row, slice) else str(self._rows[row])
 
 
 @dataclass(eq=False)
@@ -201,14 +216,17 @@ def _array_file(path: Path, labels: str | None) -> Source:
             array, others = content, {}
         else:
             with content:
+                _refuse_bomb(path, sum(member.file_size for member in content.zip.infolist()))
                 others = {key: content[key] for key in content.files}
             array = _main_array(path, others, labels)
     except DatasetError:
         raise
     except Exception as error:  # zipfile, zlib, struct and numpy each have their own
         raise DatasetError(f"{path}: damaged, or not an array of numbers: {error}") from error
-    if array.ndim < 2 or len(array) == 0:
+    if array.ndim < 2 or array.size == 0:
         raise DatasetError(f"{path}: expected an array [N, D] or [N, ...], N >= 1, got {list(array.shape)}")
+    if array.dtype.kind not in "fiub":
+        raise DatasetError(f"{path}: expected an array of numbers, got one of {array.dtype}")
     if labels is None:
         given = others.get("y")
     elif labels in others:
@@ -216,11 +234,17 @@ def _array_file(path: Path, labels: str | None) -> Source:
     else:
         given = _label_file(Path(labels))
     return ArraySource(
-        names=[str(row) for row in range(len(array))],
+        names=_Numbered(len(array)),
         labels=_as_labels(given, len(array), str(path)),
         fingerprint=_fingerprint(_stamp(path)),
         rows=array,
     )
+
+
+def _refuse_bomb(path: Path, unpacked: int) -> None:
+    size = path.stat().st_size
+    if unpacked > max(BOMB_BYTES, BOMB_RATIO * size):
+        raise DatasetError(f"{path}: a decompression bomb? It unpacks from {size} bytes to {unpacked}")
 
 
 def _main_array(path: Path, arrays: dict[str, np.ndarray], labels: str | None) -> np.ndarray:
@@ -265,10 +289,20 @@ def _table(path: Path, labels: str | None) -> Source:
             f"{path}: tables need pandas (and pyarrow for .parquet): pip install 'gradext[tables]'"
         ) from None
     try:
-        frame = pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+        if path.suffix.lower() == ".csv":
+            _refuse_bomb(path, 8 * _cells(path))
+            frame = pandas.read_csv(path)
+        else:
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                _refuse_bomb(path, 8 * file.metadata.num_rows * file.metadata.num_columns)
+            frame = pandas.read_parquet(path)
     except ImportError as error:
         raise DatasetError(f"{path}: .parquet needs pyarrow: pip install 'gradext[tables]'") from error
-    except (ValueError, OSError, pandas.errors.ParserError) as error:  # pyarrow's errors are among them
+    except DatasetError:
+        raise
+    except Exception as error:  # pandas and pyarrow have many of their own
         raise DatasetError(f"{path}: damaged, or not a table: {error}") from error
     given = None
     if labels is not None:
@@ -282,11 +316,18 @@ def _table(path: Path, labels: str | None) -> Source:
         raise DatasetError(f"{path}: expected at least one row and one column, got {list(frame.shape)}")
     frame.columns = [str(c) for c in frame.columns]
     return ArraySource(
-        names=[str(row) for row in range(len(frame))],
+        names=_Numbered(len(frame)),
         labels=_as_labels(given, len(frame), str(path)),
         fingerprint=_fingerprint(_stamp(path)),
         rows=frame,
     )
+
+
+def _cells(path: Path) -> int:
+    """About how many cells a table of text has: rows may be shorter than the first."""
+    with open(path, "rb") as file:
+        columns = file.readline().count(b",") + 1
+        return columns * (1 + sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b"")))
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -345,16 +386,17 @@ def _opened(path: Path):
     """A decoded, upright image; DatasetError where it cannot be."""
     from PIL import Image, ImageOps
 
+    Image.init()
+    # Whatever a file is called, its content decides: and PostScript is a program, which Pillow has Ghostscript run.
+    formats = [name for name in Image.ID if name != "EPS"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=formats) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: {error}") from error
-    except Image.DecompressionBombWarning as error:
-        raise DatasetError(f"{path}: {error}") from error
+    except Exception as error:  # every decoder has its own
+        raise DatasetError(f"{path}: {error or type(error).__name__}") from error
 
 
 def read_image(path: str | os.PathLike, image_format: ImageFormat) -> np.ndarray:
