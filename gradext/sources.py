@@ -217,7 +217,7 @@ def _array_file(path: Path, labels: str | None) -> Source:
         else:
             with content:
                 _refuse_bomb(path, sum(member.file_size for member in content.zip.infolist()))
-                others = {key: content[key] for key in content.files}
+                others = {key: np.asarray(content[key]) for key in content.files}  # what is no array is bytes there
             array = _main_array(path, others, labels)
     except DatasetError:
         raise
@@ -232,7 +232,7 @@ def _array_file(path: Path, labels: str | None) -> Source:
     elif labels in others:
         given = others[labels]
     else:
-        given = _label_file(Path(labels))
+        given = _label_file(Path(labels), path)
     return ArraySource(
         names=_Numbered(len(array)),
         labels=_as_labels(given, len(array), str(path)),
@@ -256,9 +256,9 @@ def _main_array(path: Path, arrays: dict[str, np.ndarray], labels: str | None) -
     return arrays[candidates[0]]
 
 
-def _label_file(path: Path) -> np.ndarray:
+def _label_file(path: Path, data: Path) -> np.ndarray:
     if not path.is_file():
-        raise DatasetError(f"--labels {path}: expected a column or array of the data, or a file, got neither")
+        raise DatasetError(f"--labels {path}: expected a column or array of {data}, or a file, got neither")
     if path.suffix.lower() == ".npy":
         try:
             return np.load(path, allow_pickle=False)
@@ -306,7 +306,7 @@ def _table(path: Path, labels: str | None) -> Source:
         raise DatasetError(f"{path}: damaged, or not a table: {error}") from error
     given = None
     if labels is not None:
-        given = frame.pop(labels).to_numpy() if labels in frame.columns else _label_file(Path(labels))
+        given = frame.pop(labels).to_numpy() if labels in frame.columns else _label_file(Path(labels), path)
     text = [str(c) for c in frame.columns if frame[c].dtype.kind not in "fiub"]
     if text:
         raise DatasetError(
@@ -411,7 +411,10 @@ def read_image(path: str | os.PathLike, image_format: ImageFormat) -> np.ndarray
         image = Image.fromarray((values // 257).astype(np.uint8))
     elif image.mode == "F":
         raise DatasetError(f"{path}: expected 8 or 16 bits a channel, got floating-point pixels")
-    image = image.convert(image_format.mode)
+    try:
+        image = image.convert(image_format.mode)
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}") from error
     if image.size != (image_format.width, image_format.height):
         if not image_format.resize:
             raise DatasetError(
