@@ -101,7 +101,7 @@ OFTEN = pytest.param(100, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("kills", [4, OFTEN])
 def test_a_training_that_is_killed_comes_to_the_same_model(kills, data, tmp_path):
-    options = ["--hidden-dim", "64", "--latent-dim", "2", "--epochs", "40", "--quiet"]
+    options = ["--hidden-dim", "64", "--latent-dim", "2", "--epochs", "300", "--quiet"]
     found = killed(kills, tmp_path, "fit", str(data / "few.npy"), *options, "model")
     assert found["resumed"] or kills < 10
 
