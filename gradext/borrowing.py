@@ -148,6 +148,43 @@ class Loans:
             self.tensors.clear()
 
 
+class _Exchange:
+    """When a model's own parameters are exchanged for others, as `torch.func.functional_call` does: by one thread at a
+    time. A forward of another thread would meet parameters that are not the model's."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # held meanwhile
+        self.thread: int | None = None  # that exchanges now; put back in the end
+        self.count, self.own = 0, threading.local()
+
+    def begin(self) -> None:
+        self.thread = threading.get_ident()
+        self.count += 1
+        self.own.count = getattr(self.own, "count", 0) + 1
+
+    def others(self) -> int:
+        """How many exchanges other threads have begun; negative: one is going on."""
+        count = self.count - getattr(self.own, "count", 0)
+        return count if self.thread in (None, threading.get_ident()) else -1 - count
+
+
+exchange = _Exchange()
+
+
+def undisturbed(function: Callable[[], Result]) -> Result:
+    """``function()``, which has a model run; once more where another thread has exchanged parameters meanwhile."""
+    before = exchange.others()
+    try:
+        result = function()
+        if before == exchange.others() >= 0:
+            return result
+    except Exception:
+        if before == exchange.others() >= 0:
+            raise
+    with exchange.lock:
+        return function()
+
+
 class _Former:
     """Writes a buffer's value of now into it, if it has changed since."""
 
@@ -174,3 +211,5 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
+    free = exchange.lock.release
+    os.register_at_fork(before=exchange.lock.acquire, after_in_parent=free, after_in_child=free)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, ops
-from .borrowing import Afterwards, torch_state
+from .borrowing import Afterwards, torch_state, undisturbed
 from .capture import as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
@@ -152,7 +152,9 @@ def _gradients(
     """The per-sample gradient of every chosen parameter, in the form that its rule gives, and all parameters."""
     end = Afterwards(torch_state())
     with end, end:
-        return _found(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
+        return undisturbed(
+            lambda: _found(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
+        )
 
 
 def _found(

@@ -92,6 +92,7 @@ def state_of(model: nn.Module) -> dict:
         "rows": capture._SHARED_ROWS.get(),
         "loans": len(borrowing._loans),
         "lock": borrowing._lock.locked(),
+        "exchange": borrowing.exchange.thread,
     }
     for name, module in model.named_modules():
         found[name, "training"] = module.training
@@ -241,6 +242,48 @@ def test_overlapping_calls_leave_buffers_as_they_were_before_the_first():
     overlapping(model, torch.rand(B, 6))
     assert model.calls == 0
     assert not borrowing._loans
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("fallback", ["loop", "vmap"])
+def test_a_call_with_a_fallback_does_not_disturb_one_without(fallback, frozen):
+    """It exchanges the model's parameters for others, which another thread's forward could meet."""
+
+    class Twice(Paused):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    torch.manual_seed(0)
+    model, x = Twice().requires_grad_(not frozen).eval(), torch.rand(B, 6)
+    hidden = nn.Sequential(model, chain(nn.PReLU())[1])  # its last layer has no rule
+    expected = gradext.batch_layer_grads(model, x, loss="mse")
+    begun, inside, over = threading.Event(), threading.Event(), threading.Event()
+    found: list = []
+    weight = model.first._parameters["weight"]
+
+    def pause_of_the_exchanged() -> None:
+        if model.first._parameters["weight"] is not weight and not inside.is_set():
+            inside.set()
+            over.wait(20)
+
+    def pause() -> None:
+        if begun.is_set():
+            over.set()
+        else:
+            begun.set()
+            inside.wait(20)
+
+    def with_fallback() -> None:
+        assert begun.wait(20)
+        model.local.pause = pause_of_the_exchanged
+        gradext.batch_layer_grads(hidden, x, loss="mse", layers="all", fallback=fallback)
+
+    def without() -> None:
+        model.local.pause = pause
+        found.append(gradext.batch_layer_grads(model, x, loss="mse"))
+
+    in_threads(with_fallback, without)
+    assert_same(found[0], expected)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -413,7 +456,7 @@ def test_an_interrupt_at_any_line_leaves_no_trace(name, around):
             places.setdefault(line, []).append(n)
         interrupted = 0
         for line, times in places.items():
-            if "with _lock" in linecache.getline(*line):
+            if "with _lock" in (code := linecache.getline(*line)) or "with exchange.lock" in code:
                 continue
             interrupted += interrupter.run(lambda: grads_of(model, x, options), draw.choice(times))
             assert state_of(model) == before, line
