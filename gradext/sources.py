@@ -262,8 +262,8 @@ def _label_file(path: Path, data: Path) -> np.ndarray:
     if path.suffix.lower() == ".npy":
         try:
             return np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DatasetError(f"--labels {path}: {error}") from error
+        except Exception as error:  # tokenize's and others, from the header
+            raise DatasetError(f"--labels {path}: damaged, or not an array: {error}") from error
     try:
         return np.asarray(path.read_text(encoding="utf-8").splitlines(), dtype=str)
     except UnicodeDecodeError as error:
