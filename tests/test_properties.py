@@ -234,7 +234,8 @@ def expected(name: str, tensors: list[Tensor]) -> Expected:
     longest = min(max(tensors[0].shape[-1], tensors[1].shape[-1]), 2 * reference.PIECE)
     # Equal numbers, one after the other, round to the same side every time: n of them by up to n/4 of the sum's.
     repeated = any(0 in t.stride() for t in tensors)
-    return Expected(exact, terms, error, 8 + (longest / 4 if repeated else longest / 16 if name == "sq_norm" else 0))
+    sums = min(math.prod(tensors[0].shape[1:-1]) * (tensors[0].shape[-1] + tensors[1].shape[-1]), 2 * reference.PIECE)
+    return Expected(exact, terms, error, 8 + (sums / 4 if repeated else longest / 16 if name == "sq_norm" else 0))
 
 
 def check(found: Tensor, name: str, tensors: list[Tensor], dtype: torch.dtype | None = None) -> None:
