@@ -6,12 +6,14 @@ import argparse
 import functools
 import json
 import multiprocessing
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ def run(
     seconds that took, and `provenance`. Every row is appended to ``log`` as one line as soon as it is there, so that an
     interrupted run goes on where it stopped; a line that was cut off is dropped. Every task runs on one thread, in
     ``jobs`` processes: how many there are does not change a result. An error in one task ends the run, with all rows
-    that were finished in ``log``.
+    that were finished in ``log``; so does a process that is lost, with a RuntimeError.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = read(log)
@@ -54,11 +56,17 @@ def run(
     facts = provenance() if open_tasks else {}
     bar = tqdm(total=len(tasks), initial=len(found), desc=description, unit="run", disable=None)
     with bar, log.open("a") as file:
-        for k, result in _results(work, open_tasks, jobs):
-            found[k] = tasks[k] | result | facts
-            file.write(json.dumps(found[k]) + "\n")
-            file.flush()
-            bar.update()
+        try:
+            for k, result in _results(work, open_tasks, jobs):
+                found[k] = tasks[k] | result | facts
+                file.write(json.dumps(found[k]) + "\n")
+                file.flush()
+                bar.update()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a process was lost (killed, or out of memory): {len(found)} of {len(tasks)} runs are kept in {log}; "
+                "run the same command again to go on"
+            ) from error
     return [found[k] for k in range(len(tasks))]
 
 
@@ -67,7 +75,7 @@ def read(log: Path) -> list[dict]:
     text = log.read_text() if log.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        log.write_text(whole)
+        os.truncate(log, len(whole.encode()))  # which cannot lose the other lines, as writing them anew could
     return [json.loads(line) for line in whole.splitlines()]
 
 

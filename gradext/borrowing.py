@@ -13,10 +13,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class Afterwards:
@@ -40,15 +42,37 @@ class Afterwards:
 
 
 def torch_state() -> Callable[[], None]:
-    """A function that puts back grad mode, torch-function modes and autocast's cache as they are now."""
-    grad, cache, modes = torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), function_modes()
+    """A function that puts back grad mode, torch functions with their modes, and autocast as they are now."""
+    grad, modes, functions = torch.is_grad_enabled(), function_modes(), _functions()
+    cache, autocast = torch.is_autocast_cache_enabled(), [torch.is_autocast_enabled(device) for device in _AUTOCAST]
 
     def put_back() -> None:
+        _set_functions(functions)
         modes()
         torch._C._set_grad_enabled(grad)
         torch.set_autocast_cache_enabled(cache)
+        for device, enabled in zip(_AUTOCAST, autocast, strict=True):
+            torch.set_autocast_enabled(device, enabled)
 
     return put_back
+
+
+_AUTOCAST = ("cpu", "cuda")
+# Whether torch functions run; not in torch's stubs.
+_functions, _set_functions = torch._C._get_torch_function_state, torch._C._set_torch_function_state  # type: ignore[attr-defined]
+
+
+def without_autocast(device_type: str, function: Callable[..., Result], *arguments: object) -> Result:
+    """``function(*arguments)``, whose operators give the types that they say.
+
+    An interrupt inside `torch.autocast` would leave it off, and its depth wrong, so that casts of weights outlive them.
+    """
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
+    end = Afterwards(lambda: torch.set_autocast_enabled(device_type, True))
+    with end, end:
+        torch.set_autocast_enabled(device_type, False)
+        return function(*arguments)
 
 
 def function_modes() -> Callable[[], None]:
@@ -127,6 +151,43 @@ class Loans:
             self.tensors.clear()
 
 
+class _Exchange:
+    """When a model's own parameters are exchanged for others, as `torch.func.functional_call` does: by one thread at a
+    time. A forward of another thread would meet parameters that are not the model's."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # held meanwhile
+        self.thread: int | None = None  # that exchanges now; put back in the end
+        self.count, self.own = 0, threading.local()
+
+    def begin(self) -> None:
+        self.thread = threading.get_ident()
+        self.count += 1
+        self.own.count = getattr(self.own, "count", 0) + 1
+
+    def others(self) -> int:
+        """How many exchanges other threads have begun; negative: one is going on."""
+        count = self.count - getattr(self.own, "count", 0)
+        return count if self.thread in (None, threading.get_ident()) else -1 - count
+
+
+exchange = _Exchange()
+
+
+def undisturbed(function: Callable[[], Result]) -> Result:
+    """``function()``, which has a model run; once more where another thread has exchanged parameters meanwhile."""
+    before = exchange.others()
+    try:
+        result = function()
+        if before == exchange.others() >= 0:
+            return result
+    except Exception:
+        if before == exchange.others() >= 0:
+            raise
+    with exchange.lock:
+        return function()
+
+
 class _Former:
     """Writes a buffer's value of now into it, if it has changed since."""
 
@@ -153,3 +214,5 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
+    free = exchange.lock.release
+    os.register_at_fork(before=exchange.lock.acquire, after_in_parent=free, after_in_child=free)

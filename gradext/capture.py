@@ -321,23 +321,8 @@ def capture(
     ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``named_loss`` are the
     loss and the target of an objective that is one of `losses`' own and uses no parameter. A parameter that is used in
     a way for which there is no rule, that never ran, or whose input was overwritten, is missing in the result. Raises
-    CaptureError where samples mix.
+    CaptureError where samples mix. An interrupt can leave torch's state changed: the caller puts it back.
     """
-    end = Afterwards(torch_state())
-    with end, end:
-        return _capture(model, args, kwargs, objective, chosen, named_loss, check_samples, create_graph)
-
-
-def _capture(
-    model: nn.Module,
-    args: tuple,
-    kwargs: dict,
-    objective: Callable[[object], Root],
-    chosen: Chosen,
-    named_loss: tuple[str, Tensor] | None,
-    check_samples: bool,
-    create_graph: bool,
-) -> Captured:
     if not (check_samples or create_graph) and _is_undisturbed(chosen):
         forms = {id(chosen.parameters[name]): Form(name, chosen.parameters[name].shape) for name in chosen.owners}
         if named_loss is not None and type(model) is nn.Sequential and len(args) == 1 and not kwargs:

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("model", metavar="MODEL", help="a file that `gradext fit` wrote")
 
-    fit = commands.add_parser("fit", parents=[data], help="train a detector on normal samples and save it")
+    fit = commands.add_parser(
+        "fit", parents=[data], help="train a detector on normal samples and save it; resumes where it stopped"
+    )
     fit.add_argument("--out", required=True, metavar="MODEL", help="the model file to write")
     fit.add_argument("--score", default="gradient_norm", help="see NoveltyDetector (default gradient_norm)")
     fit.add_argument("--layer", default="first", help="first, last, a layer's name, or several with commas between")

@@ -6,7 +6,6 @@ Parameters are handed to the model by `torch.func.functional_call`, so that its 
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ import torch
 import torch.utils._pytree as pytree  # what torch.func itself takes nested inputs apart with
 from torch import Tensor, nn
 
-from .borrowing import Afterwards, Loans
+from .borrowing import Afterwards, Loans, exchange
 from .errors import CaptureError
 
 # Of gradients at a time. vmap holds about twice as much besides.
 CHUNK_BYTES = 1 << 28
-
-_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Problem:
             warnings.warn(
                 f"torch.func cannot vectorise this model ({error}), so that the gradients of {', '.join(varied)} are "
                 'computed sample by sample; fallback="loop" does so without trying',
-                stacklevel=4,
+                stacklevel=7,
             )
             return self.loop_grads(varied, batch)
 
@@ -101,14 +98,19 @@ class Problem:
     def _loss(self, parameters: dict[str, Tensor], sample: tuple) -> Tensor:
         args, kwargs, target = sample
         owned: list[tuple[dict, str, nn.Parameter | None]] = []
+        former: list[int | None] = []
 
         def put_back() -> None:
             for owner, name, parameter in owned:
                 owner[name] = parameter
+            if former:
+                exchange.thread = former[0]
 
         # functional_call exchanges the model's own parameters for a while: one thread at a time, and back in any case.
         end = Afterwards(put_back)
-        with _lock, end, end:
+        with exchange.lock, end, end:
+            former.append(exchange.thread)
+            exchange.begin()
             owned += [(m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items()]
             return self.loss(torch.func.functional_call(self.model, parameters, args, kwargs), target)
 

@@ -6,7 +6,6 @@ needs of a loss is not its value but where the backward begins, and with which g
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from .borrowing import without_autocast
 
 _aten = torch.ops.aten
 
@@ -220,13 +221,11 @@ def _sum(values: Tensor) -> Tensor:
 
 def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     # Losses sum many terms: half precision would lose them, and autocast refuses some of these operators.
-    device = output.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
-        half = output.dtype in (torch.float16, torch.bfloat16)
-        output = output.float() if half else output
-        if target.is_floating_point():
-            target = target.to(output.dtype)
-        return loss(output, target)
+    half = output.dtype in (torch.float16, torch.bfloat16)
+    output = output.float() if half else output
+    if target.is_floating_point():
+        target = target.to(output.dtype)
+    return without_autocast(output.device.type, loss, output, target)
 
 
 def _in_unit_interval(values: Tensor) -> bool:

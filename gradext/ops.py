@@ -8,7 +8,6 @@ Nothing here knows about modules.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .backends.reference import EPILOGUES, accumulation_type, apply_epilogue, widen
+from .borrowing import without_autocast
 
 # Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
 __all__ = ["DTYPES", "dot", "epilogue_delta", "gram", "linear", "outer", "outer_group", "sq_norm"]
@@ -359,16 +359,6 @@ def _gradient_shape(delta: Tensor, activation: Tensor) -> tuple[int, int, int]:
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-_UNCHANGED = contextlib.nullcontext()
-
-
-def _autocast_off(device_type: str):
-    """Under autocast the products inside would be of half precision, whatever the operator's schema promises."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return _UNCHANGED
-    return torch.autocast(device_type, enabled=False)
-
-
 def _new_result(delta: Tensor, activation: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         dtype = delta.dtype
@@ -413,8 +403,7 @@ def _outer_kernels(name: str, ndim: int):
     def write(delta, activation, out, backend, epilogue, operand):
         device = delta.device.type
         module = backends.choose("outer", backend, device, backends.Call(delta, out))
-        with _autocast_off(device):
-            return module.outer(delta, activation, out, None, epilogue, operand)
+        return without_autocast(device, module.outer, delta, activation, out, None, epilogue, operand)
 
     def functional(delta, activation, *, dtype=None, backend=None, epilogue=None, operand=None):
         check(delta, activation)
@@ -461,12 +450,12 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
         module = backends.choose("outer", backend, delta.device.type, backends.Call(delta, out))
         groups.setdefault(module, []).append((delta, activation, out, epilogue, operand))
     for module, problems in groups.items():
-        with _autocast_off(problems[0][0].device.type):
-            if hasattr(module, "outer_group"):
-                module.outer_group(problems)
-            else:
-                for delta, activation, out, epilogue, operand in problems:
-                    module.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+        device = problems[0][0].device.type
+        if hasattr(module, "outer_group"):
+            without_autocast(device, module.outer_group, problems)
+        else:
+            for delta, activation, out, epilogue, operand in problems:
+                without_autocast(device, module.outer, delta, activation, out, None, epilogue, operand)
     return results
 
 
@@ -481,9 +470,8 @@ def _contraction_kernel(name: str, operand: str, shape: str, result_shape):
         # Backends get operands of the factors' type, or of the wider one that they accumulate in.
         wide = accumulation_type(delta.dtype)
         wider = [t if t.dtype in (delta.dtype, wide) else t.to(wide) for t in operands]
-        with _autocast_off(delta.device.type):
-            function = backends.implementation(name, backend, backends.Call(delta))
-            return function(delta, activation, *wider)
+        function = backends.implementation(name, backend, backends.Call(delta))
+        return without_autocast(delta.device.type, function, delta, activation, *wider)
 
     def fake(delta, activation, *operands, backend=None):
         check(delta, activation, operands)
@@ -500,8 +488,8 @@ def _gram_kernel():
 
     def kernel(*factors, backend=None):
         check(*factors)
-        with _autocast_off(factors[0].device.type):
-            return backends.implementation("gram", backend, backends.Call(factors[0]))(*factors)
+        function = backends.implementation("gram", backend, backends.Call(factors[0]))
+        return without_autocast(factors[0].device.type, function, *factors)
 
     def fake(delta, activation, other_delta, other_activation, *, backend=None):
         check(delta, activation, other_delta, other_activation)

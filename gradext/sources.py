@@ -22,6 +22,8 @@ from .datasets import DatasetError
 TABLES = (".csv", ".parquet")
 ARRAYS = (".npy", ".npz")
 MODES = ("L", "RGB")
+# A file that unpacks to more than both is taken for a bomb: numbers of any use do not repeat each other so much.
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,19 @@ class Source:
     def samples(self, rows: np.ndarray) -> Any:
         """The samples of the given rows as `NoveltyDetector.fit` takes them: batches of them, read when asked for."""
         return (block.samples for block in self.blocks(rows, 256) if len(block.index))
+
+
+class _Numbered(Sequence):
+    """The names "0", "1", ... of N rows, made when asked for: they can be larger than the rows."""
+
+    def __init__(self, N: int) -> None:
+        self._rows = range(N)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row):
+        return [str(k) for k in self._rows[row]] if isinstance(row, slice) else str(self._rows[row])
 
 
 @dataclass(eq=False)
@@ -213,26 +228,35 @@ def _array_file(path: Path, labels: str | None) -> Source:
             array, others = content, {}
         else:
             with content:
-                others = {key: content[key] for key in content.files}
+                _refuse_bomb(path, sum(member.file_size for member in content.zip.infolist()))
+                others = {key: np.asarray(content[key]) for key in content.files}  # what is no array is bytes there
             array = _main_array(path, others, labels)
     except DatasetError:
         raise
     except Exception as error:  # zipfile, zlib, struct and numpy each have their own
         raise DatasetError(f"{path}: damaged, or not an array of numbers: {error}") from error
-    if array.ndim < 2 or len(array) == 0:
+    if array.ndim < 2 or array.size == 0:
         raise DatasetError(f"{path}: expected an array [N, D] or [N, ...], N >= 1, got {list(array.shape)}")
+    if array.dtype.kind not in "fiub":
+        raise DatasetError(f"{path}: expected an array of numbers, got one of {array.dtype}")
     if labels is None:
         given = others.get("y")
     elif labels in others:
         given = others[labels]
     else:
-        given = _label_file(Path(labels))
+        given = _label_file(Path(labels), path)
     return ArraySource(
-        names=[str(row) for row in range(len(array))],
+        names=_Numbered(len(array)),
         labels=_as_labels(given, len(array), str(path)),
         fingerprint=_fingerprint(_stamp(path)),
         rows=array,
     )
+
+
+def _refuse_bomb(path: Path, unpacked: int) -> None:
+    size = path.stat().st_size
+    if unpacked > max(BOMB_BYTES, BOMB_RATIO * size):
+        raise DatasetError(f"{path}: a decompression bomb? It unpacks from {size} bytes to {unpacked}")
 
 
 def _main_array(path: Path, arrays: dict[str, np.ndarray], labels: str | None) -> np.ndarray:
@@ -244,14 +268,14 @@ def _main_array(path: Path, arrays: dict[str, np.ndarray], labels: str | None) -
     return arrays[candidates[0]]
 
 
-def _label_file(path: Path) -> np.ndarray:
+def _label_file(path: Path, data: Path) -> np.ndarray:
     if not path.is_file():
-        raise DatasetError(f"--labels {path}: expected a column or array of the data, or a file, got neither")
+        raise DatasetError(f"--labels {path}: expected a column or array of {data}, or a file, got neither")
     if path.suffix.lower() == ".npy":
         try:
             return np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DatasetError(f"--labels {path}: {error}") from error
+        except Exception as error:  # tokenize's and others, from the header
+            raise DatasetError(f"--labels {path}: damaged, or not an array: {error}") from error
     try:
         return np.asarray(path.read_text(encoding="utf-8").splitlines(), dtype=str)
     except UnicodeDecodeError as error:
@@ -277,14 +301,24 @@ def _table(path: Path, labels: str | None) -> Source:
             f"{path}: tables need pandas (and pyarrow for .parquet): pip install 'gradext[tables]'"
         ) from None
     try:
-        frame = pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+        if path.suffix.lower() == ".csv":
+            _refuse_bomb(path, 8 * _cells(path))
+            frame = pandas.read_csv(path)
+        else:
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                _refuse_bomb(path, 8 * file.metadata.num_rows * file.metadata.num_columns)
+            frame = pandas.read_parquet(path)
     except ImportError as error:
         raise DatasetError(f"{path}: .parquet needs pyarrow: pip install 'gradext[tables]'") from error
-    except (ValueError, OSError, pandas.errors.ParserError) as error:  # pyarrow's errors are among them
+    except DatasetError:
+        raise
+    except Exception as error:  # pandas and pyarrow have many of their own
         raise DatasetError(f"{path}: damaged, or not a table: {error}") from error
     given = None
     if labels is not None:
-        given = frame.pop(labels).to_numpy() if labels in frame.columns else _label_file(Path(labels))
+        given = frame.pop(labels).to_numpy() if labels in frame.columns else _label_file(Path(labels), path)
     text = [str(c) for c in frame.columns if frame[c].dtype.kind not in "fiub"]
     if text:
         raise DatasetError(
@@ -294,11 +328,18 @@ def _table(path: Path, labels: str | None) -> Source:
         raise DatasetError(f"{path}: expected at least one row and one column, got {list(frame.shape)}")
     frame.columns = [str(c) for c in frame.columns]
     return ArraySource(
-        names=[str(row) for row in range(len(frame))],
+        names=_Numbered(len(frame)),
         labels=_as_labels(given, len(frame), str(path)),
         fingerprint=_fingerprint(_stamp(path)),
         rows=frame,
     )
+
+
+def _cells(path: Path) -> int:
+    """About how many cells a table of text has: rows may be shorter than the first."""
+    with open(path, "rb") as file:
+        columns = file.readline().count(b",") + 1
+        return columns * (1 + sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b"")))
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -357,16 +398,17 @@ def _opened(path: Path):
     """A decoded, upright image; DatasetError where it cannot be."""
     from PIL import Image, ImageOps
 
+    Image.init()
+    # Whatever a file is called, its content decides: and PostScript is a program, which Pillow has Ghostscript run.
+    formats = [name for name in Image.ID if name != "EPS"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=formats) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: {error}") from error
-    except Image.DecompressionBombWarning as error:
-        raise DatasetError(f"{path}: {error}") from error
+    except Exception as error:  # every decoder has its own
+        raise DatasetError(f"{path}: {error or type(error).__name__}") from error
 
 
 def read_image(path: str | os.PathLike, image_format: ImageFormat) -> np.ndarray:
@@ -381,7 +423,10 @@ def read_image(path: str | os.PathLike, image_format: ImageFormat) -> np.ndarray
         image = Image.fromarray((values // 257).astype(np.uint8))
     elif image.mode == "F":
         raise DatasetError(f"{path}: expected 8 or 16 bits a channel, got floating-point pixels")
-    image = image.convert(image_format.mode)
+    try:
+        image = image.convert(image_format.mode)
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}") from error
     if image.size != (image_format.width, image_format.height):
         if not image_format.resize:
             raise DatasetError(

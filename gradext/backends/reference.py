@@ -111,7 +111,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
         return (row_norms(delta) * row_norms(activation)).square()
     B, T, O = delta.shape
     I = activation.shape[2]
-    by_gram = T * (O + I) <= O * I
+    by_gram = T * (O + I) < O * I  # not where both are nothing: a T x T matrix is not
     step = _samples_a_block(T * T if by_gram else O * I)
     result = delta.new_zeros(B)
     for b in range(0, B, step):
@@ -199,7 +199,7 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     if d.ndim == 2:
         return (d @ other_d.mT) * (a @ other_a.mT)
     (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
-    if 0 in (B, C, T, S):
+    if 0 in (B, C, T, S, O, I):
         return d.new_zeros(B, C)
     step = max(1, GRADIENT_ELEMENTS // max(1, O * I))
     n = 1 if step >= C else math.ceil(B / step)  # for each of which the others' gradients are formed again

@@ -23,17 +23,19 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from .. import datasets
+from .._version import __version__
 from ..datasets import DatasetError
 from ..sources import Source, open_source
-from . import persistence, reporting, scoring
+from . import persistence, reporting, scoring, writing
 from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
+from .training import Checkpoint
 
 
 def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
-    persistence.check_writable(out)
+    writing.check_writable(out)
     with _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
         source = _source(arguments, size=_size(arguments.size), mode=arguments.mode)
         rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
@@ -42,12 +44,16 @@ def fit(arguments: argparse.Namespace) -> int:
             latent_dim=arguments.latent_dim, target_fpr=arguments.target_fpr, contamination=arguments.contamination,
             random_state=arguments.seed, device=arguments.device,
             verbose=not arguments.quiet and processes.rank == 0,
-        ).fit(source.samples(rows), process_group=processes.group)  # fmt: skip
+        )  # fmt: skip
+        checkpoint = _checkpoint(arguments, source)
+        detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
     if processes.rank > 0:
         return 0
     samples = len(rows) - len(source.skipped)
     detector.image_format_ = source.image_format
     persistence.save(detector, out)
+    writing.clear_leftovers(out)
+    checkpoint.remove()
     result = {
         "model": str(out),
         "samples": samples,
@@ -66,6 +72,15 @@ def fit(arguments: argparse.Namespace) -> int:
         f"{result['calibration_samples']} held-out samples",
     )
     return 0
+
+
+def _checkpoint(arguments: argparse.Namespace, source: Source) -> Checkpoint:
+    """``MODEL.partial``, where a training that is stopped goes on when the same command is run again."""
+    out = Path(arguments.out)
+    told = {name: value for name, value in vars(arguments).items() if name not in ("run", "json", "quiet", "out")}
+    versions = [__version__, torch.__version__, np.__version__, torch.get_num_threads()]
+    run = json.dumps([source.fingerprint, told, versions], sort_keys=True)
+    return Checkpoint(out.with_name(f"{out.name}.partial"), hashlib.sha256(run.encode()).hexdigest())
 
 
 def score(arguments: argparse.Namespace) -> int:
@@ -143,7 +158,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    persistence.check_writable(arguments.out)
+    writing.check_writable(arguments.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a report is made by one process: run it without torchrun")
     with _warnings_told():
@@ -166,7 +181,7 @@ def report(arguments: argparse.Namespace) -> int:
             title=f"{Path(arguments.model).name} on {arguments.data}",
             progress=not arguments.quiet,
         )
-    with persistence.atomic_write(arguments.out, "w", encoding="utf-8") as file:
+    with writing.atomic_write(arguments.out, "w", encoding="utf-8") as file:
         file.write(page)
     result = {"out": arguments.out, "rows": len(source), "skipped": _skipped(source)}
     _print(arguments, result, f"{arguments.out}: {len(source)} samples")
@@ -176,7 +191,7 @@ def report(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     from .onnx import export_onnx
 
-    persistence.check_writable(arguments.out)
+    writing.check_writable(arguments.out)
     detector = persistence.load(arguments.model)
     export_onnx(detector, arguments.out, dtype=arguments.dtype)
     dtype = arguments.dtype or detector.dtype

@@ -28,7 +28,7 @@ from .models import VAE
 from .passes import Blocks, Processes
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, parts_of
 from .scores import SCORES
-from .training import History, train
+from .training import Checkpoint, History, train
 
 __all__ = ["CLASSIFIER_SCORES", "Batches", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
@@ -168,6 +168,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         *,
         X_calibration: Rows | Batches | None = None,
         process_group: dist.ProcessGroup | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> NoveltyDetector:
         """Train on normal samples ``X`` [N, ...], flat or image-shaped.
 
@@ -183,6 +184,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         ``process_group``: a group of `torch.distributed` (gloo) whose processes all call this with the same data. They
         share the passes over it for statistics and calibration; the first one trains, since gradients summed by several
         would round otherwise for each number of them. All end with the same detector, bit for bit that of one process.
+
+        ``checkpoint``: where the training goes on, to the same bits, if it was stopped before.
 
         Raises ValueError for data or parameters that do not fit, OSError for a full disk, RuntimeError if the loss
         becomes NaN.
@@ -201,7 +204,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         samples = _Samples(self, X, training, torch.float32)
         self.profile_: guards.Profile | None = guards.Profile.of(samples.blocks())
         self._make_model(samples[:2], seed, in_unit_range=self.profile_.low >= 0 and self.profile_.high <= 1)
-        self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes)
+        self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes, checkpoint)
         self.model_.to(DTYPES[self.dtype])
         self.score_ = self._fit_score(X, training, np.concatenate([training, validation]), seed, processes)
         if X_calibration is None:
@@ -313,7 +316,14 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
         return summed
 
-    def _train(self, training: _Samples, validation: _Samples, seed: int, processes: Processes) -> None:
+    def _train(
+        self,
+        training: _Samples,
+        validation: _Samples,
+        seed: int,
+        processes: Processes,
+        checkpoint: Checkpoint | None,
+    ) -> None:
         """``history_``, and the weights of ``model_``: those of the first process."""
         self.history_ = None
         if self.epochs == 0:
@@ -323,7 +333,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             history = train(
                 self.model_, training.held_where_small(), validation.held_where_small(), epochs=self.epochs,
                 batch_size=self.batch_size, learning_rate=self.learning_rate, loss=self._objective(), seed=seed,
-                progress=self.verbose,
+                progress=self.verbose, checkpoint=checkpoint,
             )  # fmt: skip
             return history, {name: value.cpu() for name, value in self.model_.state_dict().items()}
 

@@ -35,7 +35,8 @@ class VAE(nn.Module):
         for name, value in (("input_dim", input_dim), ("hidden_dim", hidden_dim), ("latent_dim", latent_dim)):
             if value < 1:
                 raise ValueError(f"{name}: expected a positive integer, but got {value!r}")
-        self.input_dim, self.sample_shape = input_dim, (input_dim,)
+        self.input_dim = input_dim
+        self.sample_shape: tuple[int, ...] = (input_dim,)
         self.encoder = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.ReLU())
         self.mu = nn.Linear(hidden_dim, latent_dim)
         self.logvar = nn.Linear(hidden_dim, latent_dim)

@@ -28,8 +28,8 @@ from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
 from .guards import DetectorWarning
 from .models import latent_loss
-from .persistence import atomic_write
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
+from .writing import atomic_write
 
 # act'(z) of what an activation made of z, y = act(z): (layer, z, y) -> derivative. Torch's own are unknown to ONNX.
 DERIVATIVES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {

@@ -16,19 +16,15 @@ The tensors: ``model.*`` the state of the autoencoder, ``score.*`` that of the `
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import errno
 import hashlib
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -46,6 +42,7 @@ from .guards import Profile
 from .models import VAE
 from .representations import RECONSTRUCTION_LOSSES, characterize
 from .training import History
+from .writing import atomic_write
 
 FORMAT = "gradext.novelty"
 FORMAT_VERSION = 1
@@ -57,48 +54,13 @@ class ModelFileError(ValueError):
     """A model file that is missing, damaged, of a newer format, or not what it says."""
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise OSError where ``path`` could not be written, before there is something to lose."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"{path}: expected a file in a folder that can be written to, but {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """A file that appears under its name only when it is whole; until then, and after an error, the old one stays."""
-    path = Path(path)
-    check_writable(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(descriptor, mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            f"{path}: could not be written, what was there is unchanged: {error.strerror or error}"
-        ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
 def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     """Write a fitted detector to ``path``, whole or not at all.
 
     The architecture of a ``model`` of your own is code, which no file holds: hand one to `load`. Raises NotFittedError,
     ValueError for a ``layer`` that is neither a name, nor several, nor None, OSError where the file cannot be written.
 
+    >>> import tempfile
     >>> X = np.random.default_rng(0).random((100, 16))
     >>> detector = NoveltyDetector(hidden_dim=16, latent_dim=2, epochs=2, random_state=0).fit(X)
     >>> with tempfile.TemporaryDirectory() as folder:

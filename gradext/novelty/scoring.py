@@ -22,7 +22,7 @@ from ..sources import Source
 from .batches import rows_at_a_time
 from .detector import NoveltyDetector
 from .passes import share
-from .persistence import atomic_write, check_writable
+from .writing import atomic_write, check_writable, clear_leftovers
 
 COLUMNS = ("row", "sample", "novelty", "p_value", "novel", "error")
 FILE_TYPES = (".csv", ".parquet")
@@ -75,9 +75,9 @@ def score_to_file(
     rows = shared_rows(detector, len(source), rank, world)
     head = json.dumps({"model": model_id, "data": source.fingerprint, "rows": len(source), "world": world})
     done = _resume(partial, head)
-    with open(partial, "a", encoding="utf-8", newline="") as file:
+    with open(partial, "ab", buffering=0) as file:  # a buffer would be tried again when the file is closed
         if done is None:
-            file.write(head + "\n")
+            _append(file, head + "\n")
         for asked, index, found in novelties(detector, source, rows[done or 0 :], progress=progress):
             p_values = detector.calibration_.p_values(found)
             values = dict(zip(index.tolist(), zip(found.tolist(), p_values.tolist(), strict=True), strict=True))
@@ -93,10 +93,18 @@ def score_to_file(
                 else:
                     reason = " ".join(source.skipped[row].split())
                     writer.writerow([row, source.names[row], "", "", "", reason])
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+            _append(file, text.getvalue())
     return partial
+
+
+def _append(file: io.FileIO, text: str) -> None:
+    content = text.encode()
+    try:
+        while content:
+            content = content[file.write(content) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{file.name}: could not be written: {error.strerror or error}") from error
 
 
 def check_out(out: str | os.PathLike) -> None:
@@ -174,6 +182,7 @@ def finish(out: str | os.PathLike, rows: int, world: int = 1) -> list[dict]:
         _write_parquet(path, lines())
     for partial in partials:
         partial.unlink()
+    clear_leftovers(path)
     return errors
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from ..layer_grads import batch_layer_factors
 from ..layers import LayerChoice
 from .representations import reconstruction_loss
+from .writing import atomic_write, clear_leftovers
 
 
 @dataclass
@@ -23,6 +26,42 @@ class History:
     train: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     best_epoch: int = -1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that holds a training after its last epochs, so that a run that was stopped goes on to the same result.
+
+    run: names data, options and versions, all that the result depends on; the file of another run is refused.
+    """
+
+    path: Path
+    run: str
+
+    SECONDS: ClassVar[float] = 10.0  # between two writings
+
+    def load(self) -> dict | None:
+        """What the last `save` of this run got; None: there is nothing. ValueError: another's, or damaged."""
+        if not self.path.exists():
+            return None
+        try:
+            kept = torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:  # of zipfile, pickle and torch
+            raise ValueError(f"{self.path}: damaged; delete it to start anew ({error})") from error
+        if not isinstance(kept, dict) or kept.get("run") != self.run:
+            raise ValueError(
+                f"{self.path}: left over from a training with other data, options or versions; delete it to start anew"
+            )
+        return kept
+
+    def save(self, state: dict) -> None:
+        with atomic_write(self.path) as file:
+            torch.save({"run": self.run, **state}, file)
+
+    def remove(self) -> None:
+        """Once its result is kept."""
+        self.path.unlink(missing_ok=True)
+        clear_leftovers(self.path)
 
 
 def auto_epochs(samples: int, batch_size: int) -> int:
@@ -51,14 +90,16 @@ def train(
     penalty: Callable[[nn.Module, Tensor], Tensor] | None = None,
     progress: bool = True,
     description: str = "training",
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
     Tensors are moved to the model's device once, other `Samples` batch by batch.
     Adam on the mean over the batch of ``loss(x) -> [B]`` (default ``model.loss``) plus ``penalty(model, batch)``, such
     as a `GradientAlignment`, which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`.
-    The same seed, data, machine and thread count give the same weights; the global random state is left as it was. The
-    bar is shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
+    The same seed, data, machine and thread count give the same weights, with a ``checkpoint`` even if the run was
+    stopped and goes on; the file stays for its owner to remove. The global random state is left as it was. The bar is
+    shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
     """
     for name, data in (("x", x), ("x_validation", x_validation)):
         if len(data) == 0:
@@ -68,6 +109,8 @@ def train(
     epochs = auto_epochs(len(x), batch_size) if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
+    if checkpoint is not None and penalty is not None:
+        raise ValueError("checkpoint: expected None with a penalty, which has a state of its own")
     objective: Any = model.loss if loss is None else loss  # a model's own attributes are of any type
     rows = max(1, min(4096, (1 << 25) // x_validation[:1].numel()))  # of validation at a time
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
@@ -76,7 +119,17 @@ def train(
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        bar = tqdm(range(epochs), desc=description, unit="epoch", leave=False, disable=None if progress else True)
+        kept = None if checkpoint is None else checkpoint.load()
+        if kept is not None:
+            model.load_state_dict(kept["model"])
+            optimizer.load_state_dict(kept["optimizer"])
+            history, best = History(**kept["history"]), {key: value.to(device) for key, value in kept["best"].items()}
+            _set_random_states(kept["random"], order, device)
+        saved, begun = time.monotonic(), len(history.train)
+        bar = tqdm(
+            range(begun, epochs), initial=begun, total=epochs, desc=description, unit="epoch", leave=False,
+            disable=None if progress else True,
+        )  # fmt: skip
         for epoch in bar:
             model.train()
             total = torch.zeros((), device=device)
@@ -100,10 +153,29 @@ def train(
             if history.best_epoch < 0 or validation < history.validation[history.best_epoch]:
                 history.best_epoch, best = epoch, {key: value.clone() for key, value in model.state_dict().items()}
             bar.set_postfix(train=f"{history.train[-1]:.1f}", validation=f"{validation:.1f}")
+            if checkpoint is not None and (epoch + 1 == epochs or time.monotonic() - saved > checkpoint.SECONDS):
+                random = _random_states(order, device)
+                checkpoint.save(
+                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": asdict(history)}
+                    | {"best": best, "random": random}
+                )
+                saved = time.monotonic()
     optimizer.zero_grad(set_to_none=True)
     model.load_state_dict(best)
     model.train(was_training)
     return history
+
+
+def _random_states(order: torch.Generator, device: torch.device) -> list[Tensor]:
+    states = [order.get_state(), torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_states(states: list[Tensor], order: torch.Generator, device: torch.device) -> None:
+    order.set_state(states[0])
+    torch.set_rng_state(states[1])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[2], device)
 
 
 class GradientAlignment:
