@@ -25,11 +25,11 @@ class Afterwards:
     """Calls a function at the end of a block.
 
     ``with afterwards, afterwards:`` does so even if an interrupt cuts the first call short, or keeps it from beginning;
-    the function has to bear being called twice.
+    the function has to bear being called once more after a call that was cut short.
     """
 
     def __init__(self, function: Callable[[], object]) -> None:
-        self.function = function
+        self.function, self.ended = function, False
 
     def __enter__(self) -> None:
         pass
@@ -38,7 +38,9 @@ class Afterwards:
         if error is not None and not isinstance(error, Exception):
             # Torch's interrupted generators would end, and push their mode, when the trace is forgotten: end them now.
             traceback.clear_frames(trace)
-        self.function()
+        if not self.ended:
+            self.function()
+            self.ended = True
 
 
 def torch_state() -> Callable[[], None]:
