@@ -114,7 +114,9 @@ def test_a_wheel_from_the_sdist_works_in_an_environment_of_torch_numpy_and_tqdm_
     python("-m", "venv", str(tmp_path / "venv"))
     executable = tmp_path / "venv" / "bin" / "python"
     built = wheel(sdist, tmp_path, executable)
-    python("-m", "pip", "install", "--quiet", f"torch=={torch.__version__}", "numpy", "tqdm", executable=executable)
+    release = torch.__version__.partition("+")[0]
+    python("-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", "tqdm", executable=executable)
+    python("-m", "pip", "uninstall", "--quiet", "--yes", "triton", executable=executable)  # of torch's GPU builds
     python("-m", "pip", "install", "--quiet", "--no-deps", str(built), executable=executable)
     code = f"""{USE}
 import importlib.util
