@@ -6,9 +6,10 @@ One VAE a class, fold and seed; the protocol is `gradext.datasets.one_class_spli
 option; the defaults are:
 
 --noise-std 0.1, not clipped    clipped noise raises the background only, which no real novelty does
---hidden-dim 400, --latent-dim 20    the multilayer perceptron that VAEs were introduced with on MNIST
+--hidden-dim 400, --latent-dim 20    the multilayer perceptron that VAEs were introduced with on MNIST;
+    --channels 16 is a small convolutional one instead (`gradext.novelty.ConvVAE`), as the authors' other code has them
 --layer first    as the paper says of novel classes; combinations of layers use both
---epochs 100, CIFAR-10 60    the validation loss, by which the epoch that is kept is chosen, falls for that long
+--epochs 100, CIFAR-10 and with --channels 60    for that long the validation loss, which chooses the epoch kept, falls
 the classifier's features    whitened, magnitude and direction apart (`gradext.novelty.Features`): experiments.ablations
 combined scores    of the --layer, the first layer of the encoder and the decoder's other end
 
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--members", type=int, default=1, metavar="N", help="models whose scores are added up")
     parser.add_argument("--gradcon", type=float, metavar="W", help="weight of a GradientAlignment in training, nats")
     parser.add_argument("--epochs", type=int, metavar="N", help="of the VAE")
+    parser.add_argument("--channels", type=int, metavar="N", help="of a ConvVAE in place of the VAE")
     parser.add_argument("--hidden-dim", type=int, default=400, metavar="N", help="of the VAE")
     parser.add_argument("--latent-dim", type=int, default=20, metavar="N", help="of the VAE")
     parser.add_argument("--layer", default="first", choices=("first", "last"), help="of the decoder")
@@ -73,11 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if folds is None:
         folds = [0] if options.quick or options.dataset == "cifar-10" else range(datasets.FOLDS)
     if epochs is None:
-        epochs = 5 if options.quick else EPOCHS[options.dataset]
+        epochs = 5 if options.quick else 60 if options.channels else EPOCHS[options.dataset]
     if options.members < 1:
         parser.error(f"--members: expected 1 or more, but got {options.members}")
     choices = {name: getattr(options, name) for name in ("hidden_dim", "latent_dim", "noise_std", "noise_clip")}
     beyond = {"members": options.members} if options.members > 1 else {}
+    beyond |= {"channels": options.channels} if options.channels else {}
     beyond |= {"gradcon": options.gradcon} if options.gradcon else {}
     tasks = [
         {"dataset": options.dataset, "fold": fold, "seed": seed, "inlier": inlier, "epochs": epochs, **choices}
@@ -161,6 +164,8 @@ def render(rows: Sequence[dict]) -> str:
 def _beyond(row: dict) -> str:
     """What was done that the paper did not do."""
     said = ""
+    if "channels" in row:
+        said += f"The VAE is convolutional, of {row['channels']} and {2 * row['channels']} channels (`ConvVAE`). "
     if "members" in row:
         said += f"Every score is the sum of that of {row['members']} models with other seeds, standardised. "
     if "gradcon" in row:

@@ -19,6 +19,7 @@ BLOCK_ELEMENTS = 1 << 20
 PIECE = 1 << 10
 # Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
 GRADIENT_ELEMENTS = 1 << 24
+PIECE = 4096
 
 
 def available() -> str | None:
@@ -236,8 +237,13 @@ def _by_blocks(delta: Tensor, activation: Tensor, step: int) -> Iterator[tuple[T
 
 
 def _flat_outer(delta: Tensor, activation: Tensor) -> Tensor:
-    """The gradients, [B, O·I]."""
-    return torch.bmm(delta.mT, activation).flatten(1)
+    """The gradients, [B, O·I]; in pieces of positions, as one running sum of very many drifts."""
+    d, *more_d = delta.split(PIECE, dim=1)
+    a, *more_a = activation.split(PIECE, dim=1)
+    product = torch.bmm(d.mT, a)
+    for d, a in zip(more_d, more_a, strict=True):
+        product.baddbmm_(d.mT, a)
+    return product.flatten(1)
 
 
 def _gram_by_positions(d: Tensor, a: Tensor, other_d: Tensor, other_a: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from .classifier import GradientFeatures, NoiseClassifier, features, train_class
 from .detector import NoveltyDetector
 from .fitted import FittedScore, fit_score
 from .guards import DetectorWarning
-from .models import VAE
+from .models import VAE, ConvVAE
 from .persistence import ModelFileError, load, save
 from .representations import Characterization, characterize, distort
 from .scores import SCORES, Statistics
@@ -21,6 +21,7 @@ __all__ = [
     "VAE",
     "Calibration",
     "Characterization",
+    "ConvVAE",
     "DetectorWarning",
     "FittedScore",
     "GradientAlignment",

@@ -20,7 +20,7 @@ from ..layer_grads import batch_layer_factors, batch_layer_grads
 from ..losses import bce
 from ..oracles import loop_layer_grads, vmap_layer_grads
 from .detector import CLASSIFIER_SCORES, fit_score
-from .models import VAE
+from .models import VAE, ConvVAE
 from .plots import novelty_figure
 from .representations import LayerChoices, characterize, distort
 from .scores import SCORES, Statistics
@@ -61,6 +61,7 @@ def evaluate_class(
     epochs: int | None = None,
     hidden_dim: int = 400,
     latent_dim: int = 20,
+    channels: int | None = None,
     layer: LayerChoices = ("first", "encoder.0", "last"),
     noise_std: float = 0.1,
     noise_clip: bool = False,
@@ -69,8 +70,8 @@ def evaluate_class(
 ) -> ClassResult:
     """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers.
 
-    ``seed`` decides on the split, ``model_seed`` (default: the same) on everything else; ``penalty`` is that of
-    `train`.
+    ``channels``: of a `ConvVAE`; None: a `VAE` with ``hidden_dim``. ``seed`` decides on the split, ``model_seed``
+    (default: the same) on everything else; ``penalty`` is that of `train`.
     """
     split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
     seed = seed if model_seed is None else model_seed
@@ -78,7 +79,10 @@ def evaluate_class(
     x, validation, test = part(split.train), part(split.validation), np.concatenate([split.test, split.outliers])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VAE(x.shape[1], hidden_dim, latent_dim).eval()
+        if channels is None:
+            model = VAE(x.shape[1], hidden_dim, latent_dim).eval()
+        else:
+            model = ConvVAE((1, *image_set.shape)[-3:], channels, latent_dim).eval()
     history = train(
         model, x, validation, epochs=epochs, seed=seed, penalty=penalty, progress=progress,
         description=f"class {inlier}",
