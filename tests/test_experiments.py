@@ -223,10 +223,17 @@ def test_models_are_added_up_on_the_scale_of_their_held_out_inliers():
 
 def test_what_goes_beyond_the_paper_has_a_log_of_its_own_and_says_so(data_dir, tmp_path):
     arguments = ["--quick", "--classes", "4", "--epochs", "2", "--hidden-dim", "16", "--data-dir", str(data_dir)]
-    load("table1").main([*arguments, "--members", "2", "--gradcon", "10", "--out", str(tmp_path)])
-    text = (tmp_path / "table1-mnist-members-2-gradcon-10-quick.md").read_text()
-    assert "sum of that of 2 models" in text
-    assert "GradCon's penalty" in text
+    for more, name, said in (
+        (
+            ["--members", "2", "--gradcon", "10"],
+            "members-2-gradcon-10",
+            ["sum of that of 2 models", "GradCon's penalty"],
+        ),
+        (["--channels", "2"], "channels-2", ["convolutional, of 2 and 4 channels"]),
+    ):
+        load("table1").main([*arguments, *more, "--out", str(tmp_path)])
+        text = (tmp_path / f"table1-mnist-{name}-quick.md").read_text()
+        assert all(part in text for part in said)
 
 
 def test_processes_do_not_change_results(data_dir, tmp_path):

@@ -15,6 +15,7 @@ from gradext.losses import bce
 from gradext.novelty import (
     SCORES,
     VAE,
+    ConvVAE,
     GradientAlignment,
     GradientFeatures,
     NoiseClassifier,
@@ -77,6 +78,34 @@ def test_vae_loss_is_bce_plus_kl(model, digits):
         torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
     )
     torch.testing.assert_close(model.loss(x), bce(reconstruction, x) + kl.sum(1))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 4)])
+def test_conv_vae_is_a_vae_of_images_flat_or_not(shape):
+    torch.manual_seed(0)
+    model, x = ConvVAE(shape, channels=3, latent_dim=2).eval(), torch.rand(5, *shape)
+    reconstruction, mu, logvar = model(x)
+    assert reconstruction.shape == (5, math.prod(shape))
+    for flat, shaped in zip(model(x.flatten(1)), (reconstruction, mu, logvar), strict=True):
+        assert torch.equal(flat, shaped)
+    pixels = torch.nn.functional.binary_cross_entropy(reconstruction, x.flatten(1), reduction="none").sum(1)
+    divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+    torch.testing.assert_close(model.loss(x), pixels + divergence)
+    seen = characterize(model, x.flatten(1), layer=("first", "encoder.0", "last"))
+    assert list(seen.gradients) == ["decoder.0", "encoder.0", "decoder.5"]
+    for name, gradients in seen.gradients.items():
+        weight = model.get_parameter(f"{name}.weight")
+        for k in range(5):
+            loss = torch.nn.functional.binary_cross_entropy(
+                model(x[k : k + 1])[0], x[k : k + 1].flatten(1), reduction="sum"
+            )
+            (expected,) = torch.autograd.grad(loss, weight)
+            torch.testing.assert_close(gradients[k : k + 1].materialize()[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_conv_vae_refuses_sizes_that_do_not_halve_twice():
+    with pytest.raises(ValueError, match=r"multiples of 4 .* but got \(1, 10, 8\)"):
+        ConvVAE((1, 10, 8))
 
 
 def test_vae_draws_in_training_mode_only(digits):

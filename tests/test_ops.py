@@ -107,6 +107,13 @@ def test_norms_of_long_equal_rows_do_not_drift(features, backend):
     torch.testing.assert_close(found.double(), exact, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
 
 
+def test_gram_matrices_of_very_many_equal_positions_do_not_drift(backend):
+    delta, activation = torch.full((2, 65537, 3), 0.786), torch.full((2, 65537, 4), 0.3)
+    exact = PLAIN["gram"](delta.double(), activation.double(), delta.double(), activation.double())
+    found = ops.gram(delta, activation, delta, activation, backend=backend)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_sliced_and_transposed_inputs(name, backend):
     for T in None, 3:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 # Intermediates are cut to blocks of about this many elements, which stay in a cache of a few MB.
 BLOCK_ELEMENTS = 1 << 20
-# Elements of a row whose squares are added up one after the other.
+# Elements of a row, and positions, that are added up one after the other.
 PIECE = 1 << 10
 # Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
 GRADIENT_ELEMENTS = 1 << 24
-PIECE = 4096
 
 
 def available() -> str | None:
@@ -242,7 +241,7 @@ def _flat_outer(delta: Tensor, activation: Tensor) -> Tensor:
     a, *more_a = activation.split(PIECE, dim=1)
     product = torch.bmm(d.mT, a)
     for d, a in zip(more_d, more_a, strict=True):
-        product.baddbmm_(d.mT, a)
+        product += torch.bmm(d.mT, a)  # baddbmm would go on with the one running sum
     return product.flatten(1)
 
 
