@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import linecache
 import os
@@ -394,26 +395,28 @@ def test_nested_calls(frozen, loop):
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt before a line of Python is run: the n-th one of a call, in gradext, torch or the model.
+    """Raises KeyboardInterrupt the k-th time that a call comes to a line of Python, in gradext, torch or the model.
 
     Where a block ends that holds a lock a line seems to begin too, but Python looks for signals there only when the
     lock has been released.
     """
 
     def __init__(self) -> None:
-        self.lines: list[tuple[str, int]] = []
-        self.stop: int | None = None
+        self.times: collections.Counter[tuple[str, int]] = collections.Counter()
+        self.stop: tuple[tuple[str, int], int] | None = None
 
     def __call__(self, frame, event, argument):
         if event == "line":
-            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
-            if len(self.lines) - 1 == self.stop:
+            line = (frame.f_code.co_filename, frame.f_lineno)
+            self.times[line] += 1
+            if (line, self.times[line]) == self.stop:
                 raise KeyboardInterrupt
         return self
 
-    def run(self, call: Callable[[], object], stop: int | None = None) -> bool:
+    def run(self, call: Callable[[], object], stop: tuple[tuple[str, int], int] | None = None) -> bool:
         """Whether the call was interrupted."""
-        self.lines, self.stop = [], stop
+        self.times.clear()
+        self.stop = stop
         sys.settrace(self)
         try:
             call()
@@ -451,14 +454,12 @@ def test_an_interrupt_at_any_line_leaves_no_trace(name, around):
         before = state_of(model)
         interrupter, draw = Interrupter(), random.Random(0)
         assert not interrupter.run(lambda: grads_of(model, x, options))
-        places: dict[tuple[str, int], list[int]] = {}
-        for n, line in enumerate(interrupter.lines):
-            places.setdefault(line, []).append(n)
+        places = dict(interrupter.times)
         interrupted = 0
         for line, times in places.items():
             if "with _lock" in (code := linecache.getline(*line)) or "with exchange.lock" in code:
                 continue
-            interrupted += interrupter.run(lambda: grads_of(model, x, options), draw.choice(times))
+            interrupted += interrupter.run(lambda: grads_of(model, x, options), (line, draw.randint(1, times)))
             assert state_of(model) == before, line
         assert interrupted > len(places) / 2
         assert_same(grads_of(model, x, options), expected)
