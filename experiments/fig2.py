@@ -32,12 +32,13 @@ PANELS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = runs.parser(__doc__.splitlines()[0])
     parser.add_argument("--inlier", type=int, default=5, metavar="DIGIT")
+    parser.add_argument("--channels", type=int, default=16, metavar="N", help="of the ConvVAE; 0: a perceptron")
     parser.add_argument("--folds", type=int, nargs="+", metavar="F", help="default: all five; --quick: 0")
     options = parser.parse_args(arguments)
     folds = options.folds or ([0] if options.quick else range(datasets.FOLDS))
     epochs = 5 if options.quick else runs.EPOCHS
     tasks = [
-        {"inlier": options.inlier, "fold": fold, "seed": seed, "epochs": epochs}
+        {"inlier": options.inlier, "fold": fold, "seed": seed, "epochs": epochs, "channels": options.channels or None}
         for fold in folds
         for seed in options.seeds
     ]

@@ -191,13 +191,13 @@ def data_dir(tmp_path_factory):
 
 def test_table1(data_dir, tmp_path, capsys):
     table1 = load("table1")
-    arguments = ["--quick", "--seeds", "0", "1", "--classes", "2", "5", "--epochs", "60", "--hidden-dim", "32"]
+    arguments = "--quick --seeds 0 1 --classes 2 5 --epochs 60 --channels 0 --hidden-dim 32".split()
     table1.main([*arguments, "--data-dir", str(data_dir), "--out", str(tmp_path)])
-    rows = [json.loads(line) for line in (tmp_path / "table1-mnist-quick.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "table1-mnist-mlp-quick.jsonl").read_text().splitlines()]
     assert {(row["seed"], row["inlier"]) for row in rows} == {(s, c) for s in (0, 1) for c in (2, 5)}
     means = {name: np.mean([row["auroc"][name] for row in rows]) for name in rows[0]["auroc"]}
     assert means["kronecker_fisher"] > 0.9, "the classes are easy to tell apart"
-    text = (tmp_path / "table1-mnist-quick.md").read_text()
+    text = (tmp_path / "table1-mnist-mlp-quick.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     line = next(line for line in text.splitlines() if line.startswith("| gradient norm "))
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
@@ -205,7 +205,7 @@ def test_table1(data_dir, tmp_path, capsys):
     of_seeds = [np.mean([row["auroc"]["gradient_norm"] for row in rows if row["seed"] == s]) for s in (0, 1)]
     assert cells[3] == f"{np.std(of_seeds, ddof=1):.3f}"
     assert "| *0.941* | *0.926* |" in re.sub(" +", " ", text), "the paper's figures stand beside"
-    assert str(data_dir) not in text + (tmp_path / "table1-mnist-quick.jsonl").read_text()
+    assert str(data_dir) not in text + (tmp_path / "table1-mnist-mlp-quick.jsonl").read_text()
 
 
 def test_models_are_added_up_on_the_scale_of_their_held_out_inliers():
@@ -222,14 +222,14 @@ def test_models_are_added_up_on_the_scale_of_their_held_out_inliers():
 
 
 def test_what_goes_beyond_the_paper_has_a_log_of_its_own_and_says_so(data_dir, tmp_path):
-    arguments = ["--quick", "--classes", "4", "--epochs", "2", "--hidden-dim", "16", "--data-dir", str(data_dir)]
+    arguments = ["--quick", "--classes", "4", "--epochs", "2", "--channels", "2", "--data-dir", str(data_dir)]
     for more, name, said in (
         (
             ["--members", "2", "--gradcon", "10"],
             "members-2-gradcon-10",
             ["sum of that of 2 models", "GradCon's penalty"],
         ),
-        (["--channels", "2"], "channels-2", ["convolutional, of 2 and 4 channels"]),
+        (["--channels", "0", "--hidden-dim", "16"], "mlp", ["multilayer perceptron, 16 hidden units"]),
     ):
         load("table1").main([*arguments, *more, "--out", str(tmp_path)])
         text = (tmp_path / f"table1-mnist-{name}-quick.md").read_text()
@@ -237,7 +237,7 @@ def test_what_goes_beyond_the_paper_has_a_log_of_its_own_and_says_so(data_dir, t
 
 
 def test_processes_do_not_change_results(data_dir, tmp_path):
-    arguments = ["--quick", "--data-dir", str(data_dir), "--epochs", "2", "--classes", "0", "7", "--hidden-dim", "32"]
+    arguments = ["--quick", "--data-dir", str(data_dir), "--epochs", "2", "--classes", "0", "7", "--channels", "2"]
     load("table1").main([*arguments, "--out", str(tmp_path / "alone")])
     command = [sys.executable, "-m", "experiments.table1", *arguments, "--jobs", "2", "--out", str(tmp_path / "two")]
     subprocess.run(command, cwd=EXPERIMENTS.parent, check=True, capture_output=True)
