@@ -191,7 +191,8 @@ def data_dir(tmp_path_factory):
 
 def test_table1(data_dir, tmp_path, capsys):
     table1 = load("table1")
-    arguments = "--quick --seeds 0 1 --classes 2 5 --epochs 60 --channels 0 --hidden-dim 32".split()
+    small = ["--epochs", "60", "--channels", "0", "--hidden-dim", "32"]
+    arguments = ["--quick", "--seeds", "0", "1", "--classes", "2", "5", *small]
     table1.main([*arguments, "--data-dir", str(data_dir), "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "table1-mnist-mlp-quick.jsonl").read_text().splitlines()]
     assert {(row["seed"], row["inlier"]) for row in rows} == {(s, c) for s in (0, 1) for c in (2, 5)}
