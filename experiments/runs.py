@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -84,13 +85,23 @@ def _results(work: Callable[[dict], dict], tasks: dict[int, dict], jobs: int) ->
         yield from ((k, timed(task)) for k, task in tasks.items())
         return
     # Spawned, not forked: a forked child inherits torch's thread pool without its threads.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         futures = {pool.submit(timed, task): k for k, task in tasks.items()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Of a parent that is killed, workers would go on with what nobody waits for."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _timed(work: Callable[[dict], dict], task: dict) -> dict:

@@ -308,3 +308,47 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_computed(
         assert str(folder) in error
         assert "Read-only" in error or "Permission" in error
     assert os.listdir(folder) == []
+
+
+ORPHANS = """
+import os, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from experiments import runs
+
+def work(task):
+    pathlib.Path(sys.argv[2], str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    runs.run(pathlib.Path(sys.argv[2], "log"), [{"k": 0}, {"k": 1}], work, jobs=2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to look for processes in")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    parent = subprocess.Popen([sys.executable, str(script), str(ROOT), str(folder)], stderr=subprocess.DEVNULL)
+    try:
+        workers = wait_for(lambda: [name for name in os.listdir(folder) if name.isdigit()], count=2)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: [pid for pid in workers if not runs_still(pid)], count=2)
+
+
+def wait_for(found, count, seconds=120):
+    end = time.monotonic() + seconds
+    while len(now := found()) < count:
+        assert time.monotonic() < end, f"{now} after {seconds} s"
+        time.sleep(0.1)
+    return now
+
+
+def runs_still(pid):
+    try:
+        return Path("/proc", pid, "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
