@@ -13,12 +13,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 
 
 class Afterwards:
@@ -188,6 +189,18 @@ def undisturbed(function: Callable[[], Result]) -> Result:
             raise
     with exchange.lock:
         return function()
+
+
+def left_as_found(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that has a model run `undisturbed`, and after which `torch_state` is as it was, however it ends."""
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        end = Afterwards(torch_state())
+        with end, end:
+            return undisturbed(lambda: function(*args, **kwargs))
+
+    return call
 
 
 class _Former:

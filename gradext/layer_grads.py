@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, ops
-from .borrowing import Afterwards, torch_state, undisturbed
+from .borrowing import left_as_found
 from .capture import as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
@@ -148,6 +148,7 @@ def batch_layer_factors(
     return result
 
 
+@left_as_found
 def _gradients(
     model: nn.Module,
     x: Tensor | tuple | Mapping,
@@ -161,25 +162,6 @@ def _gradients(
     create_graph: bool,
 ) -> tuple[dict[str, GradFactors | Tensor], dict[str, nn.Parameter]]:
     """The per-sample gradient of every chosen parameter, in the form that its rule gives, and all parameters."""
-    end = Afterwards(torch_state())
-    with end, end:
-        return undisturbed(
-            lambda: _found(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
-        )
-
-
-def _found(
-    model: nn.Module,
-    x: Tensor | tuple | Mapping,
-    loss: str | PerSampleLoss,
-    target: Tensor | None,
-    layers: LayerChoice,
-    include_bias: bool,
-    fallback: str | None,
-    check: str | None,
-    check_finite: bool,
-    create_graph: bool,
-) -> tuple[dict[str, GradFactors | Tensor], dict[str, nn.Parameter]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
     for name, value, allowed in (("check", check, ("sample", "sum")), ("fallback", fallback, ("vmap", "loop"))):
