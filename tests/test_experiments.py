@@ -175,13 +175,13 @@ def write_idx(path, array):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Ten classes of 6x6 images, each a bright square at a place of its own, in MNIST's files."""
+    """Ten classes of 8x8 images, each a bright square at a place of its own, in MNIST's files."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "mnist").mkdir()
     rng = np.random.default_rng(0)
     for part, count in (("train", 300), ("t10k", 50)):
         labels = np.arange(count) % 10
-        images = rng.integers(0, 60, (count, 6, 6))
+        images = rng.integers(0, 60, (count, 8, 8))
         for image, label in zip(images, labels, strict=True):
             image[label % 5 : label % 5 + 2, 3 * (label // 5) : 3 * (label // 5) + 3] += 150
         write_idx(folder / "mnist" / f"{part}-images-idx3-ubyte.gz", images)
