@@ -16,7 +16,7 @@ combined scores    of the --layer, the first layer of the encoder and the decode
 --members N adds up the scores of N models (a deep ensemble), each standardised on the held-out inliers;
 --gradcon W trains with GradCon's penalty.
 Within a run nothing is chosen by test outliers; which scores stand there was, in part, by earlier runs that saw some.
-Results: ``<out>/table1-<dataset>[-mlp].jsonl``, one line a class, and the table ``.md``. CIFAR-10 keeps
+Results: ``<out>/table1-<dataset>[-mlp].jsonl``, one line a class, the table ``.md`` and ``.png``. CIFAR-10 keeps
 its original test part, so that its folds differ in the validation part only.
 """
 
@@ -26,12 +26,15 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from gradext import datasets
 from gradext.novelty import GradientAlignment
 from gradext.novelty.demo import TITLES, ClassResult, evaluate_class, markdown_table
 from gradext.novelty.detector import CLASSIFIER_SCORES
+from gradext.novelty.plots import GREY, INK, INLIER, OUTLIER, STYLE
 from gradext.novelty.scores import SCORES
 
 from . import runs
@@ -53,6 +56,13 @@ PAPER = {
         "gradient_classifier": (0.658, 0.543, 0.632, 0.461, 0.725, 0.493, 0.699, 0.490, 0.641, 0.477),
     },
 }
+
+
+SERIES = (
+    ("gradient_classifier", OUTLIER, "s"),
+    ("whitened_delta_norm", INLIER, "o"),
+    ("reconstruction_error", GREY, "x"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name += "-quick" if options.quick else ""
     work = functools.partial(evaluate, data_dir=options.data_dir)
     rows = runs.run(options.out / f"{name}.jsonl", tasks, work, jobs=options.jobs, description=options.dataset)
-    text = render(rows)
+    draw(rows).savefig(options.out / f"{name}.png")
+    text = render(rows, f"{name}.png")
     (options.out / f"{name}.md").write_text(text)
     print(text)
 
@@ -136,16 +147,47 @@ def add_up(results: Sequence[ClassResult]) -> dict[str, np.ndarray]:
 load = functools.lru_cache(maxsize=1)(datasets.load)
 
 
-def render(rows: Sequence[dict]) -> str:
+def values_of(rows: Sequence[dict], name: str) -> np.ndarray:
+    """AUROC of a score, [repeats, classes]: a repeat is a fold with a seed."""
+    found = {(row["fold"], row["seed"], row["inlier"]): row["auroc"][name] for row in rows}
+    repeats, classes = _repeats(rows), sorted({row["inlier"] for row in rows})
+    return np.array([[found[(*repeat, c)] for c in classes] for repeat in repeats])
+
+
+def _repeats(rows: Sequence[dict]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((row["fold"], row["seed"]) for row in rows))
+
+
+def draw(rows: Sequence[dict]) -> Figure:
+    """The gradient's scores by class beside the paper's gradient row and the reconstruction error; means over runs."""
+    classes, dataset = sorted({row["inlier"] for row in rows}), rows[0]["dataset"]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
+        ax = figure.subplots()
+        places = np.arange(len(classes) + 1)  # the average last
+        for name, colour, marker in SERIES:
+            values = values_of(rows, name).mean(0)
+            ax.plot(places, [*values, values.mean()], marker, color=colour, label=name.replace("_", " "), markersize=7)
+        paper = np.array(PAPER[dataset]["gradient_classifier"])[classes]
+        ax.hlines(
+            [*paper, paper.mean()], places - 0.3, places + 0.3, color=INK, linewidth=2, label="the paper's gradient"
+        )
+        ax.axvline(len(classes) - 0.5, color=GREY, linewidth=0.8)
+        ax.set_xticks(places, [*map(str, classes), "average"])
+        ax.set(xlabel="inlier class", ylabel="AUROC", title=f"{TITLES[dataset]}: each class against all others")
+        ax.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
+        figure.legend(loc="outside lower center", ncols=len(SERIES) + 1)
+    return figure
+
+
+def render(rows: Sequence[dict], picture: str) -> str:
     """The table: means over folds and seeds; the spread is the standard deviation of a run's average over classes."""
-    dataset = rows[0]["dataset"]
-    repeats = list(dict.fromkeys((row["fold"], row["seed"]) for row in rows))
+    dataset, repeats = rows[0]["dataset"], _repeats(rows)
     classes = sorted({row["inlier"] for row in rows})
     head = ["AUROC", *map(str, classes), "average", "spread", "variance over classes"]
     lines = []
     for name in (*CLASSIFIER_SCORES, *SCORES):
-        found = {(row["fold"], row["seed"], row["inlier"]): row["auroc"][name] for row in rows}
-        values = np.array([[found[(*repeat, c)] for c in classes] for repeat in repeats])
+        values = values_of(rows, name)
         spread = f"{values.mean(1).std(ddof=1):.3f}" if len(repeats) > 1 else "one run"
         lines.append([name.replace("_", " "), *_cells(values.mean(0)), spread, f"{values.mean(0).var():.3f}"])
         if name in PAPER[dataset]:
@@ -154,7 +196,7 @@ def render(rows: Sequence[dict]) -> str:
                 [f"*{cell}*" if cell else "" for cell in ("the paper's", *_cells(paper), "", f"{paper.var():.3f}")]
             )
     return (
-        f"# Novel class detection: {TITLES[dataset]}\n\n"
+        f"# Novel class detection: {TITLES[dataset]}\n\n![AUROC by class]({picture})\n\n"
         "Classifiers are trained against noise-distorted inliers, as in the paper; all other scores are label-free. "
         f"{_model(rows[0])}Means over {len(repeats)} run(s), (fold, seed) = {', '.join(map(str, repeats))}.\n\n"
         f"{markdown_table(head, lines)}\n\n{runs.origin(rows)}\n"
