@@ -10,7 +10,7 @@ option; the defaults are:
     them; --channels 0 is a multilayer perceptron of --hidden-dim, with which VAEs were introduced on MNIST
 --layer first    as the paper says of novel classes; combinations of layers use both
 --epochs 60, perceptrons of MNIST and Fashion-MNIST 100    for that long the validation loss, which chooses, falls
-the classifier's features    whitened, magnitude and direction apart (`gradext.novelty.Features`): experiments.ablations
+the classifier's features    whitened, magnitude and direction apart (`gradext.novelty.features`): experiments.ablations
 combined scores    of the --layer, the first layer of the encoder and the decoder's other end
 
 --members N adds up the scores of N models (a deep ensemble), each standardised on the held-out inliers;
