@@ -19,6 +19,7 @@ from gradext.novelty.scores import SCORES
 from gradext.sources import ImageFormat
 
 FAST = {"hidden_dim": 16, "latent_dim": 3, "epochs": 2, "random_state": 0}
+FORMAT_1 = Path(__file__).parent / "format-1"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_file_is_safetensors_and_json_and_no_pickle(file):
     assert {"calibration", "shift", "scale", "model.mu.weight"} <= set(tensors)
     with safetensors.safe_open(file, "pt") as opened:
         description = json.loads(opened.metadata()["gradext.novelty"])
-    assert description["format_version"] == 1
+    assert description["format_version"] == 2
     assert set(description["versions"]) == {"gradext", "torch", "numpy", "scikit-learn"}
     assert "pickle" not in Path(persistence.__file__).read_text().split('"""', 2)[2]
 
@@ -139,7 +140,7 @@ def forge(file, tensors=None, **entries):
 @pytest.mark.parametrize(
     ("entries", "tensors", "message"),
     [
-        ({"format_version": 2}, {}, "reads up to 1; upgrade gradext"),
+        ({"format_version": 3}, {}, "reads up to 2; upgrade gradext"),
         ({"format_version": "1"}, {}, "format_version: expected a positive integer"),
         ({"format": "other"}, {}, "expected a description of the format"),
         ({"parameters": {"shell": "rm"}}, {}, r"but got \['shell'\]"),
@@ -260,3 +261,13 @@ def test_several_layers_are_saved_in_their_order(layer, digits, tmp_path):
     again = load(tmp_path / "model")
     assert again.layer == (tuple(layer) if isinstance(layer, list) else layer)
     np.testing.assert_array_equal(again.score_samples(digits[1][:5]), detector.score_samples(digits[1][:5]))
+
+
+@pytest.mark.parametrize("path", sorted(FORMAT_1.glob("*.gradext")), ids=lambda path: path.stem)
+def test_files_of_format_1_score_what_they_did(path, tmp_path):
+    """They were written by the last commit that wrote the format, with the scores that it gave (on AVX2)."""
+    expected = np.load(FORMAT_1 / "scores.npz")
+    again = load(path)
+    np.testing.assert_allclose(again.score_samples(expected["X"]), expected[path.stem], rtol=1e-5, atol=1e-6)
+    save(again, tmp_path / "new")
+    assert np.array_equal(load(tmp_path / "new").score_samples(expected["X"]), again.score_samples(expected["X"]))

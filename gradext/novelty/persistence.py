@@ -2,7 +2,7 @@
 
 Nothing in a file is executed, and nothing is believed before it is checked: lengths and offsets (safetensors), a
 SHA-256 of description and tensors, the type of every entry, the shape and type of every tensor against what the
-described architecture has. The JSON object, format version 1:
+described architecture has. The JSON object, format version 2:
 
     format, format_version, versions    what wrote the file
     parameters                          of the estimator, but for ``model`` and ``random_state``
@@ -37,7 +37,7 @@ from .._version import __version__
 from ..sources import ImageFormat
 from .calibration import Calibration
 from .detector import DTYPES, NoveltyDetector
-from .fitted import CLASSIFIER_SCORES, fit_score
+from .fitted import CLASSIFIER_SCORES, WHITENERS, fit_score
 from .guards import Profile
 from .models import VAE
 from .representations import RECONSTRUCTION_LOSSES, characterize
@@ -45,7 +45,7 @@ from .training import History
 from .writing import atomic_write
 
 FORMAT = "gradext.novelty"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: gradients of a classifier as they are, and the inverse of one layer's deltas
 VAE_SIZES = ("input_dim", "hidden_dim", "latent_dim")
 NOT_SAVED = ("model", "random_state", "device")
 
@@ -159,7 +159,14 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         )
     if description.get("sha256") != _digest(description, tensors):
         raise ModelFileError(f"{path}: its content does not match its SHA-256: damaged or altered")
-    return description, tensors
+    return description, tensors if version > 1 else _from_format_1(tensors)
+
+
+def _from_format_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {name.replace("score.delta_inverse", "score.delta_inverses.0"): value for name, value in tensors.items()}
+    if "score.whitened_moments" in tensors:
+        tensors["score.whitened_moments"] = tensors["score.whitened_moments"][None]
+    return tensors
 
 
 def _digest(description: dict, tensors: dict[str, Tensor]) -> str:
@@ -243,6 +250,9 @@ def _rebuild(
     options = {"epochs": 1} if detector.novelty_score in CLASSIFIER_SCORES else {}
     template = fit_score(detector.novelty_score, seen, seen, **options)
     learned = {name.removeprefix("score."): given.pop(name) for name in tensors if name.startswith("score.")}
+    if description["format_version"] == 1:  # nothing was whitened
+        whiteners = {name: like for name, like in template.tensors().items() if name in WHITENERS}
+        learned = {name: torch.eye(len(like)).to(like) for name, like in whiteners.items()} | learned
     _check_tensors(learned, template.tensors(), "score")
     if given:
         raise ModelFileError(f"tensors: unknown names {sorted(given)}")
