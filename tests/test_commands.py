@@ -123,6 +123,15 @@ def test_unreadable_images_are_named_or_kept_as_rows_with_the_reason(digits, mod
     assert "2.png" in table[2]["error"]
 
 
+def test_evaluating_images_none_of_which_can_be_read_says_so(digits, model, tmp_path, capsys):
+    path = next((digits / "test" / "0").iterdir())
+    for label in "01":
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "a.png").write_bytes(path.read_bytes()[:30])
+    assert main(["evaluate", model, str(tmp_path), "--normal", "0", "--skip-unreadable"]) == 1
+    assert "none of 2 samples can be read, such as" in capsys.readouterr().err
+
+
 def test_fit_names_unreadable_images_or_leaves_them_out(digits, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

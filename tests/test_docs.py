@@ -45,7 +45,7 @@ def test_links_lead_somewhere(page):
 
 # Functions whose example would need a GPU, or that examples elsewhere show: kinds of factors, parts of the detector.
 SHOWN_ELSEWHERE = {
-    "make_graphed_layer_grads", "ConvFactors", "EmbeddingFactors", "FittedScore", "GradientAlignment",
+    "make_graphed_layer_grads", "Checkpoint", "ConvFactors", "EmbeddingFactors", "FittedScore", "GradientAlignment",
     "GradientFeatures", "History", "NoiseClassifier", "Characterization", "Statistics", "distort", "features",
     "fit_score", "load", "train", "train_classifier",
 }  # fmt: skip

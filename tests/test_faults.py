@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gradext.cli import main
+from gradext.novelty import Checkpoint, NoveltyDetector
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,32 @@ def test_a_training_goes_on_and_does_not_begin_anew(data, tmp_path, monkeypatch)
     assert main([*command, *options]) == 0
     assert (tmp_path / "model").read_bytes() == expected
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_training_does_not_go_on_with_other_rows(data, tmp_path, monkeypatch, capsys):
+    """Of labels that changed meanwhile: the model has seen what would be held out now."""
+    from gradext.novelty import persistence
+
+    labels = tmp_path / "labels.txt"
+    rows = len(np.load(data / "few.npy"))
+    labels.write_text("\n".join(str(k % 2) for k in range(rows)))
+    options = ["--hidden-dim", "8", "--latent-dim", "2", "--epochs", "3", "--quiet"]
+    command = ["fit", str(data / "few.npy"), "--labels", str(labels), "--normal", "0", "--out", str(tmp_path / "model")]
+    with monkeypatch.context() as patch:
+        patch.setattr(persistence, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*command, *options]) == 130
+    labels.write_text("\n".join(str((k + 1) % 2) for k in range(rows)))
+    assert main([*command, *options]) == 1
+    assert "other data, options or versions" in capsys.readouterr().err
+
+
+def test_a_training_does_not_go_on_with_another_seed(tmp_path):
+    X, checkpoint = np.random.default_rng(0).random((120, 9)), Checkpoint(tmp_path / "partial", "mine")
+    detector = NoveltyDetector(hidden_dim=8, latent_dim=2, epochs=2)
+    detector.fit(X, checkpoint=checkpoint)
+    assert checkpoint.path.exists()
+    with pytest.raises(ValueError, match="other data, options or versions"):
+        detector.fit(X, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."])

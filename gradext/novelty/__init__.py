@@ -14,13 +14,14 @@ from .models import VAE, ConvVAE
 from .persistence import ModelFileError, load, save
 from .representations import Characterization, characterize, distort
 from .scores import SCORES, Statistics
-from .training import GradientAlignment, History, train
+from .training import Checkpoint, GradientAlignment, History, train
 
 __all__ = [
     "SCORES",
     "VAE",
     "Calibration",
     "Characterization",
+    "Checkpoint",
     "ConvVAE",
     "DetectorWarning",
     "FittedScore",

@@ -74,8 +74,8 @@ class Features:
     """What a classifier sees of a `Characterization`.
 
     Gradients are whitened, ``g -> L_D⁻¹ g L_A⁻ᵀ`` with the Cholesky factors of the training inliers' Kronecker factors
-    (`GradFactors.kron_fisher`, a ridge added): on the factors, ``a -> L_A⁻¹ a`` and ``δ -> L_D⁻¹ δ``. Their squared
-    length is then the Kronecker Fisher norm, and directions that inliers leave alone count as much as the others.
+    (`GradFactors.kron_fisher`, a ridge added): on the factors, ``a -> L_A⁻¹ a`` and ``δ -> L_D⁻¹ δ``. Their length
+    is then the Kronecker Fisher norm, and directions that inliers leave alone count as much as the others.
 
     mean and std: of the training inliers' log-norms; activation_whitener [I, I] and delta_whitener [O, O]: the
     transposes of ``L_A⁻¹`` and ``L_D⁻¹``, None: gradients stay as they are.

@@ -45,7 +45,7 @@ def fit(arguments: argparse.Namespace) -> int:
             random_state=arguments.seed, device=arguments.device,
             verbose=not arguments.quiet and processes.rank == 0,
         )  # fmt: skip
-        checkpoint = _checkpoint(arguments, source)
+        checkpoint = _checkpoint(arguments, source, rows)
         detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
     if processes.rank > 0:
         return 0
@@ -74,12 +74,12 @@ def fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint(arguments: argparse.Namespace, source: Source) -> Checkpoint:
+def _checkpoint(arguments: argparse.Namespace, source: Source, rows: np.ndarray) -> Checkpoint:
     """``MODEL.partial``, where a training that is stopped goes on when the same command is run again."""
     out = Path(arguments.out)
     told = {name: value for name, value in vars(arguments).items() if name not in ("run", "json", "quiet", "out")}
     versions = [__version__, torch.__version__, np.__version__, torch.get_num_threads()]
-    run = json.dumps([source.fingerprint, told, versions], sort_keys=True)
+    run = json.dumps([source.fingerprint, hashlib.sha256(rows.tobytes()).hexdigest(), told, versions], sort_keys=True)
     return Checkpoint(out.with_name(f"{out.name}.partial"), hashlib.sha256(run.encode()).hexdigest())
 
 
@@ -126,7 +126,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
         shares = processes.gather((found, source.skipped))
     if processes.rank > 0:
         return 0
-    found = np.concatenate([share for share, _ in shares if len(share)])
+    parts = [share for share, _ in shares if len(share)]
+    if not parts:
+        reasons = [reason for _, skipped in shares for reason in skipped.values()]
+        raise DatasetError(f"{arguments.data}: none of {len(source)} samples can be read, such as {reasons[0]}")
+    found = np.concatenate(parts)
     index, novelty = found["index"], found["novelty"]
     for _, skipped in shares:
         source.skipped |= skipped

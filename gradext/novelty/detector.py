@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any, Protocol, TypeAlias
 
@@ -185,7 +186,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         share the passes over it for statistics and calibration; the first one trains, since gradients summed by several
         would round otherwise for each number of them. All end with the same detector, bit for bit that of one process.
 
-        ``checkpoint``: where the training goes on, to the same bits, if it was stopped before.
+        ``checkpoint``: where the training goes on, to the same bits, if it was stopped before; needs an integer
+        random_state.
 
         Raises ValueError for data or parameters that do not fit, OSError for a full disk, RuntimeError if the loss
         becomes NaN.
@@ -198,6 +200,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 spooled(X_calibration) if comes_in_batches(X_calibration) else X_calibration
             )
         seed = processes.by_first(lambda: int(check_random_state(self.random_state).randint(2**31)))
+        if checkpoint is not None:  # one of another split has seen what is held out here
+            checkpoint = replace(checkpoint, run=f"{checkpoint.run} {seed}")
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
         self.image_format_: ImageFormat | None = None
         self.shift_, self.scale_ = self._fit_scaling(X, training)

@@ -26,9 +26,9 @@ class Statistics:
     """What scores keep of the inliers, all of it tensors; None where no score that was asked for needs it.
 
     Of the layer that was chosen first: mean_gradient [O, I]; inverse_fisher [O, I], one over the diagonal of the
-    empirical Fisher matrix; activation_inverse [I, I], the inverse of its Kronecker factor ``Σ a aᵀ / N``. Of every
-    layer but the one that was chosen last, and of an only one: delta_inverses [O, O], those of ``Σ δ δᵀ / N``. `RIDGE`
-    times their mean (diagonal) is added before all inversions.
+    empirical Fisher matrix; activation_inverse [I, I], the inverse of its Kronecker factor ``Σ a aᵀ / (N T)``. Of that
+    layer, and for `combined_whitened_norm` of all further ones but the last: delta_inverses [O, O], those of
+    ``Σ δ δᵀ / N``. `RIDGE` times their mean (diagonal) is added before all inversions.
 
     Mean and standard deviation of logarithms: gradient_moments [layers, 2] and delta_moments [layers, 2] of every
     chosen layer's gradient norm and delta norm, whitened_moments [len(delta_inverses), 2] of whitened delta norms.
