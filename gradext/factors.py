@@ -387,7 +387,9 @@ class GradFactors:
             delta, activation = widen(self.delta, self.activation)
             total = delta.square().mT @ activation.square()
         else:
-            total = _total(block.square().sum(0) for block in self._blocks())
+            # In place: new totals, block after block, leave holes that the allocator keeps.
+            parts = (block.square().sum(0) for block in self._blocks())
+            total = functools.reduce(torch.Tensor.add_, parts)
         return self._like_weight(total / len(self))
 
     def kron_fisher(self) -> tuple[Tensor, Tensor]:
