@@ -269,13 +269,16 @@ def _ridge(moments: Tensor) -> Tensor:
 
 
 def _ridge_inverse(matrix: Tensor) -> Tensor:
-    damped = matrix + torch.diag(_ridge(matrix.diagonal()).expand(len(matrix)))
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.cholesky_inverse(_damped_cholesky(matrix))
 
 
 def whitener(matrix: Tensor) -> Tensor:
     """``L⁻ᵀ`` of the Cholesky factor of a matrix of second moments with its ridge: rows v become white as ``v L⁻ᵀ``."""
-    wide = matrix.double()
-    factor = torch.linalg.cholesky(wide + torch.diag(_ridge(wide.diagonal()).expand(len(wide))))
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(wide)).to(wide), upper=False)
+    factor = _damped_cholesky(matrix)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
     return inverse.T.to(matrix.dtype).contiguous()
+
+
+def _damped_cholesky(matrix: Tensor) -> Tensor:
+    wide = matrix.double()
+    return torch.linalg.cholesky(wide + torch.diag(_ridge(wide.diagonal()).expand(len(wide))))
