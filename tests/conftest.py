@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext.backends import BACKENDS
 
@@ -182,3 +183,24 @@ def declare_torchvision_operators() -> None:
     except RuntimeError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+
+
+class LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator returns while the mode is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.fixture
+def largest_result():
+    """The mode itself, to be entered where it is needed."""
+    return LargestResult

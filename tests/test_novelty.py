@@ -9,7 +9,6 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext.losses import bce
 from gradext.novelty import (
@@ -51,21 +50,6 @@ def model(digits):
 @pytest.fixture(scope="module")
 def inliers(model, digits):
     return characterize(model, digits[0][:120])
-
-
-class LargestResult(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns while the mode is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 # --- model and training ----------------------------------------------------------------------------------------------
@@ -314,7 +298,7 @@ def test_classifier_on_factors_equals_the_materialised_one_in_value_and_training
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_classifier_never_forms_a_gradient_per_sample():
+def test_classifier_never_forms_a_gradient_per_sample(largest_result):
     """No tensor of N·O·I elements, or even of one batch's B·O·I, in training or scoring."""
     N, O, I, H = 512, 96, 64, 8
     generator = torch.Generator().manual_seed(0)
@@ -327,7 +311,7 @@ def test_classifier_never_forms_a_gradient_per_sample():
         )
 
     inside, outside = made(), made()
-    with LargestResult() as largest:
+    with largest_result() as largest:
         classifier = train_classifier(inside, outside, hidden_dim=H, epochs=2, batch_size=128)
         classifier(inside)
     assert largest.elements < 64 * O * I, f"{largest.elements} elements, a half batch of gradients has {64 * O * I}"
