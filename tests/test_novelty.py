@@ -363,6 +363,24 @@ def test_scores_are_their_formulas(model, digits):
         z_whitened = z_whitened + (logs - inside_logs.mean()) / inside_logs.std(correction=0)
     z_delta = standardised(lambda gradient: gradient.delta.norm(dim=1))
     z_gradient = standardised(lambda gradient: gradient.materialize().flatten(1).norm(dim=1))
+
+    def numbers(seen):
+        norms = [seen.gradients[name].materialize().flatten(1).norm(dim=1) for name in names]
+        return torch.stack([*norms, seen.reconstruction.sum(1), seen.latent.sum(1)], dim=1).double()
+
+    logs, inside_logs = numbers(sample).log(), numbers(inliers).log()
+    mean_log, std_log = inside_logs.mean(0), inside_logs.std(0, correction=0)
+    C = np.corrcoef(inside_logs.numpy(), rowvar=False) + 0.1 * np.eye(5)
+
+    def half_mahalanobis(rows):
+        z = ((rows - mean_log) / std_log).numpy()
+        return torch.from_numpy(np.einsum("bi,ij,bj->b", z, np.linalg.inv(C), z) / 2)
+
+    evidence, inside_evidence = (
+        torch.cat([half_mahalanobis(numbers(seen).log())[:, None], numbers(seen)[:, 3:]], dim=1)
+        for seen in (sample, inliers)
+    )
+    z_evidence = (evidence - inside_evidence.mean(0)) / inside_evidence.std(0, correction=0)
     kronecker = torch.einsum("bi,ij,bj->b", activation, inverse(inliers.gradient.activation), activation) * whitened
     expected = {
         "gradient_norm": gradient.norm(dim=1),
@@ -374,6 +392,8 @@ def test_scores_are_their_formulas(model, digits):
         "log_norm_density": z_gradient.square().sum(1) / 2,
         "combined_delta_norm": z_delta.sum(1),
         "combined_whitened_norm": z_whitened + z_delta[:, 2],
+        "joint_density": half_mahalanobis(logs),
+        "combined_evidence": z_evidence.sum(1),
         "reconstruction_error": sample.reconstruction.double().sum(1),
         "latent_loss": sample.latent.double().sum(1),
     }

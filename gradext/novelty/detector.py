@@ -55,8 +55,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     Parameters:
         novelty_score: a label-free score of the gradient, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
             ``"diagonal_fisher"``, ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of several layers' gradients,
-            ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of the losses,
-            ``"reconstruction_error"``, ``"latent_loss"``; or the paper's classifiers trained against noise,
+            ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of these and both losses,
+            ``"joint_density"``, ``"combined_evidence"``; of the losses alone, ``"reconstruction_error"``,
+            ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: an autoencoder of your own, ``x -> reconstruction`` or ``x -> (reconstruction, mu, logvar)``; None: a
             `VAE`. It is copied, never changed. If it has a method ``loss(x) -> [B]``, that is what is trained.

@@ -31,7 +31,9 @@ class Statistics:
     ``Σ δ δᵀ / N``. `RIDGE` times their mean (diagonal) is added before all inversions.
 
     Mean and standard deviation of logarithms: gradient_moments [layers, 2] and delta_moments [layers, 2] of every
-    chosen layer's gradient norm and delta norm, whitened_moments [len(delta_inverses), 2] of whitened delta norms.
+    chosen layer's gradient norm and delta norm, whitened_moments [len(delta_inverses), 2] of whitened delta norms;
+    joint_moments [layers + 2, 2] of gradient norms, reconstruction error and latent loss, joint_inverse the inverse of
+    their correlation matrix. evidence_moments [3, 2]: mean and standard deviation of `joint_density` and both losses.
     """
 
     mean_gradient: Tensor | None = None
@@ -41,6 +43,9 @@ class Statistics:
     gradient_moments: Tensor | None = None
     delta_moments: Tensor | None = None
     whitened_moments: Tensor | None = None
+    joint_moments: Tensor | None = None
+    joint_inverse: Tensor | None = None
+    evidence_moments: Tensor | None = None
 
     @staticmethod
     def of(inliers: Characterization | Blocks[Characterization], scores: Iterable[str] | None = None) -> Statistics:
@@ -53,24 +58,40 @@ class Statistics:
             blocks = inliers
         else:
             blocks = Blocks(lambda _: inliers, 1, like=inliers.reconstruction[:0])
-        return Statistics(**_second_moments(blocks, needed)).with_moments_of_logs(blocks, needed)
+        return Statistics(**_second_moments(blocks, needed)).with_moments_of_numbers(blocks, needed)
 
-    def with_moments_of_logs(self, blocks: Blocks[Characterization], needed: Container[str]) -> Statistics:
-        logs = {
-            "gradient_moments": _log_gradient_norms,
-            "delta_moments": _log_delta_norms,
-            "whitened_moments": lambda seen: _log_whitened_norms(seen, self),
-        }
-        logs = {name: log for name, log in logs.items() if name in needed}
-        if not logs:
+    def with_moments_of_numbers(self, blocks: Blocks[Characterization], needed: Container[str]) -> Statistics:
+        """The fields that come from a few numbers of each inlier."""
+        joint = "joint_moments" in needed
+        numbers: dict[str, Callable[[Characterization], Tensor]] = {}
+        if joint or "gradient_moments" in needed:
+            numbers["gradient"] = _log_gradient_norms
+        if "delta_moments" in needed:
+            numbers["delta"] = _log_delta_norms
+        if "whitened_moments" in needed:
+            numbers["whitened"] = lambda seen: _log_whitened_norms(seen, self)
+        if joint:
+            numbers["losses"] = _losses
+        if not numbers:
             return self
-        columns = blocks.concatenate(lambda seen: torch.cat([log(seen) for log in logs.values()], dim=1))
-        whitened = len(self.delta_inverses) if "whitened_moments" in logs else 0
-        layers = (columns.shape[1] - whitened) // max(1, len(logs) - bool(whitened))
-        parts = columns.split([whitened if name == "whitened_moments" else layers for name in logs], dim=1)
-        moments = (_moments(part.contiguous()).to(blocks.like) for part in parts)
-        kept: dict[str, Any] = dict(zip(logs, moments, strict=True))
-        return replace(self, **kept)
+        table = blocks.concatenate(lambda seen: torch.cat([function(seen) for function in numbers.values()], dim=1))
+        # A process that has no block to itself learns the number of layers from what the others found.
+        known = {"whitened": len(self.delta_inverses), "losses": 2}
+        layers = table.shape[1] - sum(known[name] for name in numbers if name in known)
+        layers //= max(1, sum(name not in known for name in numbers))
+        columns = dict(zip(numbers, table.split([known.get(name, layers) for name in numbers], dim=1), strict=True))
+        kept: dict[str, Any] = {}
+        for name in ("gradient", "delta", "whitened"):
+            if f"{name}_moments" in needed:
+                kept[f"{name}_moments"] = _moments(columns[name].contiguous())
+        if joint:
+            logs = torch.cat([columns["gradient"], _log(columns["losses"])], dim=1)
+            kept["joint_moments"] = _moments(logs)
+            z = _standardise(logs, kept["joint_moments"])
+            kept["joint_inverse"] = _ridge_inverse(z.mT @ z / len(z)).to(z.dtype)
+            density = _half_square(z, kept["joint_inverse"])
+            kept["evidence_moments"] = _moments(torch.cat([density[:, None], columns["losses"]], dim=1))
+        return replace(self, **{name: value.to(blocks.like).contiguous() for name, value in kept.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are kept, by field; ``delta_inverses`` by field and place."""
@@ -190,6 +211,26 @@ def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> 
     return whitened.sum(1) + last.sum(1)
 
 
+def joint_density(sample: Characterization, statistics: Statistics) -> Tensor:
+    """``zᵀ C⁻¹ z / 2``, z of every layer's log gradient norm and of the logs of both losses, C their correlations.
+
+    Minus the log density, constants aside, of one normal fitted to all of them, where `log_norm_density` fits one each:
+    a sample is novel, too, whose gradients are not as large as its losses lead to expect.
+    """
+    z = _standardise(_log_norms_and_losses(sample), _kept(statistics.joint_moments))
+    return _half_square(z, _kept(statistics.joint_inverse))
+
+
+def combined_evidence(sample: Characterization, statistics: Statistics) -> Tensor:
+    """``z(joint density) + z(reconstruction error) + z(latent loss)``: the losses' evidence and the gradients'.
+
+    Losses are small for images that are plainer than the inliers; the `joint_density` is large for what is unlike them
+    in either direction.
+    """
+    found = torch.cat([joint_density(sample, statistics)[:, None], _losses(sample)], dim=1)
+    return _standardise(found, _kept(statistics.evidence_moments)).sum(1)
+
+
 def reconstruction_error(sample: Characterization, statistics: Statistics) -> Tensor:
     """The summed binary cross entropy (Fig. 2a); nats."""
     return sample.reconstruction.sum(1)
@@ -204,10 +245,11 @@ SCORES: dict[str, Callable[[Characterization, Statistics], Tensor]] = {
     score.__name__: score
     for score in (
         *(gradient_norm, delta_norm, gradient_cosine, diagonal_fisher, kronecker_fisher, whitened_delta_norm),
-        *(log_norm_density, combined_delta_norm, combined_whitened_norm),
+        *(log_norm_density, combined_delta_norm, combined_whitened_norm, joint_density, combined_evidence),
         *(reconstruction_error, latent_loss),
     )
 }
+JOINT = ("joint_moments", "joint_inverse")
 # The fields of `Statistics` that each score reads.
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "gradient_cosine": ("mean_gradient",),
@@ -217,6 +259,8 @@ NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "log_norm_density": ("gradient_moments",),
     "combined_delta_norm": ("delta_moments",),
     "combined_whitened_norm": ("delta_inverses", "delta_moments", "whitened_moments"),
+    "joint_density": JOINT,
+    "combined_evidence": (*JOINT, "evidence_moments"),
 }
 
 
@@ -236,6 +280,18 @@ def _log_gradient_norms(sample: Characterization) -> Tensor:
 def _log_delta_norms(sample: Characterization) -> Tensor:
     deltas = (gradient.delta.flatten(1) for gradient in sample.gradients.values())
     return _log(torch.stack([torch.linalg.vector_norm(delta, dim=1) for delta in deltas], dim=1))
+
+
+def _losses(sample: Characterization) -> Tensor:
+    return torch.stack([sample.reconstruction.sum(1), sample.latent.sum(1)], dim=1)
+
+
+def _log_norms_and_losses(sample: Characterization) -> Tensor:
+    return torch.cat([_log_gradient_norms(sample), _log(_losses(sample))], dim=1)
+
+
+def _half_square(z: Tensor, inverse: Tensor) -> Tensor:
+    return ((z @ inverse) * z).sum(1) / 2
 
 
 def _log_whitened_norms(sample: Characterization, statistics: Statistics) -> Tensor:
