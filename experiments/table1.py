@@ -16,8 +16,8 @@ combined scores    of the --layer, the first layer of the encoder and the decode
 --members N adds up the scores of N models (a deep ensemble), each standardised on the held-out inliers;
 --gradcon W trains with GradCon's penalty.
 Within a run nothing is chosen by test outliers; which scores stand there was, in part, by earlier runs that saw some.
-Results: ``<out>/table1-<dataset>[-mlp].jsonl``, one line a class, the table ``.md`` and ``.png``. CIFAR-10 keeps
-its original test part, so that its folds differ in the validation part only.
+Results: ``<out>/table1-<dataset>[-mlp].jsonl``, one line a class, the table ``.md`` and ``.png`` of all folds and
+seeds that the file has. CIFAR-10 keeps its original test part, so that its folds differ in the validation part only.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ PAPER = {
 }
 
 
+CHOICES = ("hidden_dim", "latent_dim", "noise_std", "noise_clip", "layer")
 SERIES = (
     ("gradient_classifier", OUTLIER, "s"),
     ("whitened_delta_norm", INLIER, "o"),
@@ -87,14 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epochs = 5 if options.quick else runs.EPOCHS if options.channels or options.dataset == "cifar-10" else 100
     if options.members < 1:
         parser.error(f"--members: expected 1 or more, but got {options.members}")
-    choices = {name: getattr(options, name) for name in ("hidden_dim", "latent_dim", "noise_std", "noise_clip")}
     beyond = {"members": options.members} if options.members > 1 else {}
     beyond |= {"gradcon": options.gradcon} if options.gradcon else {}
+    choices = {name: getattr(options, name) for name in ("dataset", *CHOICES)} | {"epochs": epochs} | beyond
+    choices |= {"channels": options.channels} if options.channels else {}
     tasks = [
-        {"dataset": options.dataset, "fold": fold, "seed": seed, "inlier": inlier, "epochs": epochs, **choices}
-        | {"layer": options.layer}
-        | ({"channels": options.channels} if options.channels else {})
-        | beyond
+        {"fold": fold, "seed": seed, "inlier": inlier, **choices}
         for fold in folds
         for seed in options.seeds
         for inlier in options.classes
@@ -103,11 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = "-".join(["table1", options.dataset, *kind, *(f"{k}-{v:g}" for k, v in beyond.items())])
     name += "-quick" if options.quick else ""
     work = functools.partial(evaluate, data_dir=options.data_dir)
-    rows = runs.run(options.out / f"{name}.jsonl", tasks, work, jobs=options.jobs, description=options.dataset)
+    log = options.out / f"{name}.jsonl"
+    runs.run(log, tasks, work, jobs=options.jobs, description=options.dataset)
+    rows = whole_runs(runs.read(log), choices, options.classes)
     draw(rows).savefig(options.out / f"{name}.png")
     text = render(rows, f"{name}.png")
     (options.out / f"{name}.md").write_text(text)
     print(text)
+
+
+def whole_runs(rows: Sequence[dict], choices: dict, classes: Sequence[int]) -> list[dict]:
+    """Of ``classes``, the rows with these ``choices`` in every fold and seed that has all of them, in order."""
+    found = {(row["fold"], row["seed"], row["inlier"]): row for row in rows if choices.items() <= row.items()}
+    repeats = sorted({(fold, seed) for fold, seed, _ in found})
+    whole = [repeat for repeat in repeats if all((*repeat, c) in found for c in classes)]
+    return [found[(*repeat, c)] for repeat in whole for c in classes]
 
 
 def evaluate(task: dict, data_dir: str | None) -> dict:
