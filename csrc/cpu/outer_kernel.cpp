@@ -147,6 +147,22 @@ struct Rows {
   std::int64_t T, delta_t, delta_o, activation_t, out_o, I;
 };
 
+// Positions that are added up one after the other. The error of a sum of numbers of one sign grows with the root of
+// their number: sums of sums keep it small.
+constexpr std::int64_t kPiece = 256;
+
+// Adds the products at positions 1 to T - 1 to `sum`, which holds those at position 0; add(t, lanes) adds those at t.
+template <class Lanes, std::size_t kVectors, class Add>
+inline void add_positions(std::int64_t T, Lanes (&sum)[kVectors], Add add) {
+  std::int64_t t = 1;
+  for (const std::int64_t last = std::min(T, kPiece); t < last; ++t) add(t, sum);
+  while (t < T) {
+    Lanes piece[kVectors]{};
+    for (const std::int64_t last = std::min(T, t + kPiece); t < last; ++t) add(t, piece);
+    for (std::size_t v = 0; v < kVectors; ++v) sum[v] += piece[v];
+  }
+}
+
 // Writes kVectors vectors of one row: sum_t delta[t] * activation[t, :].
 template <int kVectors, bool kStream, bool kOne, class Real, class Out>
 inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first_delta, const Real* activation,
@@ -154,13 +170,12 @@ inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first
   constexpr auto V = VectorOf<Real>::kSize;
   Vector<Real> sum[kVectors];
   for (int v = 0; v < kVectors; ++v) sum[v] = first_delta * load(activation + v * V);
-  if constexpr (!kOne) {
-    for (std::int64_t t = 1; t < r.T; ++t) {
+  if constexpr (!kOne)
+    add_positions(r.T, sum, [&](std::int64_t t, Vector<Real>(&lanes)[kVectors]) {
       const Real d = delta[t * r.delta_t];
       const Real* a = activation + t * r.activation_t;
-      for (int v = 0; v < kVectors; ++v) sum[v] += d * load(a + v * V);
-    }
-  }
+      for (int v = 0; v < kVectors; ++v) lanes[v] += d * load(a + v * V);
+    });
   write<kStream>(to, sum);
 }
 
@@ -321,7 +336,7 @@ inline void stream_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
       };
       Vector<Real> sum[] = {product(0)};
       if constexpr (!kOne)
-        for (std::int64_t t = 1; t < r.T; ++t) sum[0] += product(t);
+        add_positions(r.T, sum, [&](std::int64_t t, Vector<Real>(&lanes)[1]) { lanes[0] += product(t); });
       write<true>(to, sum);
       i += V - r.I;
       to += V;

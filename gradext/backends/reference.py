@@ -17,6 +17,7 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20
 # Elements of a row, and positions, that are added up one after the other.
 PIECE = 1 << 10
+NARROW = 8  # columns of the narrower factor, up to which torch's product is a running sum over positions
 # Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
 GRADIENT_ELEMENTS = 1 << 24
 
@@ -84,14 +85,31 @@ def outer(
             return torch.mul(delta, activation, out=out)
         return (delta * activation).to(dtype)
     if out is None:
-        return torch.bmm(delta.mT, activation).to(dtype)
-    if dtype == delta.dtype:
+        return _gradients(delta, activation).to(dtype)
+    if dtype == delta.dtype and not _drifts(delta, activation):
         return torch.bmm(delta.mT, activation, out=out)
     # A whole product of another type would need twice the memory: in blocks it stays in the cache.
     step = _samples_a_block(out.shape[1] * out.shape[2])
     for b in range(0, out.shape[0], step):
-        out[b : b + step].copy_(torch.bmm(delta[b : b + step].mT, activation[b : b + step]))
+        out[b : b + step].copy_(_gradients(delta[b : b + step], activation[b : b + step]))
     return out
+
+
+def _gradients(delta: Tensor, activation: Tensor) -> Tensor:
+    """``Σ_t δ_t a_tᵀ`` of factors of one type -> [B, O, I]."""
+    if not _drifts(delta, activation):
+        return torch.bmm(delta.mT, activation)
+    d, *more_d = delta.split(PIECE, dim=1)
+    a, *more_a = activation.split(PIECE, dim=1)
+    product = torch.bmm(d.mT, a)
+    for d, a in zip(more_d, more_a, strict=True):
+        product += torch.bmm(d.mT, a)  # baddbmm would go on with the one running sum
+    return product
+
+
+def _drifts(delta: Tensor, activation: Tensor) -> bool:
+    """Whether torch would keep one running sum of very many positions, as its products of narrow matrices do."""
+    return delta.shape[1] > PIECE and min(delta.shape[2], activation.shape[2]) <= NARROW
 
 
 def _samples_a_block(elements: int) -> int:
@@ -119,7 +137,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
         if by_gram:
             product = torch.bmm(d, d.mT).mul_(torch.bmm(a, a.mT)).flatten(1).sum(1)
         else:
-            gradient = torch.bmm(d.mT, a).flatten(1)
+            gradient = _gradients(d, a).flatten(1)
             product = torch.linalg.vecdot(gradient, gradient)
         # A sum of squares; rounding of the Gram form can fall below zero when the terms cancel.
         result[b : b + step] = product.clamp_min_(0)
@@ -172,7 +190,7 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         # Into one result: small ones between the blocks would keep the allocator from using their memory again.
         result = delta.new_empty(B, H)
         for b in range(0, B, step):
-            result[b : b + step] = torch.bmm(delta[b : b + step].mT, activation[b : b + step]).flatten(1) @ flat
+            result[b : b + step] = _gradients(delta[b : b + step], activation[b : b + step]).flatten(1) @ flat
         return result
     if I == 1:  # gradients as they are: one product
         return (delta @ weight.reshape(H, O).mT) * activation
@@ -216,12 +234,12 @@ def _gram_by_gradients(d: Tensor, a: Tensor, other_d: Tensor, other_a: Tensor, s
     B, C = d.shape[0], other_d.shape[0]
     result, kept = d.new_empty(B, C), None
     for b in range(0, B, step):
-        row = _flat_outer(d[b : b + step], a[b : b + step])
+        row = _gradients(d[b : b + step], a[b : b + step]).flatten(1)
         for c in range(b if same else 0, C, step):
             if same and c == b:
                 column = row
             elif kept is None or step < C:
-                column = kept = _flat_outer(other_d[c : c + step], other_a[c : c + step])
+                column = kept = _gradients(other_d[c : c + step], other_a[c : c + step]).flatten(1)
             else:
                 column = kept
             product = row @ column.mT
@@ -233,16 +251,6 @@ def _gram_by_gradients(d: Tensor, a: Tensor, other_d: Tensor, other_a: Tensor, s
 
 def _by_blocks(delta: Tensor, activation: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(delta.split(step), activation.split(step), strict=True)
-
-
-def _flat_outer(delta: Tensor, activation: Tensor) -> Tensor:
-    """The gradients, [B, O·I]; in pieces of positions, as one running sum of very many drifts."""
-    d, *more_d = delta.split(PIECE, dim=1)
-    a, *more_a = activation.split(PIECE, dim=1)
-    product = torch.bmm(d.mT, a)
-    for d, a in zip(more_d, more_a, strict=True):
-        product += torch.bmm(d.mT, a)  # baddbmm would go on with the one running sum
-    return product.flatten(1)
 
 
 def _gram_by_positions(d: Tensor, a: Tensor, other_d: Tensor, other_a: Tensor) -> Tensor:
