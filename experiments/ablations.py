@@ -1,11 +1,11 @@
 """What the classifiers trained against noise learn, and what features cost: ablations around the paper's Table 1.
 
-    python -m experiments.ablations --data-dir DIR [--dataset mnist] [--classes 0 5 8] [--jobs 2] [--quick]
+    python -m experiments.ablations --data-dir DIR [--dataset mnist] [--classes 0 5 8] [--channels 0] [--quick]
 
 1. The classifiers by the noise of their training outliers, clipped to [0, 1] or not, and by how gradients are scaled,
    with the AUROC on held-out noise beside that on real outliers: what they were trained for, and what they are for.
 2. Why the reconstruction row is low: the mean error on the pixels that are blank in most training inliers (background)
-   and on the others, of test inliers, of their noisy copies, and of real outliers.
+   and on the others, of test inliers, of their noisy copies, and of real outliers (CIFAR-10 has no such pixels).
 3. The time for the features of an image: all of a batch, and one image at a time, as in the authors' public code.
 
 Results: ``<out>/ablations-<dataset>.jsonl`` and ``.md``.
@@ -22,11 +22,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from gradext import datasets
+from gradext import GradFactors, datasets
 from gradext.losses import bce
 from gradext.novelty import (
     VAE,
     Characterization,
+    ConvVAE,
     GradientFeatures,
     characterize,
     distort,
@@ -45,11 +46,13 @@ GROUPS = ("inliers", "inliers with noise", "inliers with clipped noise", "outlie
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = runs.parser(__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="mnist", choices=("mnist", "fashion-mnist"))
+    parser.add_argument("--dataset", default="mnist", choices=("mnist", "fashion-mnist", "cifar-10"))
     parser.add_argument("--classes", type=int, nargs="+", default=[0, 5, 8], metavar="C")
+    parser.add_argument("--channels", type=int, default=0, metavar="N", help="of the ConvVAE; 0: a perceptron")
     options = parser.parse_args(arguments)
     tasks = [
         {"dataset": options.dataset, "inlier": inlier, "seed": seed, "epochs": 5 if options.quick else runs.EPOCHS}
+        | ({"channels": options.channels} if options.channels else {})
         for seed in options.seeds
         for inlier in options.classes
     ]
@@ -70,7 +73,11 @@ def evaluate(task: dict, data_dir: str | None) -> dict:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VAE(x.shape[1]).eval()
+        if "channels" in task:
+            model: VAE = ConvVAE((1, *image_set.shape)[-3:], task["channels"])
+        else:
+            model = VAE(x.shape[1])
+        model.eval()
     train(model, x, validation, epochs=task["epochs"], seed=seed, progress=False)
     seen = functools.partial(characterize, model)
     inside, inside_test, outside_test = seen(x), seen(test), seen(outliers)
@@ -87,15 +94,11 @@ def evaluate(task: dict, data_dir: str | None) -> dict:
             auroc[f"{name}, noise {std:g}{' clipped' if clip else ''}"] = [
                 _auroc(of_test, score(part)) for part in (noisy_test, outside_test)
             ]
+    copies = (seen(distort(test, clip=clip, seed=seed + 1)) for clip in (False, True))
+    background = x.median(0).values == 0
     return {
         "auroc": auroc,
-        "error": errors(
-            x,
-            inside_test,
-            seen(distort(test, seed=seed + 1)),
-            seen(distort(test, clip=True, seed=seed + 1)),
-            outside_test,
-        ),
+        "error": errors(background, inside_test, *copies, outside_test) if background.any() else None,
         "microseconds": timing(model, test[:256]),
     }
 
@@ -106,22 +109,30 @@ def scalings(inside: Characterization) -> dict[str, Callable]:
     def raw(sample: Characterization) -> GradientFeatures:
         return GradientFeatures(sample.gradient, torch.zeros(len(sample)))
 
-    def direction(sample: Characterization) -> GradientFeatures:
-        scaled = features("gradient", sample)(sample)
-        return GradientFeatures(scaled.direction, torch.zeros(len(sample)))
+    whitened = features("gradient", inside)
+
+    def weighed(direction: float, magnitude: float) -> Callable[[Characterization], GradientFeatures]:
+        def scaled(sample: Characterization) -> GradientFeatures:
+            found = whitened(sample)
+            factors = GradFactors(found.direction.activation, direction * found.direction.delta)
+            return GradientFeatures(factors, magnitude * found.magnitude)
+
+        return scaled
 
     return {
         "reconstruction": features("reconstruction", inside),
-        "gradient": features("gradient", inside),
+        "gradient": whitened,
         "gradient, not whitened": features("gradient", inside, whiten=False),
         "gradient, raw": raw,
-        "gradient, direction alone": direction,
+        "gradient, direction alone": weighed(1, 0),
+        "gradient, direction weighed by a third": weighed(1 / 3, 1),
+        "gradient, direction weighed by a tenth": weighed(0.1, 1),
+        "gradient, magnitude alone": weighed(0, 1),
     }
 
 
-def errors(x: Tensor, *parts: Characterization) -> list[list[float]]:
+def errors(background: Tensor, *parts: Characterization) -> list[list[float]]:
     """The mean error of a pixel, nats, [background, other] for each part."""
-    background = x.median(0).values == 0
     means = [part.reconstruction.mean(0) for part in parts]
     return [[round(m[which].mean().item(), 5) for which in (background, ~background)] for m in means]
 
@@ -153,18 +164,24 @@ def _auroc(inside: np.ndarray, outside: np.ndarray) -> float:
 
 def render(rows: Sequence[dict]) -> str:
     name, classes = TITLES[rows[0]["dataset"]], [row["inlier"] for row in rows]
+    channels = rows[0].get("channels")
+    model = f"The VAE is convolutional (`ConvVAE`), of {channels} and {2 * channels} channels. " if channels else ""
     head = ["classifier on, trained against", *(f"class {c}: noise, real" for c in classes), "mean: noise, real"]
     lines = []
     for key in rows[0]["auroc"]:
         values = np.array([row["auroc"][key] for row in rows])
         lines.append([key, *(f"{noise:.3f}, {real:.3f}" for noise, real in (*values, values.mean(0)))])
-    error = np.mean([row["error"] for row in rows], axis=0)
-    of_pixels = [[group, *(f"{v:.4f}" for v in values)] for group, values in zip(GROUPS, error, strict=True)]
+    of_pixels = ""
+    if all(row["error"] for row in rows):
+        error = np.mean([row["error"] for row in rows], axis=0)
+        cells = [[group, *(f"{v:.4f}" for v in values)] for group, values in zip(GROUPS, error, strict=True)]
+        table = markdown_table(["", "background (blank in half of the inliers or more)", "other pixels"], cells)
+        of_pixels = f"Mean reconstruction error of a pixel, nats, over these classes:\n\n{table}\n\n"
     times = {route: np.mean([row["microseconds"][route] for row in rows]) for route in rows[0]["microseconds"]}
     return (
-        f"# Ablations: {name}\n\nAUROC of test inliers against their noisy copies, and against real outliers:\n\n"
-        f"{markdown_table(head, lines)}\n\nMean reconstruction error of a pixel, nats, over these classes:\n\n"
-        f"{markdown_table(['', 'background (blank in half of the inliers or more)', 'other pixels'], of_pixels)}\n\n"
+        f"# Ablations: {name}\n\n{model}"
+        f"AUROC of test inliers against their noisy copies, and against real outliers:\n\n"
+        f"{markdown_table(head, lines)}\n\n{of_pixels}"
         "Time for the first decoder layer's gradient of an image, written out, microseconds on one thread:\n\n"
         f"{markdown_table(['', 'µs'], [[route, f'{value:.0f}'] for route, value in times.items()])}\n\n"
         f"{runs.origin(rows)}\n"

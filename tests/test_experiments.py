@@ -212,6 +212,23 @@ def test_table1(data_dir, tmp_path, capsys):
     assert str(data_dir) not in text + (tmp_path / "table1-mnist-mlp-quick.jsonl").read_text()
 
 
+def test_ablations(data_dir, tmp_path):
+    arguments = ["--quick", "--classes", "2", "--channels", "2", "--data-dir", str(data_dir)]
+    load("ablations").main([*arguments, "--out", str(tmp_path)])
+    (row,) = load("runs").read(tmp_path / "ablations-mnist-quick.jsonl")
+    variants = [row["auroc"][f"gradient{name}, noise 0.1"] for name in ("", ", direction alone", ", magnitude alone")]
+    assert len({tuple(values) for values in variants}) == len(variants)
+    assert all(0 <= value <= 1 for pair in row["auroc"].values() for value in pair)
+    text = (tmp_path / "ablations-mnist-quick.md").read_text()
+    assert "convolutional" in text
+    assert "blank in half of the inliers" not in text, "these images have no such pixels"
+
+
+def test_errors_of_ablations_are_means_of_pixels():
+    part = SimpleNamespace(reconstruction=torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 7.0]]))
+    assert load("ablations").errors(torch.tensor([False, True, True]), part) == [[4.0, 2.0]]
+
+
 def test_models_are_added_up_on_the_scale_of_their_held_out_inliers():
     table1 = load("table1")
     rng = np.random.default_rng(0)
