@@ -1,6 +1,7 @@
 """Novelty detection: the models, the representations, the classifier on factors, the scores and the estimator."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -402,6 +403,21 @@ def test_scores_are_their_formulas(model, digits):
         found = SCORES[name](sample, Statistics.of(inliers, [name]))
         torch.testing.assert_close(found.double(), value, rtol=2e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
         torch.testing.assert_close(SCORES[name](sample, Statistics.of(inliers)), found)
+
+
+def test_joint_density_without_a_latent_loss_is_that_of_the_others(model, digits):
+    inliers, sample = (
+        replace(characterize(model, digits[k][:90]), latent=torch.zeros(90, 0)) for k in range(2)
+    )  # as of an autoencoder that has none
+    logs, inside = (
+        torch.stack([seen.gradient.norm(), seen.reconstruction.sum(1)], dim=1).double().log().numpy()
+        for seen in (sample, inliers)
+    )
+    z = (logs - inside.mean(0)) / inside.std(0)
+    C = np.corrcoef(inside, rowvar=False) + 0.1 * 2 / 3 * np.eye(2)  # of three numbers one never varies
+    expected = np.einsum("bi,ij,bj->b", z, np.linalg.inv(C), z) / 2
+    found = SCORES["joint_density"](sample, Statistics.of(inliers, ["joint_density"]))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 
 
 def test_scores_of_dead_gradients_are_finite(digits):

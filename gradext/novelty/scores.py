@@ -311,8 +311,9 @@ def _log(norms: Tensor) -> Tensor:
 
 def _moments(values: Tensor) -> Tensor:
     """Mean and standard deviation over the samples, [N, K] -> [K, 2]; the deviation at least the type's epsilon."""
-    spread = values.std(0, correction=0).clamp_min(torch.finfo(values.dtype).eps)
-    return torch.stack([values.mean(0), spread], dim=1)
+    wide = values.double()  # in which the mean of equal numbers is that number
+    spread = wide.std(0, correction=0).clamp_min(torch.finfo(values.dtype).eps)
+    return torch.stack([wide.mean(0), spread], dim=1).to(values.dtype)
 
 
 def _standardise(values: Tensor, moments: Tensor) -> Tensor:
