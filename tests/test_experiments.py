@@ -229,6 +229,31 @@ def test_errors_of_ablations_are_means_of_pixels():
     assert load("ablations").errors(torch.tensor([False, True, True]), part) == [[4.0, 2.0]]
 
 
+def test_summary(tmp_path):
+    table1, summary = load("table1"), load("summary")
+    rng = np.random.default_rng(0)
+
+    def rows(folds, shift=0.0):
+        auroc = lambda: dict.fromkeys(summary.LABELS, 0.0) | {"gradient_classifier": shift + 0.5 + rng.random() / 4}  # noqa: E731
+        return [{"fold": f, "seed": 0, "inlier": c, "auroc": auroc()} for f in folds for c in range(10)]
+
+    plain, beyond = rows([0, 1, 2])[:-1], rows([0], shift=0.2)[3:5]  # of the third run a class is missing
+    for name, some in (("mnist", plain), ("mnist-gradcon-10", beyond), ("mnist-quick", rows([7]))):
+        (tmp_path / f"table1-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    summary.main(["--out", str(tmp_path)])
+    text = (tmp_path / "summary.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    first, behind, compared = (line for line in lines if line[:1] == ["gradient classifier"])
+    values = np.array([row["auroc"]["gradient_classifier"] for row in plain[:20]]).reshape(2, 10)
+    assert first[1] == f"{values.mean():.3f} ± {values.mean(1).std(ddof=1):.3f}"
+    assert first[3] == "0.953"
+    paper = np.array(table1.PAPER["mnist"]["gradient_classifier"])
+    assert behind[1:] == [", ".join(map(str, np.flatnonzero(values.mean(0) < paper))), "", ""]
+    means = [np.mean([row["auroc"]["gradient_classifier"] for row in some]) for some in (plain[3:5], beyond)]
+    assert compared[1:] == [f"{mean:.3f}" for mean in means]
+    assert "Mean of 2 runs, of the classes 3, 4." in text
+
+
 def test_models_are_added_up_on_the_scale_of_their_held_out_inliers():
     table1 = load("table1")
     rng = np.random.default_rng(0)
