@@ -114,6 +114,17 @@ def test_gram_matrices_of_very_many_equal_positions_do_not_drift(backend):
     torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize(("O", "I"), [(1, 9), (3, 27), (27, 2)])  # a depthwise convolution's, a first layer's
+@pytest.mark.parametrize(("name", "roundings"), [("outer", 12), ("sq_norm", 24)])
+def test_sums_over_very_many_positions_do_not_drift(name, roundings, O, I, backend):
+    """Torch's products of narrow matrices keep one running sum, which is off by some 100 roundings here."""
+    generator = torch.Generator().manual_seed(0)
+    delta, activation = (torch.rand(3, 65537, n, generator=generator) for n in (O, I))
+    exact = PLAIN[name](delta.double(), activation.double())
+    found = getattr(ops, name)(delta, activation, backend=backend)
+    torch.testing.assert_close(found.double(), exact, rtol=roundings * torch.finfo(torch.float32).eps, atol=0)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_sliced_and_transposed_inputs(name, backend):
     for T in None, 3:
