@@ -89,8 +89,9 @@ class Statistics:
             kept["joint_moments"] = _moments(logs)
             z = _standardise(logs, kept["joint_moments"])
             kept["joint_inverse"] = _ridge_inverse(z.mT @ z / len(z)).to(z.dtype)
-            density = _half_square(z, kept["joint_inverse"])
-            kept["evidence_moments"] = _moments(torch.cat([density[:, None], columns["losses"]], dim=1))
+            if "evidence_moments" in needed:
+                density = _half_square(z, kept["joint_inverse"])
+                kept["evidence_moments"] = _moments(torch.cat([density[:, None], columns["losses"]], dim=1))
         return replace(self, **{name: value.to(blocks.like).contiguous() for name, value in kept.items()})
 
     def tensors(self) -> dict[str, Tensor]:
