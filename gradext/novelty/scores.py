@@ -225,8 +225,8 @@ def joint_density(sample: Characterization, statistics: Statistics) -> Tensor:
 def combined_evidence(sample: Characterization, statistics: Statistics) -> Tensor:
     """``z(joint density) + z(reconstruction error) + z(latent loss)``: the losses' evidence and the gradients'.
 
-    The losses are large for what the model explains worse than the inliers, the `joint_density` for what is unlike them in
-    either direction.
+    The losses are large for what the model explains worse than the inliers, the `joint_density` for what is unlike
+    them in either direction.
     """
     found = torch.cat([joint_density(sample, statistics)[:, None], _losses(sample)], dim=1)
     return _standardise(found, _kept(statistics.evidence_moments)).sum(1)
