@@ -145,7 +145,8 @@ def timing(model: nn.Module, x: Tensor, alone: int = 32) -> dict[str, float]:
         "one at a time": (alone, lambda: loop_layer_grads(model, x[:alone], bce, [name])[name]),
     }
     results = [call() for _, call in routes.values()]
-    torch.testing.assert_close(results[0][:alone], results[1], rtol=1e-4, atol=1e-5)
+    rounding = 1e-6 * results[1].abs().max().item()  # of a sum that cancels, against those that do not
+    torch.testing.assert_close(results[0][:alone], results[1], rtol=1e-4, atol=rounding)
     times = {}
     for route, (count, call) in routes.items():
         rounds = []

@@ -21,7 +21,7 @@ import numpy as np
 from gradext.novelty.demo import TITLES, markdown_table
 
 from . import runs
-from .table1 import PAPER, values_of, whole_runs
+from .table1 import PAPER, has_score, values_of, whole_runs
 
 SETS = ("mnist", "fashion-mnist", "cifar-10")
 LABELS = {
@@ -78,7 +78,7 @@ def scores(logs: dict[str, list[dict]]) -> str:
 
 
 def _cell(rows: list[dict], score: str) -> str:
-    if not rows or any(score not in row["auroc"] for row in rows):
+    if not rows or not has_score(rows, score):
         return ""
     means = values_of(rows, score).mean(1)
     return f"{means.mean():.3f}" + (f" ± {means.std(ddof=1):.3f}" if len(means) > 1 else "")

@@ -62,6 +62,7 @@ CHOICES = ("hidden_dim", "latent_dim", "noise_std", "noise_clip", "layer")
 SERIES = (
     ("gradient_classifier", OUTLIER, "s"),
     ("whitened_delta_norm", INLIER, "o"),
+    ("combined_evidence", "#3a9a5b", "D"),
     ("reconstruction_error", GREY, "x"),
 )
 
@@ -163,6 +164,11 @@ def values_of(rows: Sequence[dict], name: str) -> np.ndarray:
     return np.array([[found[(*repeat, c)] for c in classes] for repeat in repeats])
 
 
+def has_score(rows: Sequence[dict], name: str) -> bool:
+    """Whether the score was there when these rows were made."""
+    return all(name in row["auroc"] for row in rows)
+
+
 def _repeats(rows: Sequence[dict]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((row["fold"], row["seed"]) for row in rows))
 
@@ -174,7 +180,8 @@ def draw(rows: Sequence[dict]) -> Figure:
         figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
         ax = figure.subplots()
         places = np.arange(len(classes) + 1)  # the average last
-        for name, colour, marker in SERIES:
+        series = [entry for entry in SERIES if has_score(rows, entry[0])]
+        for name, colour, marker in series:
             values = values_of(rows, name).mean(0)
             ax.plot(places, [*values, values.mean()], marker, color=colour, label=name.replace("_", " "), markersize=7)
         paper = np.array(PAPER[dataset]["gradient_classifier"])[classes]
@@ -185,7 +192,7 @@ def draw(rows: Sequence[dict]) -> Figure:
         ax.set_xticks(places, [*map(str, classes), "average"])
         ax.set(xlabel="inlier class", ylabel="AUROC", title=f"{TITLES[dataset]}: each class against all others")
         ax.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
-        figure.legend(loc="outside lower center", ncols=len(SERIES) + 1)
+        figure.legend(loc="outside lower center", ncols=len(series) + 1)
     return figure
 
 
@@ -195,7 +202,7 @@ def render(rows: Sequence[dict], picture: str) -> str:
     classes = sorted({row["inlier"] for row in rows})
     head = ["AUROC", *map(str, classes), "average", "spread", "variance over classes"]
     lines = []
-    for name in (*CLASSIFIER_SCORES, *SCORES):
+    for name in (name for name in (*CLASSIFIER_SCORES, *SCORES) if has_score(rows, name)):
         values = values_of(rows, name)
         spread = f"{values.mean(1).std(ddof=1):.3f}" if len(repeats) > 1 else "one run"
         lines.append([name.replace("_", " "), *_cells(values.mean(0)), spread, f"{values.mean(0).var():.3f}"])

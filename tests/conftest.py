@@ -27,7 +27,7 @@ _COMMON = {
 }
 settings.register_profile("quick", max_examples=25, derandomize=True, database=None, **_COMMON)
 settings.register_profile("few", max_examples=4, derandomize=True, database=None, **_COMMON)
-settings.register_profile("thorough", max_examples=1000, print_blob=True, **_COMMON)
+settings.register_profile("thorough", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile("quick")
 
 _PEERS = pytest.StashKey[dict[str, dict[str, str]]]()
