@@ -254,6 +254,15 @@ def test_summary(tmp_path):
     assert "Mean of 2 runs, of the classes 3, 4." in text
 
 
+def test_documents_hold_what_the_summary_prints():
+    folder = Path(load("runs").RESULTS)
+    printed = (folder / "summary.md").read_text()
+    assert load("summary").summary(folder) == printed, "run python -m experiments.summary"
+    bare = lambda text: {re.sub(" +", " ", line) for line in text.splitlines() if line.startswith("| ")}  # noqa: E731
+    table = printed.split("##")[0]
+    assert {line for line in bare(table) if "---" not in line} <= bare((folder.parent / "README.md").read_text())
+
+
 def test_models_are_added_up_on_the_scale_of_their_held_out_inliers():
     table1 = load("table1")
     rng = np.random.default_rng(0)
