@@ -8,7 +8,7 @@
    and on the others, of test inliers, of their noisy copies, and of real outliers (CIFAR-10 has no such pixels).
 3. The time for the features of an image: all of a batch, and one image at a time, as in the authors' public code.
 
-Results: ``<out>/ablations-<dataset>.jsonl`` and ``.md``.
+Results: ``<out>/ablations-<dataset>[-conv].jsonl`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in options.seeds
         for inlier in options.classes
     ]
-    name = f"ablations-{options.dataset}{'-quick' if options.quick else ''}"
+    # A log each: the task of a perceptron, which names no channels, would find the rows of the others.
+    name = f"ablations-{options.dataset}{'-conv' if options.channels else ''}{'-quick' if options.quick else ''}"
     work = functools.partial(evaluate, data_dir=options.data_dir)
     rows = runs.run(options.out / f"{name}.jsonl", tasks, work, jobs=options.jobs, description=name)
     text = render(rows)

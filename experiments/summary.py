@@ -21,7 +21,7 @@ import numpy as np
 from gradext.novelty.demo import TITLES, markdown_table
 
 from . import runs
-from .table1 import PAPER, has_score, values_of, whole_runs
+from .table1 import CHOICES, PAPER, has_score, values_of, whole_runs
 
 SETS = ("mnist", "fashion-mnist", "cifar-10")
 LABELS = {
@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def summary(folder: Path) -> str:
     logs = {path.stem.removeprefix("table1-"): runs.read(path) for path in sorted(folder.glob("table1-*.jsonl"))}
     logs = {name: rows for name, rows in logs.items() if rows and not name.endswith("-quick")}
+    for name, rows in logs.items():
+        if len({tuple(row.get(choice) for choice in (*CHOICES, "epochs", "channels")) for row in rows}) > 1:
+            raise ValueError(f"table1-{name}.jsonl: expected runs of the same options, but they differ; use --out")
     whole = {name: whole_runs(rows, {}, range(10)) for name, rows in logs.items()}
     parts = [f"# Table 1 in one\n\n{scores(whole)}", f"## Below the paper's gradient row\n\n{below(whole)}"]
     for name, rows in logs.items():

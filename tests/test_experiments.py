@@ -215,11 +215,11 @@ def test_table1(data_dir, tmp_path, capsys):
 def test_ablations(data_dir, tmp_path):
     arguments = ["--quick", "--classes", "2", "--channels", "2", "--data-dir", str(data_dir)]
     load("ablations").main([*arguments, "--out", str(tmp_path)])
-    (row,) = load("runs").read(tmp_path / "ablations-mnist-quick.jsonl")
+    (row,) = load("runs").read(tmp_path / "ablations-mnist-conv-quick.jsonl")
     variants = [row["auroc"][f"gradient{name}, noise 0.1"] for name in ("", ", direction alone", ", magnitude alone")]
     assert len({tuple(values) for values in variants}) == len(variants)
     assert all(0 <= value <= 1 for pair in row["auroc"].values() for value in pair)
-    text = (tmp_path / "ablations-mnist-quick.md").read_text()
+    text = (tmp_path / "ablations-mnist-conv-quick.md").read_text()
     assert "convolutional" in text
     assert "blank in half of the inliers" not in text, "these images have no such pixels"
 
@@ -252,6 +252,10 @@ def test_summary(tmp_path):
     means = [np.mean([row["auroc"]["gradient_classifier"] for row in some]) for some in (plain[3:5], beyond)]
     assert compared[1:] == [f"{mean:.3f}" for mean in means]
     assert "Mean of 2 runs, of the classes 3, 4." in text
+    plain[0]["epochs"] = 7
+    (tmp_path / "table1-mnist.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    with pytest.raises(ValueError, match="expected runs of the same options"):
+        summary.main(["--out", str(tmp_path)])
 
 
 def test_documents_hold_what_the_summary_prints():

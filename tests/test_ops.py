@@ -117,7 +117,7 @@ def test_gram_matrices_of_very_many_equal_positions_do_not_drift(backend):
 @pytest.mark.parametrize(("O", "I"), [(1, 9), (3, 27), (27, 2)])  # a depthwise convolution's, a first layer's
 @pytest.mark.parametrize(("name", "roundings"), [("outer", 12), ("sq_norm", 24)])
 def test_sums_over_very_many_positions_do_not_drift(name, roundings, O, I, backend):
-    """Torch's products of narrow matrices keep one running sum, which is off by some 100 roundings here."""
+    """Torch's products of narrow matrices keep one running sum, which drifts."""
     generator = torch.Generator().manual_seed(0)
     delta, activation = (torch.rand(3, 65537, n, generator=generator) for n in (O, I))
     exact = PLAIN[name](delta.double(), activation.double())

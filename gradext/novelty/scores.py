@@ -75,7 +75,7 @@ class Statistics:
         if not numbers:
             return self
         table = blocks.concatenate(lambda seen: torch.cat([function(seen) for function in numbers.values()], dim=1))
-        # A process that has no block to itself learns the number of layers from what the others found.
+        # The table is that of all processes: one without a block of its own learns the number of layers from it.
         known = {"whitened": len(self.delta_inverses), "losses": 2}
         layers = table.shape[1] - sum(known[name] for name in numbers if name in known)
         layers //= max(1, sum(name not in known for name in numbers))
