@@ -125,6 +125,17 @@ def test_sums_over_very_many_positions_do_not_drift(name, roundings, O, I, backe
     torch.testing.assert_close(found.double(), exact, rtol=roundings * torch.finfo(torch.float32).eps, atol=0)
 
 
+@pytest.mark.parametrize(("O", "I"), [(65537, 1), (65537, 3), (3, 65537)])
+@pytest.mark.parametrize("name", ["dot", "linear", "gram"])
+def test_sums_over_very_many_features_do_not_drift(name, O, I, backend):
+    generator = torch.Generator().manual_seed(0)
+    delta, activation, weight = (torch.rand(*shape, generator=generator) for shape in ((3, O), (3, I), (2, O, I)))
+    more = {"dot": (weight[0],), "linear": (weight,), "gram": (delta, activation)}[name]
+    exact = PLAIN[name](delta.double(), activation.double(), *(t.double() for t in more))
+    found = getattr(ops, name)(delta, activation, *more, backend=backend)
+    torch.testing.assert_close(found.double(), exact, rtol=12 * torch.finfo(torch.float32).eps, atol=0)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_sliced_and_transposed_inputs(name, backend):
     for T in None, 3:

@@ -17,7 +17,7 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20
 # Elements of a row, and positions, that are added up one after the other.
 PIECE = 1 << 10
-NARROW = 8  # columns of the narrower factor, up to which torch's product is a running sum over positions
+NARROW = 8  # rows or columns of a product up to which torch's is a running sum
 # Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
 GRADIENT_ELEMENTS = 1 << 24
 
@@ -161,14 +161,30 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
     return norm(norms, dim=1)
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of x [B, n] and y [(H,) n, m]; a long n goes in pieces where torch would keep a running sum."""
+    if y.shape[-2] <= PIECE or min(x.shape[0], y.shape[-1]) > NARROW:
+        return torch.matmul(x, y)
+    pieces = zip(x.split(PIECE, dim=-1), y.split(PIECE, dim=-2), strict=True)
+    return functools.reduce(torch.add, (torch.matmul(*piece) for piece in pieces))
+
+
+def _row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """``Σ_n x_n y_n`` of the last dimension, long ones in pieces."""
+    if x.shape[-1] <= PIECE:
+        return torch.linalg.vecdot(x, y)
+    pieces = zip(x.split(PIECE, dim=-1), y.split(PIECE, dim=-1), strict=True)
+    return functools.reduce(torch.add, (torch.linalg.vecdot(*piece) for piece in pieces))
+
+
 def dot(delta: Tensor, activation: Tensor, reference: Tensor) -> Tensor:
     """``⟨G[b], reference⟩ = Σ_t δ_tᵀ R a_t`` with R [O, I] -> [B]; BTOI operations, intermediate BT·min(O, I)."""
     delta, activation, reference = widen(delta, activation, reference)
     rows_delta, rows_activation = delta.flatten(0, -2), activation.flatten(0, -2)
     if reference.shape[1] <= reference.shape[0]:
-        value = torch.linalg.vecdot(rows_delta @ reference, rows_activation)
+        value = _row_dots(_product(rows_delta, reference), rows_activation)
     else:
-        value = torch.linalg.vecdot(rows_activation @ reference.mT, rows_delta)
+        value = _row_dots(_product(rows_activation, reference.mT), rows_delta)
     return value if delta.ndim == 2 else value.reshape(delta.shape[:2]).sum(1)
 
 
@@ -193,16 +209,16 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
             result[b : b + step] = _gradients(delta[b : b + step], activation[b : b + step]).flatten(1) @ flat
         return result
     if I == 1:  # gradients as they are: one product
-        return (delta @ weight.reshape(H, O).mT) * activation
+        return _product(delta, weight.reshape(H, O).mT) * activation
     step = _samples_a_block(H * min(O, I))
     result = delta.new_empty(B, H)
     for b in range(0, B, step):
         d, a = delta[b : b + step], activation[b : b + step]
         if I <= O:
-            result[b : b + step] = torch.linalg.vecdot(torch.matmul(d, weight), a).mT
+            result[b : b + step] = _row_dots(_product(d, weight), a).mT
         else:
-            rows = (a @ weight.reshape(H * O, I).mT).unflatten(1, (H, O))
-            result[b : b + step] = torch.linalg.vecdot(rows, d.unsqueeze(1))
+            rows = _product(a, weight.reshape(H * O, I).mT).unflatten(1, (H, O))
+            result[b : b + step] = _row_dots(rows, d.unsqueeze(1))
     return result
 
 
@@ -215,7 +231,7 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     """
     d, a, other_d, other_a = widen(delta, activation, other_delta, other_activation)
     if d.ndim == 2:
-        return (d @ other_d.mT) * (a @ other_a.mT)
+        return _product(d, other_d.mT) * _product(a, other_a.mT)
     (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
     if 0 in (B, C, T, S, O, I):
         return d.new_zeros(B, C)
