@@ -167,6 +167,26 @@ def test_backward_hooks_count(loop, routes):
     assert routes == ["watched"] * 3
 
 
+@pytest.mark.parametrize("last", [nn.Identity(), nn.Dropout(), nn.Unflatten(1, (2, 3)), nn.Flatten()])
+def test_auto_looks_through_what_follows_a_sigmoid(last, loop):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 6), nn.Sigmoid(), last).double().eval()
+    x = torch.rand(B, 6, dtype=torch.float64)
+    expected = loop(model, x, x, lambda output, target: gradext.losses.bce(output.flatten(1), target))
+    for check in None, "sample":
+        assert_same(gradext.batch_layer_grads(model, x, check=check, include_bias=True), expected)
+    named = gradext.batch_layer_grads(model, x, loss="bce", include_bias=True)
+    assert_same(named, expected)
+
+
+def test_a_view_of_another_weight_in_a_chain_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    del model[2].weight
+    model[2].weight = model[0].weight.t()
+    with pytest.raises(gradext.UnsupportedLayerError, match="a view made before the call"):
+        gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
+
+
 def test_dropout_in_training_is_watched(routes):
     model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 6))
     gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
