@@ -378,7 +378,11 @@ def _captured(
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             contexts.enter_context(torch.compiler.set_stance("force_eager"))
         _SHARED_ROWS.set(None)  # a call inside the model has rows of its own
-        loans.keep(_changing_buffers({"": model, **chosen.modules}))
+        changing = _changing({"": model, **chosen.modules})
+        loans.keep(changing)
+        lent = {
+            b.untyped_storage().data_ptr() for module in changing for b in module._buffers.values() if b is not None
+        }
         args, kwargs = as_constant(args), as_constant(kwargs)
         output = _forward(mode, model, args, kwargs, chosen)
         modes = Afterwards(function_modes())
@@ -402,6 +406,11 @@ def _captured(
             known = all(isinstance(layer, reading.LAYERS) for layer in chosen.layers.values())
             readable = known and reading.is_readable(root.edge.node, [record.edge.node for record in records], batch)
             _readable.setdefault(model, {}).setdefault(_kind(model, chosen), readable)
+        # What is put back below may have been a layer's input.
+        uses = [
+            use._replace(input=use.input.clone()) if use.input.untyped_storage().data_ptr() in lent else use
+            for use in uses
+        ]
         return Captured(uses, missing, batch)
 
 
@@ -836,15 +845,12 @@ def as_constant(value):
     return {key: as_constant(v) for key, v in value.items()} if type(value) is dict else value
 
 
-def _changing_buffers(modules: dict[str, nn.Module]) -> list[Tensor]:
-    """Those that a forward in training mode may update: power iterations, running statistics."""
-    found = []
+def _changing(modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Those whose buffers a forward in training mode may update: power iterations, running statistics."""
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise CaptureError(_MIXING.format(f"{name or 'the model'} ({type(module).__name__})"))
-        if module.training and module._buffers:
-            found += [buffer for buffer in module._buffers.values() if buffer is not None]
-    return found
+    return [module for module in modules.values() if module.training and module._buffers]
 
 
 def _leaves(chosen: Chosen) -> list[Tensor]:

@@ -769,6 +769,43 @@ def test_the_model_is_left_as_it_was(failure, frozen):
     assert_unchanged(before, snapshot(model))
 
 
+class Remembering(nn.Module):
+    """A layer that sees what the model remembers of earlier calls, and a count of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("memory", torch.ones(B, 6))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.count = self.count + 1  # in its place
+            self.memory[: len(x)].lerp_(x, 0.5)
+        return self.layer(self.memory[: len(x)])
+
+
+@pytest.mark.parametrize("options", [{}, {"check": "sum"}, {"fallback": "loop", "layers": "all"}], ids=str)
+@pytest.mark.parametrize("make", [SpectralNorm, Remembering])
+def test_buffers_are_left_as_they_were(make, options):
+    torch.manual_seed(0)
+    model, x = make().train(), torch.randn(B, 6)
+    before = snapshot(model)
+    gradext.batch_layer_grads(model, x, loss="mse", **options)
+    assert_unchanged(before, snapshot(model))
+
+
+def test_what_is_put_back_was_a_layer_s_input():
+    torch.manual_seed(0)
+    model, x = Remembering().train(), torch.randn(B, 6)
+    grads = gradext.batch_layer_grads(model, x, loss="mse")
+    factors = gradext.batch_layer_factors(model, x, loss="mse")
+    delta = 2 * (model(x) - x)
+    expected = delta.unsqueeze(2) * model.memory.unsqueeze(1)
+    assert_close(grads["layer.weight"], expected, 1e-6)
+    assert_close(factors["layer"].materialize(), expected, 1e-6)
+
+
 def test_threads_do_not_disturb_each_other():
     model, x = build("attention")
     expected = gradext.batch_layer_grads(model, x, loss="mse")
