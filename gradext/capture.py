@@ -48,7 +48,7 @@ from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors
 from .layers import Chosen
 from .losses import Root
-from .uses import Form, Use, names_of, select, without
+from .uses import Form, Use, memory_of, names_of, select, without
 
 # Functions whose result is the same weight in another form: transposed, or of another type or layout.
 _TRANSPOSES = {Tensor.t, torch.t, *(getattr(Tensor, name).__get__ for name in ("T", "mT"))}
@@ -380,9 +380,7 @@ def _captured(
         _SHARED_ROWS.set(None)  # a call inside the model has rows of its own
         changing = _changing({"": model, **chosen.modules})
         loans.keep(changing)
-        lent = {
-            b.untyped_storage().data_ptr() for module in changing for b in module._buffers.values() if b is not None
-        }
+        lent = memory_of(b for module in changing for b in module._buffers.values() if b is not None)
         args, kwargs = as_constant(args), as_constant(kwargs)
         output = _forward(mode, model, args, kwargs, chosen)
         modes = Afterwards(function_modes())
@@ -408,8 +406,7 @@ def _captured(
             _readable.setdefault(model, {}).setdefault(_kind(model, chosen), readable)
         # What is put back below may have been a layer's input.
         uses = [
-            use._replace(input=use.input.clone()) if use.input.untyped_storage().data_ptr() in lent else use
-            for use in uses
+            use._replace(input=use.input.clone()) if lent and memory_of([use.input]) & lent else use for use in uses
         ]
         return Captured(uses, missing, batch)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,9 +102,18 @@ class GradFactors:
 
     def __getitem__(self, index: Any) -> GradFactors:
         """The factors of some samples: an integer (kept as a batch of one), a slice, a mask or a list of indices."""
-        if isinstance(index, int):
-            index = [index]
-        return self._map(lambda factor: factor[index])
+        if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.ndim == 0):
+            index = [operator.index(index)]
+
+        def rows(factor: Tensor) -> Tensor:
+            found = factor[index]
+            if found.ndim != factor.ndim:  # positions would pass for samples
+                raise IndexError(
+                    f"index: expected an integer, a slice, a mask or a list of indices, of samples, but got {index!r}"
+                )
+            return found
+
+        return self._map(rows)
 
     def to(self, *args: Any, **kwargs: Any) -> GradFactors:
         """As `Tensor.to`, for both factors."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from . import functional, ops
@@ -15,9 +16,9 @@ from .borrowing import left_as_found
 from .capture import as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
-from .layers import LayerChoice, choose
+from .layers import LayerChoice, choose, walk
 from .losses import PerSampleLoss, Root, backward_root, loss_values, resolve
-from .uses import Use
+from .uses import Use, memory_of
 
 
 def batch_layer_grads(
@@ -134,12 +135,18 @@ def batch_layer_factors(
     torch.Size([5])
     """
     found, _ = _gradients(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
-    # Factors outlive the call, and the first layer's input can be the caller's tensor, which may be overwritten.
-    args, kwargs = as_call(x)
-    given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+    # Factors outlive the call, and a layer's input can be the caller's tensor, or a view of what the model learns or
+    # remembers: all of these may be overwritten.
+    inputs = [x] if isinstance(x, Tensor) else pytree.tree_leaves(as_call(x))
+    modules = walk(model).values()
+    lasting = memory_of(
+        t
+        for t in (*inputs, *(t for m in modules for t in (*m._parameters.values(), *m._buffers.values())))
+        if isinstance(t, Tensor)
+    )
 
     def own(factor: Tensor) -> Tensor:
-        return factor.clone() if factor.untyped_storage().data_ptr() in given else factor
+        return factor.clone() if memory_of([factor]) & lasting else factor
 
     result = LayerFactors()
     for name, gradient in found.items():

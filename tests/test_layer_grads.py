@@ -611,6 +611,50 @@ def test_factors_do_not_change_with_the_callers_buffers():
     assert torch.equal(factors["encoder"].materialize(), expected["encoder.weight"])
 
 
+class Queries(nn.Module):
+    """Learned vectors, a constant one and an input inside a dict, each as a layer's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 6))
+        self.register_buffer("constant", torch.randn(6))
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, others):
+        return self.a(self.query.expand(len(x), -1)) + self.b(self.constant.expand(len(x), -1)) * self.c(others["y"])
+
+
+def test_factors_do_not_change_with_the_model_nor_with_nested_inputs():
+    torch.manual_seed(0)
+    model, x = Queries().double(), (torch.rand(B, 6).double(), {"y": torch.rand(B, 6).double()})
+    expected = gradext.batch_layer_grads(model, x, loss="mse")
+    factors = gradext.batch_layer_factors(model, x, loss="mse")
+    with torch.no_grad():
+        for tensor in (model.query, model.constant, x[1]["y"]):
+            tensor.zero_()
+    for name in "abc":
+        assert_close(factors[name].materialize(), expected[f"{name}.weight"], 1e-12)
+
+
+def test_every_result_has_memory_of_its_own():
+    class Sum(nn.Module):  # whose layers get one delta, of one number
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model, x = Sum(), torch.rand(B, 6)
+    for loss in (lambda output, target: output.sum(1)), (lambda output, target: output.square().sum(1)):
+        for _ in range(2):  # watched, and read
+            grads = gradext.batch_layer_grads(model, x, loss=loss, include_bias=True)
+            expected = {name: value.clone() for name, value in grads.items()}
+            for name, value in grads.items():
+                value.mul_(2)
+                assert torch.equal(value, 2 * expected[name])
+
+
 @pytest.mark.parametrize("name", ["autoencoder", "in place 3-D", "in place 4-D", "tied: twice", "attention"])
 def test_an_empty_batch_gives_empty_gradients(name):
     model, x = build(name, batch=0)

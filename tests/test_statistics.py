@@ -1,4 +1,5 @@
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -88,6 +89,8 @@ def test_state_survives_a_file(batches, tmp_path):
     restored = GradStatistics(kron_fisher=True).load_state_dict(torch.load(tmp_path / "state.pt"))
     assert_same(restored, statistics)
     assert_same(restored.partial_fit(factors(data)), statistics.partial_fit(factors(data)))
+    state = safetensors.torch.load(safetensors.torch.save(statistics.state_dict()))  # in an order of its own
+    assert_same(GradStatistics(kron_fisher=True).load_state_dict(state), statistics)
     with pytest.raises(ValueError, match="state: expected"):
         GradStatistics().load_state_dict(statistics.state_dict())
 

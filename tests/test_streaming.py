@@ -86,6 +86,21 @@ def test_memory_is_reused_between_chunks():
     assert len(pointers) == 1
 
 
+def test_biases_of_layers_that_are_added_up():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 3), nn.Linear(20, 3)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model, data = Sum(), torch.rand(20, 20)
+    for loss in squared, lambda output, target: output.sum(1):
+        chunks = list(gradext.iter_layer_grads(model, data.split(5), loss=loss, include_bias=True))
+        assert [chunk["b.bias"].shape for chunk in chunks] == [(5, 3)] * 4
+
+
 def test_wrong_arguments_are_refused():
     model, data = network(), [torch.rand(4, 20, dtype=torch.float64)]
     with pytest.raises(ValueError, match=r"memory_budget: one sample needs about [\d,]+ bytes, more than.* 1,000;"):
