@@ -71,7 +71,8 @@ _MIXING = (
     "{} normalises with the statistics of the batch, so that the samples mix and per-sample gradients do not exist; "
     "call model.eval(), or use GroupNorm"
 )
-# Of each model, the arrangements of uses whose rows have been proved to be the samples'.
+# Of each model, by training or not: what its modules were, and the arrangements of uses whose rows have been proved to
+# be the samples'.
 _proved = WeakIdKeyDictionary()
 # Of each model, by (training or not, pick, names of the chosen parameters), whether its graph has been found readable.
 _readable = WeakIdKeyDictionary()
@@ -159,15 +160,20 @@ class _Capture(TorchFunctionMode):
             if forms is not None:
                 result = func(*new_args, **new_kwargs)
                 for part, form in zip(result if isinstance(result, (tuple, list)) else [result], forms, strict=True):
-                    self.known[id(part)] = _Known(part, form, part)
+                    if part.is_floating_point() or part.is_complex():  # integers have no derivative
+                        self.known[id(part)] = _Known(part, form, part)
                 return result
         if all(form.name in self.unruled for _, form in used) and not self.opaque:
             return func(*new_args, **new_kwargs)
         # A chosen parameter in a function without a rule. Autograd itself says whether it counts: zeros_like() and
         # the like give results that do not depend on it differentiably.
         names = [form.name for _, form in used]
-        result = func(*self._replace(args, used, probe=True), **self._replace_values(kwargs, used, probe=True))
-        if _requires_grad(result) and not self.opaque:
+        try:
+            result = func(*self._replace(args, used, probe=True), **self._replace_values(kwargs, used, probe=True))
+            counts = _requires_grad(result)
+        except RuntimeError:  # in-place functions take no leaf that requires grad, and change another form of a weight
+            result, counts = func(*new_args, **new_kwargs), True
+        if counts and not self.opaque:
             self.unruled |= dict.fromkeys(names, getattr(func, "__qualname__", None) or str(func))
         return result
 
@@ -398,7 +404,7 @@ def _captured(
             if not _layouts(record, batch):
                 missing |= dict.fromkeys(names_of(record), _no_batch(record, batch))
         records = without(records, missing)
-        proved = _proved.setdefault(model, {}).setdefault(model.training, set())
+        proved = _proved_so_far(model, chosen)
         uses = _uses(mode, root, nodes, records, shared, check_samples, create_graph, proved) if records else []
         if records and batch and root.edge and not (missing or create_graph):
             known = all(isinstance(layer, reading.LAYERS) for layer in chosen.layers.values())
@@ -560,6 +566,16 @@ def _no_batch(record: _Record, batch: int) -> CaptureError:
         f"{tuple(record.input.shape)}; per-sample gradients need the batch among the layer's leading dimensions; "
         'leave this layer out with layers=, or pass fallback="vmap"'
     )
+
+
+def _proved_so_far(model: nn.Module, chosen: Chosen) -> set[tuple]:
+    """The arrangements proved of the model as it is; other layers, modes and hooks may come to mix samples."""
+    modules = (model, *chosen.modules.values())
+    kinds = [(type(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in modules]
+    former, proved = _proved.setdefault(model, {}).get(model.training, (None, set()))
+    if former != kinds:
+        _proved[model][model.training] = kinds, (proved := set())
+    return proved
 
 
 def _uses(

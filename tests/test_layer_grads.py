@@ -1074,6 +1074,7 @@ ODD_USES = {
     "weight first": lambda m, x: (m.a.weight @ x.t()).t(),
     "bilinear": lambda m, x: F.bilinear(x, x, m.a.weight.expand(6, 6, 6)),
     "addmm": lambda m, x: torch.addmm(x, x, m.a.weight),
+    "in place": lambda m, x: F.linear(x.float(), m.a.weight.float().mul_(2)).double(),
     "weight of weight": lambda m, x: x @ (m.a.weight @ m.a.weight),
     "in containers": lambda m, x: x @ torch.block_diag(*m.hidden[0]),
     "custom function": lambda m, x: Custom.apply(x, m.a.weight),
@@ -1108,6 +1109,7 @@ def test_a_use_without_an_exact_rule_is_refused(use, create_graph):
 CONSTANT_USES = {
     "detached": lambda m, x: x * m.a.weight.detach().sum(),
     "data": lambda m, x: F.linear(x, m.a.weight.data),
+    "rounded": lambda m, x: F.linear(x, m.a.weight.to(torch.int32).to(x.dtype)),
     "copied": lambda m, x: copy.deepcopy(m.a)(x),
     "shape": lambda m, x: x * m.a.weight.shape[0] / m.a.weight.size(1),
     "zeros_like": lambda m, x: x + torch.zeros_like(m.a.weight).sum(),

@@ -630,6 +630,34 @@ def test_a_model_that_comes_to_mix_samples_is_found_on_request():
         gradext.batch_layer_grads(model, x.unsqueeze(1).expand(B, B, 6), loss=squared)
 
 
+class Centred(nn.Module):
+    """Of the batch in training mode: a mixing layer."""
+
+    def forward(self, x):
+        return x - x.mean(0) if self.training else x
+
+
+@pytest.mark.parametrize("change", ["another layer", "mode", "hook", "hook before"])
+def test_what_a_changed_model_does_is_proved_again(change):
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: m.b(m.mix(m.a(x)).sin()), a=nn.Linear(6, 5), mix=Centred(), b=nn.Linear(5, 4)).eval()
+    x = torch.randn(B, 6)
+    if change == "another layer":
+        model.mix = nn.Identity()
+    gradext.batch_layer_grads(model, x, loss=squared)
+    if change == "another layer":
+        model.mix = Centred().train()
+    elif change == "mode":
+        model.mix.train()
+    elif change == "hook":
+        model.mix.register_forward_hook(lambda module, args, output: output - output.mean(0))
+    else:
+        model.mix.register_forward_pre_hook(lambda module, args: args[0] - args[0].mean(0))
+    for _ in range(2):
+        with pytest.raises(gradext.CaptureError, match=MIXED):
+            gradext.batch_layer_grads(model, x, loss=squared)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_sample_that_is_not_finite_does_not_look_like_mixing(value, loop):
     torch.manual_seed(0)
