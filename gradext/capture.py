@@ -674,7 +674,8 @@ def _proved_layouts(
     """For each record the layouts by which a sample's deltas, and no others, weigh what its loss weighs."""
     batch = gradient.shape[0]
     # All different for up to eight samples, and in no order that a model might have.
-    levels = (torch.randperm(batch, generator=torch.Generator().manual_seed(batch)) % 8).to(gradient.device)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch), device="cpu")
+    levels = (order % 8).to(gradient.device)
     # One backward from losses that weigh nothing, or a power of two, by which even rounding errors are multiplied
     # exactly; or, where a hook changes gradients in proportion to nothing (clips them), one for each bit of the level.
     for ways in [torch.where(levels == 0, 0, 0.5**levels)], [levels >> bit & 1 for bit in range(3)]:

@@ -123,7 +123,7 @@ class GradStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything gathered as tensors by name, as safetensors and `torch.save` take them."""
-        state = {"count": torch.tensor(self.count)}
+        state = {"count": torch.tensor(self.count, device="cpu")}
         for name, kinds in self._sums.items():
             for kind, parts in kinds.items():
                 state |= {f"{kind}.{k}.{name}": part for k, part in enumerate(parts)}

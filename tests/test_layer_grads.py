@@ -1297,6 +1297,18 @@ def test_other_function_modes_still_see_the_model():
     assert count.calls == 4
 
 
+def test_another_default_device_changes_nothing():
+    model, x = build("autoencoder")
+    for options in {}, {"check": "sample"}, {"check": "sum"}, {"fallback": "loop"}:
+        expected = gradext.batch_layer_grads(model, x, **options)
+        with torch.device("meta"):
+            grads = gradext.batch_layer_grads(model, x, **options)
+            state = gradext.GradStatistics().partial_fit(gradext.batch_layer_factors(model, x)).state_dict()
+        for name, value in expected.items():
+            assert_close(grads[name], value, 1e-12)
+        assert state["count"].item() == B
+
+
 def test_the_walk_is_that_of_named_modules():
     shared = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     model = nn.ModuleDict(
