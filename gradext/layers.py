@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -173,7 +174,8 @@ class EmbeddingRule:
 
         def gradient(role, index, delta):
             delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
-            return EmbeddingFactors(index.reshape(index.shape[0], -1), delta.reshape(*_counted(delta, index)), rows)
+            B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
+            return EmbeddingFactors(index.reshape(B, T), delta.reshape(B, T, delta.shape[-1]), rows)
 
         def run(weight):
             return F.embedding(input, weight, padding_idx)
@@ -251,10 +253,6 @@ def _sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[B, ..., *shape] -> [B, *shape], summed over what lies between."""
     inner = x.ndim - len(shape) - 1
     return x if inner == 0 else x.flatten(1, inner).sum(1)
-
-
-def _counted(delta: Tensor, index: Tensor) -> tuple[int, int, int]:
-    return index.shape[0], index[0].numel() if index.shape[0] else 0, delta.shape[-1]
 
 
 def _each(value, dimensions: int) -> tuple[int, ...]:

@@ -469,6 +469,24 @@ def test_factors_stand_for_the_same_gradients(name, loop):
         assert_close(type(f).cat([f[:1], f[1:]]).norm(), flat.norm(dim=1))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_empty_batch(name):
+    model, x = make(name)
+    empty = torch.utils._pytree.tree_map(lambda value: value[:0], x)
+    args, kwargs = gradext.layer_grads.as_call(empty)
+    try:
+        model(*args, **kwargs)
+    except (RuntimeError, IndexError) as error:
+        pytest.skip(f"the model itself takes no empty batch: {error}")
+    grads = gradext.batch_layer_grads(model, empty, loss=squared, layers="all", include_bias=True)
+    assert {key: tuple(g.shape) for key, g in grads.items()} == {k: (0, *p.shape) for k, p in model.named_parameters()}
+    factors = gradext.batch_layer_factors(model, empty, loss=squared, layers="all", include_bias=True)
+    assert factors.norm().shape == (0,)
+    assert factors.gram().shape == (0, 0)
+    for key, total in factors.sum().items():
+        assert not total.any(), key
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
