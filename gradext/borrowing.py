@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -95,7 +96,7 @@ def function_modes() -> Callable[[], None]:
 
 
 class _Loan(NamedTuple):
-    held: object  # so that nothing else gets its id: a tensor, or a module's dict of buffers
+    held: object  # so that nothing else gets its id: a tensor, a module's dict of buffers, `parametrize`
     put_back: Callable[[], object]
     calls: set[int]  # that need it changed
 
@@ -131,10 +132,19 @@ class Loans:
         """Whatever is written into their buffers, or put in their place as they are updated, is undone in the end."""
         with _lock:
             for buffers in (module._buffers for module in modules):
-                self._take(buffers, functools.partial(_put_back_buffers, buffers, dict(buffers)))
+                if isinstance(buffers, dict):  # a scripted module's lie elsewhere
+                    self._take(buffers, functools.partial(_put_back_buffers, buffers, dict(buffers)))
                 for buffer in buffers.values():
                     if buffer is not None:
                         self._take(buffer, _nothing if id(buffer) in _loans else _Former(buffer))
+
+    def compute_parametrizations(self) -> None:
+        """Use no weights that `torch.nn.utils.parametrize.cached` keeps, and leave none there that aliases gave."""
+        with _lock:
+            if parametrize._cache_enabled or id(parametrize) in _loans:
+                enabled = parametrize._cache_enabled
+                self._take(parametrize, functools.partial(setattr, parametrize, "_cache_enabled", enabled))
+                parametrize._cache_enabled = 0
 
     def _take(self, held: object, put_back: Callable[[], object]) -> None:
         self.taken.append(held)
@@ -196,8 +206,15 @@ def left_as_found(function: Callable[Parameters, Result]) -> Callable[Parameters
 
     @functools.wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        end = Afterwards(torch_state())
+        state, loans = torch_state(), Loans()
+
+        def put_back() -> None:
+            state()
+            loans.put_back()
+
+        end = Afterwards(put_back)
         with end, end:
+            loans.compute_parametrizations()
             return undisturbed(lambda: function(*args, **kwargs))
 
     return call

@@ -289,7 +289,7 @@ def _forms(func, args, kwargs, form: Form) -> list[Form] | None:
 
 def _is_ordinary(input: Tensor) -> bool:
     """Whether the rules' products, of dense real numbers, hold for it."""
-    return input.layout is torch.strided and not input.is_complex()
+    return input.layout is torch.strided and not (input.is_complex() or input.is_nested)
 
 
 def _requires_grad(value) -> bool:

@@ -85,7 +85,9 @@ def uses(
     Arguments otherwise as those of `gradext.batch_layer_grads`; raises as the losses do.
     """
     chain = _chain(model)
-    if chain is None or x.ndim < 2 or not len(x) or (loss == "auto" and _ends_behind_a_sigmoid(chain)):
+    if chain is None or x.layout is not torch.strided or x.is_nested or x.ndim < 2 or not len(x):
+        return None
+    if loss == "auto" and _ends_behind_a_sigmoid(chain):
         return None
     with torch.no_grad():
         values = [x]

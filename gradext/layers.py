@@ -425,10 +425,10 @@ def _contents(model: nn.Module) -> list:
             continue
         seen.add(id(module))
         if module._parameters:
-            contents += module._parameters
+            contents += module._parameters.keys()  # of scripted modules, these are no dicts
             contents += map(id, module._parameters.values())
         if module._modules:
-            contents += module._modules
+            contents += module._modules.keys()
             stack += module._modules.values()
     return contents
 

@@ -218,6 +218,15 @@ def test_the_caller_s_input_is_left_alone(routes):
     torch.testing.assert_close(factors["1"].activation, before.relu(), rtol=0, atol=0)
 
 
+def test_sparse_inputs_are_refused_or_fall_back(loop):
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)).double(), torch.eye(B, 6).double()
+    expected = loop(model, x, x, gradext.losses.mse)
+    with pytest.raises(gradext.UnsupportedLayerError, match=r"0\.weight is used by linear"):
+        gradext.batch_layer_grads(model, x.to_sparse(), target=x, loss="mse")
+    later = gradext.batch_layer_grads(model, x.to_sparse(), target=x, loss="mse", layers="2")
+    assert_same(later, {"2.weight": expected["2.weight"]})
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
