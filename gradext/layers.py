@@ -111,12 +111,12 @@ class ConvRule:
         if input.ndim != dimensions + 2:  # one image without a batch dimension
             return None
         kernel = tuple(weight.shape[2:])
-        stride, dilation = _each(stride, dimensions), _each(dilation, dimensions)
+        stride, dilation = per_dimension(stride, dimensions), per_dimension(dilation, dimensions)
         if padding == "same":
             extra = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             pads = tuple((n // 2, n - n // 2) for n in extra)
         else:
-            pads = tuple((n, n) for n in _each(0 if padding == "valid" else padding, dimensions))
+            pads = tuple((n, n) for n in per_dimension(0 if padding == "valid" else padding, dimensions))
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, **others}
         gradient = ConvRule.gradient(weight.shape, stride, pads, dilation, groups, transposed)
         return Call(input, parameters, lambda **given: func(input, **given, **options), 1, gradient)
@@ -255,7 +255,7 @@ def _sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if inner == 0 else x.flatten(1, inner).sum(1)
 
 
-def _each(value, dimensions: int) -> tuple[int, ...]:
+def per_dimension(value, dimensions: int) -> tuple[int, ...]:
     value = (value,) if isinstance(value, int) else tuple(value)
     return value * dimensions if len(value) == 1 else value
 

@@ -272,6 +272,16 @@ def test_readable(name, loop, routes):
     assert routes == ["watched", "read"]
 
 
+@pytest.mark.parametrize("padding", ["valid", "same", 1, (0, 1)])
+def test_one_image_is_read(padding, loop, routes):
+    torch.manual_seed(0)
+    model, x = Plain(nn.Conv2d(2, 3, (3, 3), padding=padding)).double(), torch.rand(1, 2, 5, 6, dtype=torch.float64)
+    expected = loop(model, x, x, squared)
+    for _ in range(2):
+        assert_same(gradext.batch_layer_grads(model, x, loss=squared, include_bias=True), expected)
+    assert routes == ["watched", "read"]
+
+
 def test_residual_connections(loop, routes):
     class Residual(nn.Module):
         def __init__(self):
