@@ -127,9 +127,14 @@ def test_several_references_at_once(batches):
         torch.testing.assert_close(layers.cosine(references)[:, k], layers.cosine(one))
         for name, f in layers.items():
             torch.testing.assert_close(f.cosine(references[name])[:, k], f.cosine(one[name]))
-    mixed = references | {"3": references["3"][0]}
-    with pytest.raises(ValueError, match="one reference for every layer, or K for every layer"):
-        layers.cosine(mixed)
+    whole = factors(data[:5])  # as many samples as references, which adding up would not tell apart
+    for wrong in references["3"][0], references["3"][:1]:
+        for method in layers.cosine, layers.dot, whole.dot:
+            with pytest.raises(ValueError, match="one reference for every layer, or K for every layer"):
+                method(references | {"3": wrong})
+    for method in layers.cosine, layers.dot:
+        with pytest.raises(ValueError, match="reference: expected the layers"):
+            method({"3": references["3"]})
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
