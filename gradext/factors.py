@@ -187,7 +187,7 @@ class GradFactors:
         """[..., O, I] in the parameter's shape."""
         if self.weight_shape is None:
             return matrices
-        return matrices.reshape(*matrices.shape[:-2], *self.weight_shape)
+        return matrices.reshape((*matrices.shape[:-2], *self.weight_shape))  # which may be ()
 
     def _blocks(self) -> Iterable[Tensor]:
         """The gradients [b, O, I] in blocks of samples of a few MB, for what has no cheaper form."""

@@ -292,9 +292,8 @@ def _check_sums(found: dict[str, GradFactors | Tensor], expected: dict[str, Tens
     """Refuse gradients whose sum over the samples is not the gradient of the sum."""
     sums: dict[str, tuple[Tensor, Tensor, float]] = {}  # the sum, autograd's, and what both are measured by
     for name, gradient in found.items():
-        gradient = gradient if isinstance(gradient, Tensor) else gradient.compact()
-        total = gradient.sum(0) if isinstance(gradient, Tensor) else gradient.sum()
-        norms = gradient.flatten(1).norm(dim=1) if isinstance(gradient, Tensor) else gradient.norm()
+        factors = GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
+        total, norms = factors.sum(), factors.norm()
         batch = torch.zeros_like(total) if (given := expected[name]) is None else given.to_dense()
         batch = batch.reshape(total.shape).to(total.dtype)
         sums[name] = total, batch, torch.maximum(norms.sum(), batch.norm()).item()

@@ -402,7 +402,7 @@ def choose(model: nn.Module, layers: LayerChoice, include_bias: bool = False, an
     """What `choose_layers` finds, with the parameters that are meant. Raises as that."""
     asked = tuple(layers) if type(layers) is list else layers
     named = all(type(item) is str for item in asked) if type(asked) is tuple else asked is None or type(asked) is str
-    if not named:
+    if not named or hasattr(type(model), "decoder"):  # a property may give another one each time
         return _chosen(model, layers, include_bias, any_type)
     present, key = _contents(model), (asked, include_bias, any_type)
     former, chosen = _choices.setdefault(model, {}).get(key, (None, None))

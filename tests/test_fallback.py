@@ -260,6 +260,35 @@ def test_a_registered_layer_called_twice(rule, loop):
         assert_close(value, expected[name])
 
 
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5))  # of no dimension
+
+    def forward(self, x):
+        return x * self.gain
+
+
+@pytest.mark.parametrize("fallback", [None, "vmap", "loop"])
+def test_a_parameter_of_one_number(fallback, loop):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), Gain()).double(), torch.rand(B, 5).double()
+    expected = loop(model, x, x, squared)
+    if fallback is None:
+        gradext.register_layer(Gain)(lambda layer, input, delta: {"gain": (input * delta).sum(1)})
+    try:
+        options = {"layers": "all", "fallback": fallback, "check": "sum"}
+        grads = gradext.batch_layer_grads(model, x, loss=squared, **options)
+        factors = gradext.batch_layer_factors(model, x, loss=squared, **options)["1.gain"]
+    finally:
+        gradext.layers._registered.pop(Gain, None)
+    for gradient in grads["1.gain"], factors.materialize():
+        assert_close(gradient, expected["1.gain"])
+    assert_close(factors.norm(), expected["1.gain"].abs())
+    assert_close(factors.sum(), expected["1.gain"].sum())
+    assert_close(factors.diag_fisher(), expected["1.gain"].square().mean())
+
+
 def test_rules_that_give_something_else_are_refused(rule):
     model, x = Scale(6), torch.rand(B, 6)
     for wrong in {}, {"scale": torch.zeros(B, 5)}, None, {"scale": GradFactors(torch.zeros(B, 2), torch.zeros(B, 3))}:

@@ -396,6 +396,24 @@ def test_a_changed_model_is_chosen_from_anew():
     assert set(gradext.batch_layer_grads(model, x)) == {"3.weight"}
 
 
+def test_a_decoder_that_is_a_property_is_asked_for_anew():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoders, self.current = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), 0
+
+        @property
+        def decoder(self):
+            return self.decoders[self.current]
+
+        def forward(self, x):
+            return self.decoders[1](self.decoders[0](x))
+
+    model, x = Several(), torch.rand(B, 6)
+    for model.current in 0, 1, 0:
+        assert set(gradext.batch_layer_grads(model, x)) == {f"decoders.{model.current}.weight"}
+
+
 def test_models_can_go():
     model = nn.Sequential(nn.Linear(6, 6))
     outer = Plain(model)
