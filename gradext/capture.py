@@ -329,6 +329,7 @@ def capture(
     a way for which there is no rule, that never ran, or whose input was overwritten, is missing in the result. Raises
     CaptureError where samples mix. An interrupt can leave torch's state changed: the caller puts it back.
     """
+    untouched = Untouched((*args, *kwargs.values()))
     if not (check_samples or create_graph) and _is_undisturbed(chosen):
         forms = {id(chosen.parameters[name]): Form(name, chosen.parameters[name].shape) for name in chosen.owners}
         if named_loss is not None and type(model) is nn.Sequential and len(args) == 1 and not kwargs:
@@ -340,6 +341,7 @@ def capture(
             captured = _read(model, args, kwargs, objective, forms, chosen)
             if captured is not None:
                 return captured
+            untouched.check()
     hidden: dict[str, CaptureError] = {}
     while True:
         try:
@@ -351,6 +353,7 @@ def capture(
             if error.names <= hidden.keys():
                 raise
             hidden |= dict.fromkeys(error.names, error)
+            untouched.check()
 
 
 def _captured(
@@ -848,6 +851,22 @@ def _checked_gradient(layer: str, module: nn.Module, role: str, gradients, rows:
 def _refuse_batch_statistics(input, mean, var, weight=None, bias=None, training=False, *args, **kwargs) -> None:
     if training:
         raise CaptureError(_MIXING.format("F.batch_norm with training=True"))
+
+
+class Untouched:
+    """Whether a model has left its inputs as they were."""
+
+    def __init__(self, inputs: Iterable[object]) -> None:
+        tensors = [value for value in inputs if isinstance(value, Tensor) and not value.is_inference()]
+        self.versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def check(self, instead: str = "") -> None:
+        """Raise CaptureError where they are needed again, and are other numbers now."""
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise CaptureError(
+                "x: the model overwrites its input in place, which is needed once more as it was; make that operation "
+                f"out of place{instead and ', or '}{instead}"
+            )
 
 
 def as_constant(value):

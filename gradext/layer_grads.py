@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .borrowing import left_as_found
-from .capture import as_constant, capture
+from .capture import Untouched, as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
 from .layers import LayerChoice, choose, walk
@@ -184,10 +184,13 @@ def _gradients(
     _check_device(parameters, tensors[0])
     if target is None:
         target = tensors[0]
+    untouched = Untouched(tensors)
 
     resolved: dict[str, str] = {}
 
     def objective(output: Any) -> Root:
+        if any(target is tensor for tensor in tensors):
+            untouched.check("pass a target= of its own")
         output = _first(output, loss)
         if not callable(loss) and (fallback or check == "sum"):
             resolved["loss"] = resolve(loss, output, target)
@@ -223,6 +226,7 @@ def _gradients(
     def total(output: Any, target: Any) -> Tensor:
         return loss_values(resolved.get("loss", loss), _first(output, loss), target).sum()
 
+    untouched.check('leave out fallback= and check="sum", which run it again')
     wrapped = "" if runs is model else "module."
     inner = {name.removeprefix(wrapped): parameter for name, parameter in parameters.items()}
     problem = functional.Problem(runs, args, kwargs, target, total, inner)

@@ -922,6 +922,29 @@ def test_losses_of_the_wrong_shape_are_refused(loss, message):
         gradext.batch_layer_grads(model, x, loss=loss)
 
 
+class Doubling(nn.Module):
+    """Overwrites its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Bilinear(6, 6, 6)
+
+    def forward(self, x):
+        return self.b(self.a(x.mul_(2)), x)
+
+
+def test_an_input_that_the_model_overwrites_is_used_once(loop):
+    torch.manual_seed(0)
+    model, x = Doubling().double(), torch.rand(B, 6).double()
+    expected = loop(model, x, x, squared)
+    for _ in range(2):
+        grads = gradext.batch_layer_grads(model, x.clone(), loss=squared, target=x, layers="a")
+        assert_close(grads["a.weight"], expected["a.weight"], 1e-12)
+        for options in {}, {"target": x, "fallback": "loop", "layers": "all"}, {"target": x, "check": "sum"}:
+            with pytest.raises(CaptureError, match="x: the model overwrites its input in place, which is needed once"):
+                gradext.batch_layer_grads(model, x.clone(), loss=squared, **options)
+
+
 def test_a_layer_that_never_ran_is_named():
     model, x = build("residual")
     model.spare = nn.Linear(6, 6).double()
