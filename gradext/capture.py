@@ -71,8 +71,8 @@ _MIXING = (
     "{} normalises with the statistics of the batch, so that the samples mix and per-sample gradients do not exist; "
     "call model.eval(), or use GroupNorm"
 )
-# Of each model, by training or not: what its modules were, and the arrangements of uses whose rows have been proved to
-# be the samples'.
+# Of each model, by training or not: what its modules were, and for each loss the arrangements of uses whose rows have
+# been proved to be the samples'.
 _proved = WeakIdKeyDictionary()
 # Of each model, by (training or not, pick, names of the chosen parameters), whether its graph has been found readable.
 _readable = WeakIdKeyDictionary()
@@ -318,14 +318,16 @@ def capture(
     objective: Callable[[object], Root],
     chosen: Chosen,
     *,
+    loss: object = None,
     named_loss: tuple[str, Tensor] | None = None,
     check_samples: bool = False,
     create_graph: bool = False,
 ) -> Captured:
     """Run ``model(*args, **kwargs)`` and find every use of the chosen parameters.
 
-    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``named_loss`` are the
-    loss and the target of an objective that is one of `losses`' own and uses no parameter. A parameter that is used in
+    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``loss`` tells one that
+    does otherwise from it; ``named_loss`` are the loss and the target of an objective that is one of `losses`' own and
+    uses no parameter. A parameter that is used in
     a way for which there is no rule, that never ran, or whose input was overwritten, is missing in the result. Raises
     CaptureError where samples mix. An interrupt can leave torch's state changed: the caller puts it back.
     """
@@ -333,8 +335,7 @@ def capture(
     if not (check_samples or create_graph) and _is_undisturbed(chosen):
         forms = {id(chosen.parameters[name]): Form(name, chosen.parameters[name].shape) for name in chosen.owners}
         if named_loss is not None and type(model) is nn.Sequential and len(args) == 1 and not kwargs:
-            loss, target = named_loss
-            uses = closed_form.uses(model, as_constant(args[0]), loss, target, forms, chosen)
+            uses = closed_form.uses(model, as_constant(args[0]), *named_loss, forms, chosen)
             if uses:
                 return Captured(uses, {}, len(args[0]))
         if _may_be_read(model, (*args, *kwargs.values()), chosen):
@@ -346,7 +347,7 @@ def capture(
     while True:
         try:
             captured = _captured(
-                model, args, kwargs, objective, chosen.without(hidden), named_loss, check_samples, create_graph
+                model, args, kwargs, objective, chosen.without(hidden), loss, named_loss, check_samples, create_graph
             )
             return captured._replace(missing=captured.missing | hidden)
         except _HiddenError as error:
@@ -362,6 +363,7 @@ def _captured(
     kwargs: dict,
     objective: Callable[[object], Root],
     chosen: Chosen,
+    loss: object,
     named_loss: tuple[str, Tensor] | None,
     check_samples: bool,
     create_graph: bool,
@@ -407,7 +409,7 @@ def _captured(
             if not _layouts(record, batch):
                 missing |= dict.fromkeys(names_of(record), _no_batch(record, batch))
         records = without(records, missing)
-        proved = _proved_so_far(model, chosen)
+        proved = _proved_so_far(model, chosen, loss)
         uses = _uses(mode, root, nodes, records, shared, check_samples, create_graph, proved) if records else []
         if records and batch and root.edge and not (missing or create_graph):
             known = all(isinstance(layer, reading.LAYERS) for layer in chosen.layers.values())
@@ -571,14 +573,14 @@ def _no_batch(record: _Record, batch: int) -> CaptureError:
     )
 
 
-def _proved_so_far(model: nn.Module, chosen: Chosen) -> set[tuple]:
-    """The arrangements proved of the model as it is; other layers, modes and hooks may come to mix samples."""
+def _proved_so_far(model: nn.Module, chosen: Chosen, loss: object) -> set[tuple]:
+    """The arrangements proved of the model as it is; other layers, modes, hooks and losses may come to mix samples."""
     modules = (model, *chosen.modules.values())
     kinds = [(type(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in modules]
-    former, proved = _proved.setdefault(model, {}).get(model.training, (None, set()))
+    former, proved = _proved.setdefault(model, {}).get(model.training, (None, {}))
     if former != kinds:
-        _proved[model][model.training] = kinds, (proved := set())
-    return proved
+        _proved[model][model.training] = kinds, (proved := {})
+    return proved.setdefault(loss, set())
 
 
 def _uses(

@@ -113,7 +113,7 @@ class Problem:
             former.append(exchange.thread)
             exchange.begin()
             owned += [(m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items()]
-            updated = {}  # copies of buffers for the model to write into, of each sample
+            updated: dict[str, Tensor] = {}  # copies of buffers for the model to write into, of each sample
             for prefix, module in self._changing().items():
                 owned += [(module._buffers, name, b) for name, b in module._buffers.items()]
                 updated |= {f"{prefix}{name}": b.clone() for name, b in module._buffers.items() if b is not None}

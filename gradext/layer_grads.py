@@ -64,7 +64,7 @@ def batch_layer_grads(
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
         check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
             input, at the price of a second backward. That is always done where the shapes cannot tell samples from
-            positions, and in the first call of a model with each new arrangement of shapes; ask for it where the data
+            positions, and in the first call of a model with each loss and arrangement of shapes; ask for it where the data
             decide what a model does with its rows. ``"sum"`` raises it where Σ_b of a parameter's gradients is not
             what autograd gives for the summed losses, at the price of a whole forward and backward.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
@@ -206,6 +206,7 @@ def _gradients(
         kwargs,
         objective,
         chosen,
+        loss=_code(loss),
         named_loss=None if callable(loss) or fallback or check else (loss, target),
         check_samples=check == "sample",
         create_graph=create_graph,
@@ -246,6 +247,13 @@ def as_call(x: Any) -> tuple[tuple, dict]:
     if isinstance(x, Mapping):
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
+
+
+def _code(loss: str | PerSampleLoss) -> object:
+    """What tells a loss from others, but not from itself with other constants, or made again by the same line."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss if isinstance(loss, str) else getattr(loss, "__code__", type(loss))
 
 
 def _check_device(parameters: dict[str, nn.Parameter], x: Tensor) -> None:

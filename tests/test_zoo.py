@@ -3,6 +3,7 @@
 A model here is a function that makes it and one that makes its input; all its parameters are asked for.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -674,6 +675,18 @@ def test_what_a_changed_model_does_is_proved_again(change):
     for _ in range(2):
         with pytest.raises(gradext.CaptureError, match=MIXED):
             gradext.batch_layer_grads(model, x, loss=squared)
+
+
+def test_each_loss_is_proved():
+    torch.manual_seed(0)
+    model, x = Lambda(lambda m, x: m.b(m.a(x).sin()), a=nn.Linear(6, 5), b=nn.Linear(5, 4)), torch.randn(B, 6)
+    for loss in lambda output, target: squared(output, target), functools.partial(squared), squared:
+        gradext.batch_layer_grads(model, x, loss=loss)
+    mixing = lambda output, target: squared(output, target).flip(0)  # noqa: E731
+    for loss in mixing, functools.partial(mixing), lambda output, target: squared(output - output.mean(0), target):
+        for _ in range(2):
+            with pytest.raises(gradext.CaptureError, match=MIXED):
+                gradext.batch_layer_grads(model, x, loss=loss)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

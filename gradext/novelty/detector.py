@@ -57,13 +57,13 @@ def _whole_or_not_at_all(
 
     @functools.wraps(fit)
     def fitted(self: Detector, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Detector:
-        former = dict(vars(self))
+        former = dict(self.__dict__)
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 return fit(self, *args, **kwargs)
         except BaseException:
-            vars(self).clear()
-            vars(self).update(former)
+            self.__dict__.clear()
+            self.__dict__.update(former)
             raise
 
     return fitted
