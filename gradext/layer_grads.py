@@ -64,8 +64,8 @@ def batch_layer_grads(
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
         check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
             input, at the price of a second backward. That is always done where the shapes cannot tell samples from
-            positions, and in the first call of a model with each loss and arrangement of shapes; ask for it where the data
-            decide what a model does with its rows. ``"sum"`` raises it where Σ_b of a parameter's gradients is not
+            positions, and in the first call of a model with each loss and arrangement of shapes; ask for it where the
+            data decide what a model does with its rows. ``"sum"`` raises it where Σ_b of a parameter's gradients is not
             what autograd gives for the summed losses, at the price of a whole forward and backward.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
 
