@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -95,12 +96,12 @@ def function_modes() -> Callable[[], None]:
 
 
 class _Loan(NamedTuple):
-    tensor: Tensor  # held, so that no other tensor gets its id
+    held: object  # so that nothing else gets its id: a tensor, a module's dict of buffers, `parametrize`
     put_back: Callable[[], object]
     calls: set[int]  # that need it changed
 
 
-_loans: dict[int, _Loan] = {}  # by the tensor's id
+_loans: dict[int, _Loan] = {}  # by the id of what is held
 _lock = threading.Lock()
 
 
@@ -117,7 +118,7 @@ class Loans:
     """
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
+        self.taken: list[object] = []
 
     def thaw(self, parameters: Iterable[Tensor]) -> None:
         """Let the frozen ones among them require grad."""
@@ -127,31 +128,40 @@ class Loans:
                     self._take(p, functools.partial(p.requires_grad_, False))
                     p.requires_grad_(True)
 
-    def keep(self, buffers: Iterable[Tensor]) -> None:
-        """Whatever is written into them is undone in the end."""
+    def keep(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Whatever is written into their buffers, or put in their place as they are updated, is undone in the end."""
         with _lock:
-            for buffer in buffers:
-                if id(buffer) in _loans:
-                    self._take(buffer, _nothing)
-                else:
-                    self._take(buffer, _Former(buffer))
+            for buffers in (module._buffers for module in modules):
+                if isinstance(buffers, dict):  # a scripted module's lie elsewhere
+                    self._take(buffers, functools.partial(_put_back_buffers, buffers, dict(buffers)))
+                for buffer in buffers.values():
+                    if buffer is not None:
+                        self._take(buffer, _nothing if id(buffer) in _loans else _Former(buffer))
 
-    def _take(self, tensor: Tensor, put_back: Callable[[], object]) -> None:
-        self.tensors.append(tensor)
-        _loans.setdefault(id(tensor), _Loan(tensor, put_back, set())).calls.add(id(self))
+    def compute_parametrizations(self) -> None:
+        """Use no weights that `torch.nn.utils.parametrize.cached` keeps, and leave none there that aliases gave."""
+        with _lock:
+            if parametrize._cache_enabled or id(parametrize) in _loans:
+                enabled = parametrize._cache_enabled
+                self._take(parametrize, functools.partial(setattr, parametrize, "_cache_enabled", enabled))
+                parametrize._cache_enabled = 0
+
+    def _take(self, held: object, put_back: Callable[[], object]) -> None:
+        self.taken.append(held)
+        _loans.setdefault(id(held), _Loan(held, put_back, set())).calls.add(id(self))
 
     def put_back(self) -> None:
-        if not self.tensors:
+        if not self.taken:
             return
         with _lock, torch._C.DisableTorchFunction():  # nor may a mode look on that an interrupt has left behind
-            for tensor in self.tensors:
-                loan = _loans.get(id(tensor))
+            for held in self.taken:
+                loan = _loans.get(id(held))
                 if loan is not None:
                     loan.calls.discard(id(self))
                     if not loan.calls:
                         loan.put_back()
-                        del _loans[id(tensor)]
-            self.tensors.clear()
+                        del _loans[id(held)]
+            self.taken.clear()
 
 
 class _Exchange:
@@ -196,11 +206,26 @@ def left_as_found(function: Callable[Parameters, Result]) -> Callable[Parameters
 
     @functools.wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        end = Afterwards(torch_state())
+        state, loans = torch_state(), Loans()
+
+        def put_back() -> None:
+            state()
+            loans.put_back()
+
+        end = Afterwards(put_back)
         with end, end:
+            loans.compute_parametrizations()
             return undisturbed(lambda: function(*args, **kwargs))
 
     return call
+
+
+def _put_back_buffers(buffers: dict[str, Tensor | None], former: dict[str, Tensor | None]) -> None:
+    """As ``self.count = self.count + 1`` found them; one of another shape is no update, but a cache that has grown."""
+    for name, buffer in former.items():
+        new = buffers.get(name)
+        if new is not None and buffer is not None and (new.shape, new.dtype) == (buffer.shape, buffer.dtype):
+            buffers[name] = buffer
 
 
 class _Former:

@@ -48,7 +48,7 @@ from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors
 from .layers import Chosen
 from .losses import Root
-from .uses import Form, Use, names_of, select, without
+from .uses import Form, Use, memory_of, names_of, select, without
 
 # Functions whose result is the same weight in another form: transposed, or of another type or layout.
 _TRANSPOSES = {Tensor.t, torch.t, *(getattr(Tensor, name).__get__ for name in ("T", "mT"))}
@@ -71,7 +71,8 @@ _MIXING = (
     "{} normalises with the statistics of the batch, so that the samples mix and per-sample gradients do not exist; "
     "call model.eval(), or use GroupNorm"
 )
-# Of each model, the arrangements of uses whose rows have been proved to be the samples'.
+# Of each model, by training or not: what its modules were, and for each loss the arrangements of uses whose rows have
+# been proved to be the samples'.
 _proved = WeakIdKeyDictionary()
 # Of each model, by (training or not, pick, names of the chosen parameters), whether its graph has been found readable.
 _readable = WeakIdKeyDictionary()
@@ -159,15 +160,20 @@ class _Capture(TorchFunctionMode):
             if forms is not None:
                 result = func(*new_args, **new_kwargs)
                 for part, form in zip(result if isinstance(result, (tuple, list)) else [result], forms, strict=True):
-                    self.known[id(part)] = _Known(part, form, part)
+                    if part.is_floating_point() or part.is_complex():  # integers have no derivative
+                        self.known[id(part)] = _Known(part, form, part)
                 return result
         if all(form.name in self.unruled for _, form in used) and not self.opaque:
             return func(*new_args, **new_kwargs)
         # A chosen parameter in a function without a rule. Autograd itself says whether it counts: zeros_like() and
         # the like give results that do not depend on it differentiably.
         names = [form.name for _, form in used]
-        result = func(*self._replace(args, used, probe=True), **self._replace_values(kwargs, used, probe=True))
-        if _requires_grad(result) and not self.opaque:
+        try:
+            result = func(*self._replace(args, used, probe=True), **self._replace_values(kwargs, used, probe=True))
+            counts = _requires_grad(result)
+        except RuntimeError:  # in-place functions take no leaf that requires grad, and change another form of a weight
+            result, counts = func(*new_args, **new_kwargs), True
+        if counts and not self.opaque:
             self.unruled |= dict.fromkeys(names, getattr(func, "__qualname__", None) or str(func))
         return result
 
@@ -283,7 +289,7 @@ def _forms(func, args, kwargs, form: Form) -> list[Form] | None:
 
 def _is_ordinary(input: Tensor) -> bool:
     """Whether the rules' products, of dense real numbers, hold for it."""
-    return input.layout is torch.strided and not input.is_complex()
+    return input.layout is torch.strided and not (input.is_complex() or input.is_nested)
 
 
 def _requires_grad(value) -> bool:
@@ -312,39 +318,43 @@ def capture(
     objective: Callable[[object], Root],
     chosen: Chosen,
     *,
+    loss: object = None,
     named_loss: tuple[str, Tensor] | None = None,
     check_samples: bool = False,
     create_graph: bool = False,
 ) -> Captured:
     """Run ``model(*args, **kwargs)`` and find every use of the chosen parameters.
 
-    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``named_loss`` are the
-    loss and the target of an objective that is one of `losses`' own and uses no parameter. A parameter that is used in
+    ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``loss`` tells one that
+    does otherwise from it; ``named_loss`` are the loss and the target of an objective that is one of `losses`' own and
+    uses no parameter. A parameter that is used in
     a way for which there is no rule, that never ran, or whose input was overwritten, is missing in the result. Raises
     CaptureError where samples mix. An interrupt can leave torch's state changed: the caller puts it back.
     """
+    untouched = Untouched((*args, *kwargs.values()))
     if not (check_samples or create_graph) and _is_undisturbed(chosen):
         forms = {id(chosen.parameters[name]): Form(name, chosen.parameters[name].shape) for name in chosen.owners}
         if named_loss is not None and type(model) is nn.Sequential and len(args) == 1 and not kwargs:
-            loss, target = named_loss
-            uses = closed_form.uses(model, as_constant(args[0]), loss, target, forms, chosen)
+            uses = closed_form.uses(model, as_constant(args[0]), *named_loss, forms, chosen)
             if uses:
                 return Captured(uses, {}, len(args[0]))
         if _may_be_read(model, (*args, *kwargs.values()), chosen):
             captured = _read(model, args, kwargs, objective, forms, chosen)
             if captured is not None:
                 return captured
+            untouched.check()
     hidden: dict[str, CaptureError] = {}
     while True:
         try:
             captured = _captured(
-                model, args, kwargs, objective, chosen.without(hidden), named_loss, check_samples, create_graph
+                model, args, kwargs, objective, chosen.without(hidden), loss, named_loss, check_samples, create_graph
             )
             return captured._replace(missing=captured.missing | hidden)
         except _HiddenError as error:
             if error.names <= hidden.keys():
                 raise
             hidden |= dict.fromkeys(error.names, error)
+            untouched.check()
 
 
 def _captured(
@@ -353,6 +363,7 @@ def _captured(
     kwargs: dict,
     objective: Callable[[object], Root],
     chosen: Chosen,
+    loss: object,
     named_loss: tuple[str, Tensor] | None,
     check_samples: bool,
     create_graph: bool,
@@ -378,7 +389,9 @@ def _captured(
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             contexts.enter_context(torch.compiler.set_stance("force_eager"))
         _SHARED_ROWS.set(None)  # a call inside the model has rows of its own
-        loans.keep(_changing_buffers({"": model, **chosen.modules}))
+        changing = _changing({"": model, **chosen.modules})
+        loans.keep(changing)
+        lent = memory_of(b for module in changing for b in module._buffers.values() if b is not None)
         args, kwargs = as_constant(args), as_constant(kwargs)
         output = _forward(mode, model, args, kwargs, chosen)
         modes = Afterwards(function_modes())
@@ -396,12 +409,16 @@ def _captured(
             if not _layouts(record, batch):
                 missing |= dict.fromkeys(names_of(record), _no_batch(record, batch))
         records = without(records, missing)
-        proved = _proved.setdefault(model, {}).setdefault(model.training, set())
+        proved = _proved_so_far(model, chosen, loss)
         uses = _uses(mode, root, nodes, records, shared, check_samples, create_graph, proved) if records else []
         if records and batch and root.edge and not (missing or create_graph):
             known = all(isinstance(layer, reading.LAYERS) for layer in chosen.layers.values())
             readable = known and reading.is_readable(root.edge.node, [record.edge.node for record in records], batch)
             _readable.setdefault(model, {}).setdefault(_kind(model, chosen), readable)
+        # What is put back below may have been a layer's input.
+        uses = [
+            use._replace(input=use.input.clone()) if lent and memory_of([use.input]) & lent else use for use in uses
+        ]
         return Captured(uses, missing, batch)
 
 
@@ -556,6 +573,16 @@ def _no_batch(record: _Record, batch: int) -> CaptureError:
     )
 
 
+def _proved_so_far(model: nn.Module, chosen: Chosen, loss: object) -> set[tuple]:
+    """The arrangements proved of the model as it is; other layers, modes, hooks and losses may come to mix samples."""
+    modules = (model, *chosen.modules.values())
+    kinds = [(type(m), m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in modules]
+    former, proved = _proved.setdefault(model, {}).get(model.training, (None, {}))
+    if former != kinds:
+        _proved[model][model.training] = kinds, (proved := {})
+    return proved.setdefault(loss, set())
+
+
 def _uses(
     mode: _Capture,
     root: Root,
@@ -652,7 +679,8 @@ def _proved_layouts(
     """For each record the layouts by which a sample's deltas, and no others, weigh what its loss weighs."""
     batch = gradient.shape[0]
     # All different for up to eight samples, and in no order that a model might have.
-    levels = (torch.randperm(batch, generator=torch.Generator().manual_seed(batch)) % 8).to(gradient.device)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch), device="cpu")
+    levels = (order % 8).to(gradient.device)
     # One backward from losses that weigh nothing, or a power of two, by which even rounding errors are multiplied
     # exactly; or, where a hook changes gradients in proportion to nothing (clips them), one for each bit of the level.
     for ways in [torch.where(levels == 0, 0, 0.5**levels)], [levels >> bit & 1 for bit in range(3)]:
@@ -827,6 +855,22 @@ def _refuse_batch_statistics(input, mean, var, weight=None, bias=None, training=
         raise CaptureError(_MIXING.format("F.batch_norm with training=True"))
 
 
+class Untouched:
+    """Whether a model has left its inputs as they were."""
+
+    def __init__(self, inputs: Iterable[object]) -> None:
+        tensors = [value for value in inputs if isinstance(value, Tensor) and not value.is_inference()]
+        self.versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def check(self, instead: str = "") -> None:
+        """Raise CaptureError where they are needed again, and are other numbers now."""
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise CaptureError(
+                "x: the model overwrites its input in place, which is needed once more as it was; make that operation "
+                f"out of place{instead and ', or '}{instead}"
+            )
+
+
 def as_constant(value):
     """Model inputs that need no gradient and may be used in a graph, in tuples, lists and dicts too."""
     if isinstance(value, Tensor):
@@ -836,15 +880,12 @@ def as_constant(value):
     return {key: as_constant(v) for key, v in value.items()} if type(value) is dict else value
 
 
-def _changing_buffers(modules: dict[str, nn.Module]) -> list[Tensor]:
-    """Those that a forward in training mode may update: power iterations, running statistics."""
-    found = []
+def _changing(modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Those whose buffers a forward in training mode may update: power iterations, running statistics."""
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise CaptureError(_MIXING.format(f"{name or 'the model'} ({type(module).__name__})"))
-        if module.training and module._buffers:
-            found += [buffer for buffer in module._buffers.values() if buffer is not None]
-    return found
+    return [module for module in modules.values() if module.training and module._buffers]
 
 
 def _leaves(chosen: Chosen) -> list[Tensor]:

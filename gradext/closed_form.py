@@ -71,6 +71,9 @@ _STEPS: dict[type[nn.Module], _Step] = {
         lambda m, x, y, d: _aten.softplus_backward(d, x, m.beta, m.threshold),
     ),
 }
+# What an instance may have in place of its class's forward, or of parameters, which then can be a view of others.
+_INSTANCES_OWN = {"forward", "weight", "bias"}
+_KEEPING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # the values, dropout in eval mode
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -82,7 +85,9 @@ def uses(
     Arguments otherwise as those of `gradext.batch_layer_grads`; raises as the losses do.
     """
     chain = _chain(model)
-    if chain is None or x.ndim < 2 or not len(x):
+    if chain is None or x.layout is not torch.strided or x.is_nested or x.ndim < 2 or not len(x):
+        return None
+    if loss == "auto" and _ends_behind_a_sigmoid(chain):
         return None
     with torch.no_grad():
         values = [x]
@@ -116,6 +121,12 @@ class _Record(NamedTuple):
     place: int
 
 
+def _ends_behind_a_sigmoid(chain: list[nn.Module]) -> bool:
+    """Whether only layers that leave its values as they are follow a sigmoid: the loss "auto" looks through them."""
+    last = next((k for k in reversed(range(len(chain))) if type(chain[k]) not in _KEEPING), 0)
+    return type(chain[last]) is nn.Sigmoid and last < len(chain) - 1
+
+
 def _chain(model: nn.Module) -> list[nn.Module] | None:
     """The layers of a Sequential, nested ones too, if each is of a known type and as torch made it."""
     if nn.modules.module._has_any_global_hook():
@@ -130,7 +141,8 @@ def _chain(model: nn.Module) -> list[nn.Module] | None:
             or module._backward_hooks
             or module._backward_pre_hooks
             or module._compiled_call_impl is not None
-            or "forward" in module.__dict__
+            or not module.__dict__.keys().isdisjoint(_INSTANCES_OWN)
+            or module._buffers  # a weight made one
         ):
             return None
         if type(module) is nn.Sequential:

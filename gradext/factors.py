@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,9 +102,18 @@ class GradFactors:
 
     def __getitem__(self, index: Any) -> GradFactors:
         """The factors of some samples: an integer (kept as a batch of one), a slice, a mask or a list of indices."""
-        if isinstance(index, int):
-            index = [index]
-        return self._map(lambda factor: factor[index])
+        if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.ndim == 0):
+            index = [operator.index(index)]
+
+        def rows(factor: Tensor) -> Tensor:
+            found = factor[index]
+            if found.ndim != factor.ndim:  # positions would pass for samples
+                raise IndexError(
+                    f"index: expected an integer, a slice, a mask or a list of indices, of samples, but got {index!r}"
+                )
+            return found
+
+        return self._map(rows)
 
     def to(self, *args: Any, **kwargs: Any) -> GradFactors:
         """As `Tensor.to`, for both factors."""
@@ -177,7 +187,7 @@ class GradFactors:
         """[..., O, I] in the parameter's shape."""
         if self.weight_shape is None:
             return matrices
-        return matrices.reshape(*matrices.shape[:-2], *self.weight_shape)
+        return matrices.reshape((*matrices.shape[:-2], *self.weight_shape))  # which may be ()
 
     def _blocks(self) -> Iterable[Tensor]:
         """The gradients [b, O, I] in blocks of samples of a few MB, for what has no cheaper form."""
@@ -835,17 +845,29 @@ class LayerFactors(dict[str, GradFactors]):
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
     def dot(self, reference: dict[str, Tensor]) -> Tensor:
-        """``Σ_layers ⟨G_layer[b], reference[layer]⟩`` -> [B]; ``reference`` has an [O, I] tensor for every layer."""
-        if set(reference) != set(self):
-            raise ValueError(f"reference: expected the layers {sorted(self)}, but got {sorted(reference)}")
+        """``Σ_layers ⟨G_layer[b], reference[layer]⟩`` -> [B]; ``reference`` has an [O, I] tensor for every layer.
+
+        With K references, [K, O, I] for every layer -> [B, K].
+        """
+        self._are_banks(reference)
         return _total(factors.dot(reference[name]) for name, factors in self.items())
 
     def cosine(self, reference: dict[str, Tensor], eps: float = 1e-12) -> Tensor:
         """The cosine between all layers' gradients together and the reference -> [B]; with K references -> [B, K]."""
-        banks = {factors._is_bank(reference[name]) for name, factors in self.items()}
-        if len(banks) > 1:
-            raise ValueError("reference: expected one reference for every layer, or K for every layer, but got both")
-        return _cosine(self.dot(reference), self.norm(), list(reference.values()), banks == {True}, eps)
+        bank = self._are_banks(reference)
+        return _cosine(self.dot(reference), self.norm(), list(reference.values()), bank, eps)
+
+    def _are_banks(self, reference: dict[str, Tensor]) -> bool:
+        """Whether there are K references for every layer, not one."""
+        if set(reference) != set(self):
+            raise ValueError(f"reference: expected the layers {sorted(self)}, but got {sorted(reference)}")
+        counts = {len(reference[name]) if f._is_bank(reference[name]) else None for name, f in self.items()}
+        if len(counts) > 1:
+            raise ValueError(
+                "reference: expected one reference for every layer, or K for every layer, but got "
+                f"{' and '.join('one' if count is None else str(count) for count in counts)}"
+            )
+        return counts != {None}
 
     def gram(self, other: LayerFactors | None = None) -> Tensor:
         """``Σ_layers K_layer``, of all layers' gradients together -> [B, C]."""

@@ -89,6 +89,7 @@ class Problem:
         end = Afterwards(loans.put_back)
         with end, end, torch.inference_mode(False), torch.enable_grad():
             loans.thaw(leaves.values())
+            loans.keep(self._changing().values())
             total = self.loss(self.model(*self.args, **self.kwargs), self.target)
             if not total.requires_grad:
                 return dict.fromkeys(leaves)
@@ -97,12 +98,12 @@ class Problem:
 
     def _loss(self, parameters: dict[str, Tensor], sample: tuple) -> Tensor:
         args, kwargs, target = sample
-        owned: list[tuple[dict, str, nn.Parameter | None]] = []
+        owned: list[tuple[dict, str, Tensor | None]] = []
         former: list[int | None] = []
 
         def put_back() -> None:
-            for owner, name, parameter in owned:
-                owner[name] = parameter
+            for owner, name, tensor in owned:
+                owner[name] = tensor
             if former:
                 exchange.thread = former[0]
 
@@ -112,7 +113,16 @@ class Problem:
             former.append(exchange.thread)
             exchange.begin()
             owned += [(m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items()]
-            return self.loss(torch.func.functional_call(self.model, parameters, args, kwargs), target)
+            updated: dict[str, Tensor] = {}  # copies of buffers for the model to write into, of each sample
+            for prefix, module in self._changing().items():
+                owned += [(module._buffers, name, b) for name, b in module._buffers.items()]
+                updated |= {f"{prefix}{name}": b.clone() for name, b in module._buffers.items() if b is not None}
+            return self.loss(torch.func.functional_call(self.model, updated | parameters, args, kwargs), target)
+
+    def _changing(self) -> dict[str, nn.Module]:
+        """The modules that may update buffers of theirs in a forward, by the beginning of the buffers' names."""
+        modules = self.model.named_modules()
+        return {f"{name}." if name else "": m for name, m in modules if m.training and m._buffers}
 
     def _samples(self, batch: int) -> Samples:
         return Samples((self.args, dict(self.kwargs), self.target), batch)

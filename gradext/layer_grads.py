@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from . import functional, ops
 from .borrowing import left_as_found
-from .capture import as_constant, capture
+from .capture import Untouched, as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
-from .layers import LayerChoice, choose
+from .layers import LayerChoice, choose, walk
 from .losses import PerSampleLoss, Root, backward_root, loss_values, resolve
-from .uses import Use
+from .uses import Use, memory_of
 
 
 def batch_layer_grads(
@@ -63,8 +64,8 @@ def batch_layer_grads(
         check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
         check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
             input, at the price of a second backward. That is always done where the shapes cannot tell samples from
-            positions, and in the first call of a model with each new arrangement of shapes; ask for it where the data
-            decide what a model does with its rows. ``"sum"`` raises it where Σ_b of a parameter's gradients is not
+            positions, and in the first call of a model with each loss and arrangement of shapes; ask for it where the
+            data decide what a model does with its rows. ``"sum"`` raises it where Σ_b of a parameter's gradients is not
             what autograd gives for the summed losses, at the price of a whole forward and backward.
         create_graph: keep the graph, so that the results can be differentiated with respect to the parameters.
 
@@ -134,12 +135,18 @@ def batch_layer_factors(
     torch.Size([5])
     """
     found, _ = _gradients(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
-    # Factors outlive the call, and the first layer's input can be the caller's tensor, which may be overwritten.
-    args, kwargs = as_call(x)
-    given = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+    # Factors outlive the call, and a layer's input can be the caller's tensor, or a view of what the model learns or
+    # remembers: all of these may be overwritten.
+    inputs = [x] if isinstance(x, Tensor) else pytree.tree_leaves(as_call(x))
+    modules = walk(model).values()
+    lasting = memory_of(
+        t
+        for t in (*inputs, *(t for m in modules for t in (*m._parameters.values(), *m._buffers.values())))
+        if isinstance(t, Tensor)
+    )
 
     def own(factor: Tensor) -> Tensor:
-        return factor.clone() if factor.untyped_storage().data_ptr() in given else factor
+        return factor.clone() if memory_of([factor]) & lasting else factor
 
     result = LayerFactors()
     for name, gradient in found.items():
@@ -177,10 +184,13 @@ def _gradients(
     _check_device(parameters, tensors[0])
     if target is None:
         target = tensors[0]
+    untouched = Untouched(tensors)
 
     resolved: dict[str, str] = {}
 
     def objective(output: Any) -> Root:
+        if any(target is tensor for tensor in tensors):
+            untouched.check("pass a target= of its own")
         output = _first(output, loss)
         if not callable(loss) and (fallback or check == "sum"):
             resolved["loss"] = resolve(loss, output, target)
@@ -196,6 +206,7 @@ def _gradients(
         kwargs,
         objective,
         chosen,
+        loss=_code(loss),
         named_loss=None if callable(loss) or fallback or check else (loss, target),
         check_samples=check == "sample",
         create_graph=create_graph,
@@ -216,6 +227,7 @@ def _gradients(
     def total(output: Any, target: Any) -> Tensor:
         return loss_values(resolved.get("loss", loss), _first(output, loss), target).sum()
 
+    untouched.check('leave out fallback= and check="sum", which run it again')
     wrapped = "" if runs is model else "module."
     inner = {name.removeprefix(wrapped): parameter for name, parameter in parameters.items()}
     problem = functional.Problem(runs, args, kwargs, target, total, inner)
@@ -235,6 +247,13 @@ def as_call(x: Any) -> tuple[tuple, dict]:
     if isinstance(x, Mapping):
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
+
+
+def _code(loss: str | PerSampleLoss) -> object:
+    """What tells a loss from others, but not from itself with other constants, or made again by the same line."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss if isinstance(loss, str) else getattr(loss, "__code__", type(loss))
 
 
 def _check_device(parameters: dict[str, nn.Parameter], x: Tensor) -> None:
@@ -285,9 +304,8 @@ def _check_sums(found: dict[str, GradFactors | Tensor], expected: dict[str, Tens
     """Refuse gradients whose sum over the samples is not the gradient of the sum."""
     sums: dict[str, tuple[Tensor, Tensor, float]] = {}  # the sum, autograd's, and what both are measured by
     for name, gradient in found.items():
-        gradient = gradient if isinstance(gradient, Tensor) else gradient.compact()
-        total = gradient.sum(0) if isinstance(gradient, Tensor) else gradient.sum()
-        norms = gradient.flatten(1).norm(dim=1) if isinstance(gradient, Tensor) else gradient.norm()
+        factors = GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
+        total, norms = factors.sum(), factors.norm()
         batch = torch.zeros_like(total) if (given := expected[name]) is None else given.to_dense()
         batch = batch.reshape(total.shape).to(total.dtype)
         sums[name] = total, batch, torch.maximum(norms.sum(), batch.norm()).item()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -110,12 +111,12 @@ class ConvRule:
         if input.ndim != dimensions + 2:  # one image without a batch dimension
             return None
         kernel = tuple(weight.shape[2:])
-        stride, dilation = _each(stride, dimensions), _each(dilation, dimensions)
+        stride, dilation = per_dimension(stride, dimensions), per_dimension(dilation, dimensions)
         if padding == "same":
             extra = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             pads = tuple((n // 2, n - n // 2) for n in extra)
         else:
-            pads = tuple((n, n) for n in _each(0 if padding == "valid" else padding, dimensions))
+            pads = tuple((n, n) for n in per_dimension(0 if padding == "valid" else padding, dimensions))
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, **others}
         gradient = ConvRule.gradient(weight.shape, stride, pads, dilation, groups, transposed)
         return Call(input, parameters, lambda **given: func(input, **given, **options), 1, gradient)
@@ -173,7 +174,8 @@ class EmbeddingRule:
 
         def gradient(role, index, delta):
             delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
-            return EmbeddingFactors(index.reshape(index.shape[0], -1), delta.reshape(*_counted(delta, index)), rows)
+            B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
+            return EmbeddingFactors(index.reshape(B, T), delta.reshape(B, T, delta.shape[-1]), rows)
 
         def run(weight):
             return F.embedding(input, weight, padding_idx)
@@ -253,11 +255,7 @@ def _sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if inner == 0 else x.flatten(1, inner).sum(1)
 
 
-def _counted(delta: Tensor, index: Tensor) -> tuple[int, int, int]:
-    return index.shape[0], index[0].numel() if index.shape[0] else 0, delta.shape[-1]
-
-
-def _each(value, dimensions: int) -> tuple[int, ...]:
+def per_dimension(value, dimensions: int) -> tuple[int, ...]:
     value = (value,) if isinstance(value, int) else tuple(value)
     return value * dimensions if len(value) == 1 else value
 
@@ -404,7 +402,7 @@ def choose(model: nn.Module, layers: LayerChoice, include_bias: bool = False, an
     """What `choose_layers` finds, with the parameters that are meant. Raises as that."""
     asked = tuple(layers) if type(layers) is list else layers
     named = all(type(item) is str for item in asked) if type(asked) is tuple else asked is None or type(asked) is str
-    if not named:
+    if not named or hasattr(type(model), "decoder"):  # a property may give another one each time
         return _chosen(model, layers, include_bias, any_type)
     present, key = _contents(model), (asked, include_bias, any_type)
     former, chosen = _choices.setdefault(model, {}).get(key, (None, None))
@@ -427,10 +425,10 @@ def _contents(model: nn.Module) -> list:
             continue
         seen.add(id(module))
         if module._parameters:
-            contents += module._parameters
+            contents += module._parameters.keys()  # of scripted modules, these are no dicts
             contents += map(id, module._parameters.values())
         if module._modules:
-            contents += module._modules
+            contents += module._modules.keys()
             stack += module._modules.values()
     return contents
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from .factors import GradFactors
-from .layers import ConvRule, LinearRule
+from .layers import ConvRule, LinearRule, per_dimension
 from .uses import Form
 
 LAYERS = (*LinearRule.module_types, *ConvRule.module_types)  # those whose nodes `read` knows
@@ -175,9 +175,11 @@ def _reading(node: Any, forms: dict[str, Form], batch: int) -> Reading:
     if shape[0] % batch:
         raise _UnreadableError
     if node.name() == "ConvolutionBackward0":
-        pads = tuple((n, n) for n in node._saved_padding)
-        stride, dilation = tuple(node._saved_stride), tuple(node._saved_dilation)
         weight = node._saved_weight.shape
+        pads = tuple(
+            (n, n) for n in per_dimension(node._saved_padding, len(weight) - 2)
+        )  # of "valid" there is one number
+        stride, dilation = tuple(node._saved_stride), tuple(node._saved_dilation)
         gradient = ConvRule.gradient(weight, stride, pads, dilation, node._saved_groups, node._saved_transposed)
         return Reading(forms, edge, gradient, node._saved_input.detach())
     linear = node.name() == "AddmmBackward0"

@@ -123,7 +123,7 @@ class GradStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything gathered as tensors by name, as safetensors and `torch.save` take them."""
-        state = {"count": torch.tensor(self.count)}
+        state = {"count": torch.tensor(self.count, device="cpu")}
         for name, kinds in self._sums.items():
             for kind, parts in kinds.items():
                 state |= {f"{kind}.{k}.{name}": part for k, part in enumerate(parts)}
@@ -137,7 +137,7 @@ class GradStatistics:
                 kind, place, name = key.split(".", 2)
                 sums.setdefault(name, {}).setdefault(kind, {})[int(place)] = value.clone()
         for name, kinds in sums.items():
-            if tuple(kinds) != self._kinds:
+            if set(kinds) != set(self._kinds):
                 raise ValueError(f"state: expected {self._kinds} for the layer {name!r}, but got {tuple(kinds)}")
         self._sums = {
             name: {kind: tuple(parts[k] for k in sorted(parts)) for kind, parts in kinds.items()}

@@ -76,6 +76,8 @@ def iter_layer_grads(
     for name in ("out", "create_graph"):
         if options.pop(name, None):
             raise ValueError(f"{name}: iter_layer_grads keeps no graph and reuses memory of its own; leave {name} out")
+    if options.pop("target", None) is not None:
+        raise ValueError("target: expected one for each batch; pass paired=True and pairs (x, target) as batches")
     size: int | None = None
     buffers: dict[str, Tensor] = {}
     with tqdm(disable=not progress, unit=" samples", desc="gradients") as bar:
@@ -91,7 +93,7 @@ def iter_layer_grads(
             count = tensors[0].shape[0]
             if count == 0:
                 continue
-            samples = Samples((x, target), count)
+            samples = Samples((kwargs or args, target), count)  # of mappings of every type
             if size is None:
                 size = max(1, memory_budget // _bytes_per_sample(model, samples, memory_budget, reduce, options))
             for start in range(0, count, size):

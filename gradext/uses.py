@@ -35,6 +35,17 @@ class Form(NamedTuple):
         return padded
 
 
+def memory_of(tensors: Iterable[Tensor]) -> set[int]:
+    """The addresses of the tensors' storages, by which it is found out who shares them."""
+    found = set()
+    for tensor in tensors:
+        try:
+            found.add(tensor.untyped_storage().data_ptr())
+        except RuntimeError:  # sparse tensors, and classes that wrap others, have none
+            continue
+    return found
+
+
 class Use(NamedTuple):
     """One call with chosen parameters. ``delta`` is the gradient of Σ_b loss_b with respect to the call's output."""
 
@@ -52,6 +63,9 @@ class Use(NamedTuple):
                     gradient = gradient.unflatten(0, (batch, -1)).sum(1)
                 else:
                     gradient = gradient.regrouped(batch)
+            elif isinstance(gradient, Tensor) and memory_of([gradient]) & memory_of([self.delta]):
+                # A bias's is the delta itself, which autograd may have given other layers too, and may be expanded.
+                gradient = gradient.clone()
             yield form.name, form.place(gradient)
 
 

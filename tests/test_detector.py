@@ -260,3 +260,78 @@ def test_own_models_are_refused_with_a_reason(digits):
         NoveltyDetector(model="VAE").fit(digits[0])
     with pytest.raises(ValueError, match="for a trained model="):
         NoveltyDetector(epochs=0).fit(digits[0])
+
+
+# --- surroundings and failures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(mode, digits):
+    short = {**FAST, "epochs": 2}
+    expected = NoveltyDetector(**short).fit(digits[0]).score_samples(digits[1][:20])
+    with mode():
+        detector = NoveltyDetector(**short).fit(digits[0])
+        np.testing.assert_array_equal(detector.score_samples(digits[1][:20]), expected)
+    np.testing.assert_array_equal(detector.score_samples(digits[1][:20]), expected)
+
+
+def test_another_default_type_is_no_obstacle(digits):
+    former = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        detector = NoveltyDetector(**{**FAST, "epochs": 2}).fit(digits[0])
+    finally:
+        torch.set_default_dtype(former)
+    assert np.isfinite(detector.score_samples(digits[1][:20])).all()
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(64, 8), nn.Sequential(nn.Linear(8, 64), nn.Sigmoid())
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).tanh())
+
+
+@pytest.mark.parametrize("score", ["gradient_norm", "combined_whitened_norm"])
+def test_another_default_device_changes_nothing(score, digits):
+    detector = NoveltyDetector(score, model=Autoencoder(), epochs=2, random_state=0)
+    expected = clone(detector).fit(digits[0]).score_samples(digits[1][:20])
+    with torch.device("meta"):
+        np.testing.assert_array_equal(detector.fit(digits[0]).score_samples(digits[1][:20]), expected)
+
+
+@pytest.mark.parametrize("failure", ["wrong data", "interrupt", "parameter"])
+def test_a_fit_that_fails_keeps_what_was_fitted(failure, digits, monkeypatch):
+    detector = NoveltyDetector(**{**FAST, "epochs": 2}).fit(digits[0])
+    expected = detector.score_samples(digits[1][:20])
+    if failure == "wrong data":
+        with pytest.raises(ValueError, match="hold NaN"):
+            detector.fit(np.full((10, 3), np.nan))
+    elif failure == "parameter":
+        with pytest.raises(ValueError, match="target_fpr"):
+            detector.set_params(target_fpr=2.0).fit(digits[0])
+        assert detector.target_fpr == 2.0
+    else:
+
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(NoveltyDetector, "_fit_score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            detector.fit(digits[0] * 3 - 1)
+    np.testing.assert_array_equal(detector.score_samples(digits[1][:20]), expected)
+
+
+@pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
+@pytest.mark.parametrize("score", ["gradient_norm", "combined_evidence", "gradient_classifier"])
+def test_what_overflows_is_novel(score, digits):
+    detector = NoveltyDetector(score, **{**FAST, "epochs": 2}).fit(digits[0])
+    X = digits[0][:2].astype(np.float64)
+    X[1] = 1e300
+    scores = detector.score_samples(X)
+    assert np.isfinite(scores[0])
+    assert scores[1] == -np.inf
+    assert detector.predict(X)[1] == -1
+    assert detector.p_values(X)[1] == detector.p_values(X).min()

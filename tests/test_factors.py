@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -299,9 +300,16 @@ def test_indexing_keeps_the_batch_dimension():
         factors = make(5, T, 4, 3)
         G = written(factors)
         mask = torch.tensor([True, False, True, False, False])
-        for index, kept in ((2, [2]), (-1, [4]), (slice(1, 4), [1, 2, 3]), ([0, 3], [0, 3]), (mask, [0, 2])):
+        one = factors.norm().argmax()
+        for index, kept in (
+            *((2, [2]), (-1, [4]), (slice(1, 4), [1, 2, 3]), ([0, 3], [0, 3]), (mask, [0, 2])),
+            *((one, [one.item()]), (np.int64(3), [3]), (np.array([1, 2]), [1, 2]), (torch.tensor([4]), [4])),
+        ):
             torch.testing.assert_close(factors[index].materialize(), G[kept])
         assert len(factors[5:]) == 0
+        for index in (2, slice(None)), (slice(None), 0), None, torch.zeros(2, 2, dtype=torch.int64):
+            with pytest.raises(IndexError, match="index: expected an integer, a slice"):
+                factors[index]
 
 
 def test_cat_pads_positions_without_changing_anything():

@@ -74,6 +74,52 @@ def test_what_has_no_rule_goes_through_torch(make, shape, fallback, loop):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "options", [{"layers": "1"}, {"layers": "all", "fallback": "vmap"}, {"layers": "all", "fallback": "loop"}], ids=str
+)
+def test_cached_parametrisations_stay_the_callers(options, loop):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)), nn.Linear(5, 5)).double()
+    x = torch.rand(B, 5).double()
+    expected = loop(model, x, x, gradext.losses.mse)
+    for _ in range(2):
+        with nn.utils.parametrize.cached():
+            grads = gradext.batch_layer_grads(model, x, loss="mse", **options)
+            gradext.losses.mse(model(x), x).sum().backward()
+            model[0].weight  # noqa: B018
+            again = gradext.batch_layer_grads(model, x, loss="mse", **options)  # with the weight in the cache
+        assert set(grads) == set(again)
+        for name, value in grads.items():
+            assert_close(value, expected[name])
+            assert_close(again[name], expected[name])
+        for name, parameter in model.named_parameters():
+            assert_close(parameter.grad, expected[name].sum(0))
+            parameter.grad = None
+    assert not nn.utils.parametrize._cache_enabled
+    assert not nn.utils.parametrize._cache
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"fallback": "loop"}, {"fallback": "vmap"}], ids=str)
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.rand(B, 5).double())])
+def test_scripted_parts(make, options, loop):
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+    model = nn.Sequential(nn.Linear(5, 5), part, nn.Linear(5, 5)).double()
+    x = torch.rand(B, 5).double()
+    expected = loop(model, x, x, gradext.losses.mse)
+    model[1] = make(copy.deepcopy(part))
+    grads = gradext.batch_layer_grads(model, x, loss="mse", **options)
+    names = {"0.weight", "2.weight"}
+    assert set(grads) == (names | {"1.0.weight", "1.2.weight"} if options else names)
+    for name, value in grads.items():
+        assert_close(value, expected[name])
+    with pytest.raises(
+        UnsupportedLayerError, match=r"for which there is no rule|expected at least one supported layer"
+    ):
+        gradext.batch_layer_grads(model[1], x, loss="mse")
+
+
 def test_without_a_fallback_the_layer_is_named():
     model, x = Recurrent(nn.LSTM), torch.rand(B, 7, 5)
     with pytest.raises(UnsupportedLayerError, match=r"rnn is a LSTM, for which there is no rule.*register_layer.*vmap"):
@@ -212,6 +258,35 @@ def test_a_registered_layer_called_twice(rule, loop):
     expected = loop(model, x, x, squared)
     for name, value in gradext.batch_layer_grads(model, x, loss=squared, include_bias=True).items():
         assert_close(value, expected[name])
+
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5))  # of no dimension
+
+    def forward(self, x):
+        return x * self.gain
+
+
+@pytest.mark.parametrize("fallback", [None, "vmap", "loop"])
+def test_a_parameter_of_one_number(fallback, loop):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), Gain()).double(), torch.rand(B, 5).double()
+    expected = loop(model, x, x, squared)
+    if fallback is None:
+        gradext.register_layer(Gain)(lambda layer, input, delta: {"gain": (input * delta).sum(1)})
+    try:
+        options = {"layers": "all", "fallback": fallback, "check": "sum"}
+        grads = gradext.batch_layer_grads(model, x, loss=squared, **options)
+        factors = gradext.batch_layer_factors(model, x, loss=squared, **options)["1.gain"]
+    finally:
+        gradext.layers._registered.pop(Gain, None)
+    for gradient in grads["1.gain"], factors.materialize():
+        assert_close(gradient, expected["1.gain"])
+    assert_close(factors.norm(), expected["1.gain"].abs())
+    assert_close(factors.sum(), expected["1.gain"].sum())
+    assert_close(factors.diag_fisher(), expected["1.gain"].square().mean())
 
 
 def test_rules_that_give_something_else_are_refused(rule):

@@ -611,6 +611,50 @@ def test_factors_do_not_change_with_the_callers_buffers():
     assert torch.equal(factors["encoder"].materialize(), expected["encoder.weight"])
 
 
+class Queries(nn.Module):
+    """Learned vectors, a constant one and an input inside a dict, each as a layer's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 6))
+        self.register_buffer("constant", torch.randn(6))
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, others):
+        return self.a(self.query.expand(len(x), -1)) + self.b(self.constant.expand(len(x), -1)) * self.c(others["y"])
+
+
+def test_factors_do_not_change_with_the_model_nor_with_nested_inputs():
+    torch.manual_seed(0)
+    model, x = Queries().double(), (torch.rand(B, 6).double(), {"y": torch.rand(B, 6).double()})
+    expected = gradext.batch_layer_grads(model, x, loss="mse")
+    factors = gradext.batch_layer_factors(model, x, loss="mse")
+    with torch.no_grad():
+        for tensor in (model.query, model.constant, x[1]["y"]):
+            tensor.zero_()
+    for name in "abc":
+        assert_close(factors[name].materialize(), expected[f"{name}.weight"], 1e-12)
+
+
+def test_every_result_has_memory_of_its_own():
+    class Sum(nn.Module):  # whose layers get one delta, of one number
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model, x = Sum(), torch.rand(B, 6)
+    for loss in (lambda output, target: output.sum(1)), (lambda output, target: output.square().sum(1)):
+        for _ in range(2):  # watched, and read
+            grads = gradext.batch_layer_grads(model, x, loss=loss, include_bias=True)
+            expected = {name: value.clone() for name, value in grads.items()}
+            for name, value in grads.items():
+                value.mul_(2)
+                assert torch.equal(value, 2 * expected[name])
+
+
 @pytest.mark.parametrize("name", ["autoencoder", "in place 3-D", "in place 4-D", "tied: twice", "attention"])
 def test_an_empty_batch_gives_empty_gradients(name):
     model, x = build(name, batch=0)
@@ -769,6 +813,43 @@ def test_the_model_is_left_as_it_was(failure, frozen):
     assert_unchanged(before, snapshot(model))
 
 
+class Remembering(nn.Module):
+    """A layer that sees what the model remembers of earlier calls, and a count of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("memory", torch.ones(B, 6))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.count = self.count + 1  # in its place
+            self.memory[: len(x)].lerp_(x, 0.5)
+        return self.layer(self.memory[: len(x)])
+
+
+@pytest.mark.parametrize("options", [{}, {"check": "sum"}, {"fallback": "loop", "layers": "all"}], ids=str)
+@pytest.mark.parametrize("make", [SpectralNorm, Remembering])
+def test_buffers_are_left_as_they_were(make, options):
+    torch.manual_seed(0)
+    model, x = make().train(), torch.randn(B, 6)
+    before = snapshot(model)
+    gradext.batch_layer_grads(model, x, loss="mse", **options)
+    assert_unchanged(before, snapshot(model))
+
+
+def test_what_is_put_back_was_a_layer_s_input():
+    torch.manual_seed(0)
+    model, x = Remembering().train(), torch.randn(B, 6)
+    grads = gradext.batch_layer_grads(model, x, loss="mse")
+    factors = gradext.batch_layer_factors(model, x, loss="mse")
+    delta = 2 * (model(x) - x)
+    expected = delta.unsqueeze(2) * model.memory.unsqueeze(1)
+    assert_close(grads["layer.weight"], expected, 1e-6)
+    assert_close(factors["layer"].materialize(), expected, 1e-6)
+
+
 def test_threads_do_not_disturb_each_other():
     model, x = build("attention")
     expected = gradext.batch_layer_grads(model, x, loss="mse")
@@ -839,6 +920,29 @@ def test_losses_of_the_wrong_shape_are_refused(loss, message):
     model, x = build("autoencoder")
     with pytest.raises(ValueError, match=message):
         gradext.batch_layer_grads(model, x, loss=loss)
+
+
+class Doubling(nn.Module):
+    """Overwrites its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Bilinear(6, 6, 6)
+
+    def forward(self, x):
+        return self.b(self.a(x.mul_(2)), x)
+
+
+def test_an_input_that_the_model_overwrites_is_used_once(loop):
+    torch.manual_seed(0)
+    model, x = Doubling().double(), torch.rand(B, 6).double()
+    expected = loop(model, x, x, squared)
+    for _ in range(2):
+        grads = gradext.batch_layer_grads(model, x.clone(), loss=squared, target=x, layers="a")
+        assert_close(grads["a.weight"], expected["a.weight"], 1e-12)
+        for options in {}, {"target": x, "fallback": "loop", "layers": "all"}, {"target": x, "check": "sum"}:
+            with pytest.raises(CaptureError, match="x: the model overwrites its input in place, which is needed once"):
+                gradext.batch_layer_grads(model, x.clone(), loss=squared, **options)
 
 
 def test_a_layer_that_never_ran_is_named():
@@ -993,6 +1097,7 @@ ODD_USES = {
     "weight first": lambda m, x: (m.a.weight @ x.t()).t(),
     "bilinear": lambda m, x: F.bilinear(x, x, m.a.weight.expand(6, 6, 6)),
     "addmm": lambda m, x: torch.addmm(x, x, m.a.weight),
+    "in place": lambda m, x: F.linear(x.float(), m.a.weight.float().mul_(2)).double(),
     "weight of weight": lambda m, x: x @ (m.a.weight @ m.a.weight),
     "in containers": lambda m, x: x @ torch.block_diag(*m.hidden[0]),
     "custom function": lambda m, x: Custom.apply(x, m.a.weight),
@@ -1027,6 +1132,7 @@ def test_a_use_without_an_exact_rule_is_refused(use, create_graph):
 CONSTANT_USES = {
     "detached": lambda m, x: x * m.a.weight.detach().sum(),
     "data": lambda m, x: F.linear(x, m.a.weight.data),
+    "rounded": lambda m, x: F.linear(x, m.a.weight.to(torch.int32).to(x.dtype)),
     "copied": lambda m, x: copy.deepcopy(m.a)(x),
     "shape": lambda m, x: x * m.a.weight.shape[0] / m.a.weight.size(1),
     "zeros_like": lambda m, x: x + torch.zeros_like(m.a.weight).sum(),
@@ -1212,6 +1318,18 @@ def test_other_function_modes_still_see_the_model():
     with Count() as count:
         gradext.batch_layer_grads(model, x)
     assert count.calls == 4
+
+
+def test_another_default_device_changes_nothing():
+    model, x = build("autoencoder")
+    for options in {}, {"check": "sample"}, {"check": "sum"}, {"fallback": "loop"}:
+        expected = gradext.batch_layer_grads(model, x, **options)
+        with torch.device("meta"):
+            grads = gradext.batch_layer_grads(model, x, **options)
+            state = gradext.GradStatistics().partial_fit(gradext.batch_layer_factors(model, x)).state_dict()
+        for name, value in expected.items():
+            assert_close(grads[name], value, 1e-12)
+        assert state["count"].item() == B
 
 
 def test_the_walk_is_that_of_named_modules():

@@ -167,6 +167,26 @@ def test_backward_hooks_count(loop, routes):
     assert routes == ["watched"] * 3
 
 
+@pytest.mark.parametrize("last", [nn.Identity(), nn.Dropout(), nn.Unflatten(1, (2, 3)), nn.Flatten()])
+def test_auto_looks_through_what_follows_a_sigmoid(last, loop):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 6), nn.Sigmoid(), last).double().eval()
+    x = torch.rand(B, 6, dtype=torch.float64)
+    expected = loop(model, x, x, lambda output, target: gradext.losses.bce(output.flatten(1), target))
+    for check in None, "sample":
+        assert_same(gradext.batch_layer_grads(model, x, check=check, include_bias=True), expected)
+    named = gradext.batch_layer_grads(model, x, loss="bce", include_bias=True)
+    assert_same(named, expected)
+
+
+def test_a_view_of_another_weight_in_a_chain_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    del model[2].weight
+    model[2].weight = model[0].weight.t()
+    with pytest.raises(gradext.UnsupportedLayerError, match="a view made before the call"):
+        gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
+
+
 def test_dropout_in_training_is_watched(routes):
     model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 6))
     gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
@@ -196,6 +216,15 @@ def test_the_caller_s_input_is_left_alone(routes):
     torch.testing.assert_close(x, before, rtol=0, atol=0)
     x.zero_()
     torch.testing.assert_close(factors["1"].activation, before.relu(), rtol=0, atol=0)
+
+
+def test_sparse_inputs_are_refused_or_fall_back(loop):
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)).double(), torch.eye(B, 6).double()
+    expected = loop(model, x, x, gradext.losses.mse)
+    with pytest.raises(gradext.UnsupportedLayerError, match=r"0\.weight is used by linear"):
+        gradext.batch_layer_grads(model, x.to_sparse(), target=x, loss="mse")
+    later = gradext.batch_layer_grads(model, x.to_sparse(), target=x, loss="mse", layers="2")
+    assert_same(later, {"2.weight": expected["2.weight"]})
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -240,6 +269,16 @@ def test_readable(name, loop, routes):
     expected = loop(model, x, x, squared)
     for _ in range(2):
         assert_same(gradext.batch_layer_grads(model, x, loss=squared, include_bias=True, layers="all"), expected)
+    assert routes == ["watched", "read"]
+
+
+@pytest.mark.parametrize("padding", ["valid", "same", 1, (0, 1)])
+def test_one_image_is_read(padding, loop, routes):
+    torch.manual_seed(0)
+    model, x = Plain(nn.Conv2d(2, 3, (3, 3), padding=padding)).double(), torch.rand(1, 2, 5, 6, dtype=torch.float64)
+    expected = loop(model, x, x, squared)
+    for _ in range(2):
+        assert_same(gradext.batch_layer_grads(model, x, loss=squared, include_bias=True), expected)
     assert routes == ["watched", "read"]
 
 
@@ -355,6 +394,24 @@ def test_a_changed_model_is_chosen_from_anew():
     model[3].weight = nn.Parameter(torch.ones(6, 6))
     torch.nn.utils.parametrizations.weight_norm(model[0])
     assert set(gradext.batch_layer_grads(model, x)) == {"3.weight"}
+
+
+def test_a_decoder_that_is_a_property_is_asked_for_anew():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoders, self.current = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), 0
+
+        @property
+        def decoder(self):
+            return self.decoders[self.current]
+
+        def forward(self, x):
+            return self.decoders[1](self.decoders[0](x))
+
+    model, x = Several(), torch.rand(B, 6)
+    for model.current in 0, 1, 0:
+        assert set(gradext.batch_layer_grads(model, x)) == {f"decoders.{model.current}.weight"}
 
 
 def test_models_can_go():

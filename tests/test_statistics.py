@@ -1,4 +1,5 @@
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -88,6 +89,8 @@ def test_state_survives_a_file(batches, tmp_path):
     restored = GradStatistics(kron_fisher=True).load_state_dict(torch.load(tmp_path / "state.pt"))
     assert_same(restored, statistics)
     assert_same(restored.partial_fit(factors(data)), statistics.partial_fit(factors(data)))
+    state = safetensors.torch.load(safetensors.torch.save(statistics.state_dict()))  # in an order of its own
+    assert_same(GradStatistics(kron_fisher=True).load_state_dict(state), statistics)
     with pytest.raises(ValueError, match="state: expected"):
         GradStatistics().load_state_dict(statistics.state_dict())
 
@@ -124,9 +127,14 @@ def test_several_references_at_once(batches):
         torch.testing.assert_close(layers.cosine(references)[:, k], layers.cosine(one))
         for name, f in layers.items():
             torch.testing.assert_close(f.cosine(references[name])[:, k], f.cosine(one[name]))
-    mixed = references | {"3": references["3"][0]}
-    with pytest.raises(ValueError, match="one reference for every layer, or K for every layer"):
-        layers.cosine(mixed)
+    whole = factors(data[:5])  # as many samples as references, which adding up would not tell apart
+    for wrong in references["3"][0], references["3"][:1]:
+        for method in layers.cosine, layers.dot, whole.dot:
+            with pytest.raises(ValueError, match="one reference for every layer, or K for every layer"):
+                method(references | {"3": wrong})
+    for method in layers.cosine, layers.dot:
+        with pytest.raises(ValueError, match="reference: expected the layers"):
+            method({"3": references["3"]})
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])

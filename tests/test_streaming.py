@@ -1,3 +1,5 @@
+from collections import UserDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,8 +66,9 @@ def test_named_inputs():
 
     model, x, scale = Named(), torch.rand(40, 5), torch.rand(40, 1)
     expected = gradext.batch_layer_grads(model, {"scale": scale, "x": x}, loss=squared)["a.weight"]
-    chunks = gradext.iter_layer_grads(model, [{"scale": scale, "x": x}], loss=squared, memory_budget=3000)
-    torch.testing.assert_close(torch.cat([chunk["a.weight"].clone() for chunk in chunks]), expected)
+    for batch in {"scale": scale, "x": x}, UserDict(scale=scale, x=x):  # a tokenizer's output is of the latter type
+        chunks = gradext.iter_layer_grads(model, [batch], loss=squared, memory_budget=3000)
+        torch.testing.assert_close(torch.cat([chunk["a.weight"].clone() for chunk in chunks]), expected)
 
 
 @pytest.mark.parametrize("reduce", [None, lambda factors: factors.norm()])
@@ -86,7 +89,24 @@ def test_memory_is_reused_between_chunks():
     assert len(pointers) == 1
 
 
+def test_biases_of_layers_that_are_added_up():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 3), nn.Linear(20, 3)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model, data = Sum(), torch.rand(20, 20)
+    for loss in squared, lambda output, target: output.sum(1):
+        chunks = list(gradext.iter_layer_grads(model, data.split(5), loss=loss, include_bias=True))
+        assert [chunk["b.bias"].shape for chunk in chunks] == [(5, 3)] * 4
+
+
 def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="target: expected one for each batch; pass paired=True"):
+        next(gradext.iter_layer_grads(network(), [torch.rand(4, 20)], target=torch.rand(4, 10)))
     model, data = network(), [torch.rand(4, 20, dtype=torch.float64)]
     with pytest.raises(ValueError, match=r"memory_budget: one sample needs about [\d,]+ bytes, more than.* 1,000;"):
         list(gradext.iter_layer_grads(model, data, loss=squared, memory_budget=1000))

@@ -3,6 +3,7 @@
 A model here is a function that makes it and one that makes its input; all its parameters are asked for.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -469,6 +470,24 @@ def test_factors_stand_for_the_same_gradients(name, loop):
         assert_close(type(f).cat([f[:1], f[1:]]).norm(), flat.norm(dim=1))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_empty_batch(name):
+    model, x = make(name)
+    empty = torch.utils._pytree.tree_map(lambda value: value[:0], x)
+    args, kwargs = gradext.layer_grads.as_call(empty)
+    try:
+        model(*args, **kwargs)
+    except (RuntimeError, IndexError) as error:
+        pytest.skip(f"the model itself takes no empty batch: {error}")
+    grads = gradext.batch_layer_grads(model, empty, loss=squared, layers="all", include_bias=True)
+    assert {key: tuple(g.shape) for key, g in grads.items()} == {k: (0, *p.shape) for k, p in model.named_parameters()}
+    factors = gradext.batch_layer_factors(model, empty, loss=squared, layers="all", include_bias=True)
+    assert factors.norm().shape == (0,)
+    assert factors.gram().shape == (0, 0)
+    for key, total in factors.sum().items():
+        assert not total.any(), key
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -628,6 +647,46 @@ def test_a_model_that_comes_to_mix_samples_is_found_on_request():
         gradext.batch_layer_grads(model, x, loss=squared, check="sample")
     with pytest.raises(gradext.CaptureError, match=MIXED):
         gradext.batch_layer_grads(model, x.unsqueeze(1).expand(B, B, 6), loss=squared)
+
+
+class Centred(nn.Module):
+    """Of the batch in training mode: a mixing layer."""
+
+    def forward(self, x):
+        return x - x.mean(0) if self.training else x
+
+
+@pytest.mark.parametrize("change", ["another layer", "mode", "hook", "hook before"])
+def test_what_a_changed_model_does_is_proved_again(change):
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: m.b(m.mix(m.a(x)).sin()), a=nn.Linear(6, 5), mix=Centred(), b=nn.Linear(5, 4)).eval()
+    x = torch.randn(B, 6)
+    if change == "another layer":
+        model.mix = nn.Identity()
+    gradext.batch_layer_grads(model, x, loss=squared)
+    if change == "another layer":
+        model.mix = Centred().train()
+    elif change == "mode":
+        model.mix.train()
+    elif change == "hook":
+        model.mix.register_forward_hook(lambda module, args, output: output - output.mean(0))
+    else:
+        model.mix.register_forward_pre_hook(lambda module, args: args[0] - args[0].mean(0))
+    for _ in range(2):
+        with pytest.raises(gradext.CaptureError, match=MIXED):
+            gradext.batch_layer_grads(model, x, loss=squared)
+
+
+def test_each_loss_is_proved():
+    torch.manual_seed(0)
+    model, x = Lambda(lambda m, x: m.b(m.a(x).sin()), a=nn.Linear(6, 5), b=nn.Linear(5, 4)), torch.randn(B, 6)
+    for loss in lambda output, target: squared(output, target), functools.partial(squared), squared:
+        gradext.batch_layer_grads(model, x, loss=loss)
+    mixing = lambda output, target: squared(output, target).flip(0)  # noqa: E731
+    for loss in mixing, functools.partial(mixing), lambda output, target: squared(output - output.mean(0), target):
+        for _ in range(2):
+            with pytest.raises(gradext.CaptureError, match=MIXED):
+                gradext.batch_layer_grads(model, x, loss=loss)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -156,8 +156,8 @@ def train_classifier(
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         pairs = zip(
-            torch.randperm(len(inliers), generator=order)[:count].split(half),
-            torch.randperm(len(outliers), generator=order)[:count].split(half),
+            torch.randperm(len(inliers), generator=order, device="cpu")[:count].split(half),
+            torch.randperm(len(outliers), generator=order, device="cpu")[:count].split(half),
             strict=True,
         )
         for inside, outside in pairs:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +45,28 @@ class Rows(Protocol):
 
 
 Batches: TypeAlias = Iterable[Any]  # of arrays or tensors [n, ...], or of tuples that begin with one
+
+Arguments = ParamSpec("Arguments")
+Detector = TypeVar("Detector", bound="NoveltyDetector")
+
+
+def _whole_or_not_at_all(
+    fit: Callable[Concatenate[Detector, Arguments], Detector],
+) -> Callable[Concatenate[Detector, Arguments], Detector]:
+    """A fit that trains whatever the caller's gradient mode, and after a failure of which the detector is as before."""
+
+    @functools.wraps(fit)
+    def fitted(self: Detector, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Detector:
+        former = dict(self.__dict__)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return fit(self, *args, **kwargs)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(former)
+            raise
+
+    return fitted
 
 
 class NoveltyDetector(OutlierMixin, BaseEstimator):
@@ -163,6 +186,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     # --- fitting -----------------------------------------------------------------------------------------------------
 
+    @_whole_or_not_at_all
     def fit(
         self,
         X: Rows | Batches,
@@ -191,7 +215,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         random_state.
 
         Raises ValueError for data or parameters that do not fit, OSError for a full disk, RuntimeError if the loss
-        becomes NaN.
+        becomes NaN. What was fitted before is kept then.
         """
         self._check_parameters()
         processes = Processes(process_group)
@@ -263,7 +287,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             )
         while sum(held_out) >= N:
             held_out[held_out.index(max(held_out))] -= 1
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).numpy()
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
         validation, calibration, training = np.split(order, np.cumsum(held_out))
         return training, validation, calibration
 
@@ -289,7 +313,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model: nn.Module = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim)
+                model: nn.Module = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim).float()
         else:
             model = copy.deepcopy(self.model).float()
         self.model_ = model.to(device).eval()
@@ -356,7 +380,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         else:
             score = fit_score(self.novelty_score, self._characterized(X, inliers, processes), None, seed=seed)
 
-        dead, latent = 0, torch.zeros(())
+        dead, latent = 0, torch.zeros((), device="cpu")
 
         def of_block(seen: Characterization) -> Tensor:
             nonlocal dead, latent
@@ -388,13 +412,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 f"samples: the threshold is the largest of their scores, for false alarms at up to {attainable:.3g}; "
                 f"hold out {math.ceil(1 / self.target_fpr) - 1} or more (calibration_fraction=, X_calibration=)",
                 guards.DetectorWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     def score_samples(self, X: Rows | Batches) -> np.ndarray:
-        """How normal each sample is, [N]; higher is more normal, as in scikit-learn.
+        """How normal each sample is, [N]; higher is more normal, as in scikit-learn. -inf where numbers overflow.
 
         ``X``: as in `fit`; what comes in batches is scored as it comes, in its order, without a file.
         """
@@ -413,7 +437,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if start == 0 and self.profile_ is not None:
             first = X[: rows_at_a_time(self.n_features_in_)]
             _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
-        return self._novelty(X, np.arange(len(X)))
+        novelty = self._novelty(X, np.arange(len(X)))
+        return np.where(np.isnan(novelty), np.inf, novelty)  # what overflows is not normal
 
     def decision_function(self, X: Rows | Batches) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
@@ -466,7 +491,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _as_samples(self, X: np.ndarray, dtype: torch.dtype) -> Tensor:
         """``(X - shift_) / scale_`` in the model's shape [N, *input_shape_]."""
-        samples = torch.empty(X.shape, dtype=torch.float64)  # torch's alignment: on it depend the last bits of products
+        # Torch's alignment: on it depend the last bits of products.
+        samples = torch.empty(X.shape, dtype=torch.float64, device="cpu")
         scaled = samples.numpy()
         np.subtract(X, self.shift_, out=scaled)
         scaled /= self.scale_
@@ -510,7 +536,7 @@ class _Samples:
 
     def held(self) -> Tensor:
         """All of them in memory."""
-        whole = torch.empty(len(self), *self.detector.input_shape_, dtype=self.dtype)
+        whole = torch.empty(len(self), *self.detector.input_shape_, dtype=self.dtype, device="cpu")
         start = 0
         for block in self.blocks():
             whole[start : start + len(block)] = block

@@ -41,7 +41,7 @@ class FittedScore:
         """Everything learned, by name: the fields of the statistics, or the features' scale and the weights."""
         if self.classifier is None or self.features is None:
             return self.statistics.tensors()
-        scale = torch.tensor([self.features.mean, self.features.std], dtype=torch.float64)
+        scale = torch.tensor([self.features.mean, self.features.std], dtype=torch.float64, device="cpu")
         whiteners = {name: getattr(self.features, name) for name in WHITENERS}
         whiteners = {name: value for name, value in whiteners.items() if value is not None}
         return {"features": scale, **whiteners, **self.classifier.state_dict()}

@@ -123,8 +123,8 @@ def of_input(samples: Tensor, profile: Profile) -> Iterator[str]:
         yield f"inputs of a smaller scale: scaled values span {seen}; were they divided by 255 once too often?"
     if len(profile.channel_mean) == 3 and len(samples) >= 8 and outside.logical_not().any():
         means = samples.double().mean((0, 2, 3)).cpu()
-        trained = torch.tensor(profile.channel_mean, dtype=torch.float64)
-        spread = torch.tensor(profile.channel_std, dtype=torch.float64).clamp_min(1e-6)
+        trained = torch.tensor(profile.channel_mean, dtype=torch.float64, device="cpu")
+        spread = torch.tensor(profile.channel_std, dtype=torch.float64, device="cpu").clamp_min(1e-6)
         as_is, reversed_ = (((m - trained) / spread).norm().item() for m in (means, means.flip(0)))
         if as_is * math.sqrt(len(samples)) > 15 and reversed_ < as_is / 3:
             yield (

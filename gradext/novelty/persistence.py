@@ -245,14 +245,14 @@ def _rebuild(
     detector.model_.to(torch.device(device or "cpu")).eval()
 
     # What the score must hold: its names, shapes and types for this model, from two samples of zeros.
-    zeros = torch.zeros(2, *detector.input_shape_, dtype=dtype)
+    zeros = torch.zeros(2, *detector.input_shape_, dtype=dtype, device="cpu")
     seen = characterize(detector.model_, zeros, layer=detector.layer, loss=detector.loss_)
     options = {"epochs": 1} if detector.novelty_score in CLASSIFIER_SCORES else {}
     template = fit_score(detector.novelty_score, seen, seen, **options)
     learned = {name.removeprefix("score."): given.pop(name) for name in tensors if name.startswith("score.")}
     if description["format_version"] == 1:  # nothing was whitened
         whiteners = {name: like for name, like in template.tensors().items() if name in WHITENERS}
-        learned = {name: torch.eye(len(like)).to(like) for name, like in whiteners.items()} | learned
+        learned = {name: torch.eye(len(like), device="cpu").to(like) for name, like in whiteners.items()} | learned
     _check_tensors(learned, template.tensors(), "score")
     if given:
         raise ModelFileError(f"tensors: unknown names {sorted(given)}")

@@ -152,5 +152,5 @@ def distort(x: Tensor, *, std: float = 0.1, clip: bool = False, seed: int = 0) -
     if not std > 0:
         raise ValueError(f"std: expected a positive number, but got {std!r}")
     generator = torch.Generator().manual_seed(seed)
-    noisy = x + std * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    noisy = x + std * torch.randn(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     return noisy.clamp(0, 1) if clip else noisy

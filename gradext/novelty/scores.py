@@ -333,7 +333,7 @@ def _ridge_inverse(matrix: Tensor) -> Tensor:
 def whitener(matrix: Tensor) -> Tensor:
     """``L⁻ᵀ`` of the Cholesky factor of a matrix of second moments with its ridge: rows v become white as ``v L⁻ᵀ``."""
     factor = _damped_cholesky(matrix)
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), device="cpu").to(factor), upper=False)
     return inverse.T.to(matrix.dtype).contiguous()
 
 

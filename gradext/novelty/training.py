@@ -133,7 +133,7 @@ def train(
         for epoch in bar:
             model.train()
             total = torch.zeros((), device=device)
-            for index in torch.randperm(len(x), generator=order).split(batch_size):
+            for index in torch.randperm(len(x), generator=order, device="cpu").split(batch_size):
                 batch = x[index.to(device)].to(device)
                 value = objective(batch).mean()
                 penalised = value if penalty is None else value + penalty(model, batch)
