@@ -406,7 +406,8 @@ class GradFactors:
         """The Kronecker factors ``A = Σ_bt a aᵀ / (B T)`` [I, I] and ``D = Σ_bt δ δᵀ / B`` [O, O] of the Fisher matrix.
 
         The matrix of the flattened gradients is about ``D ⊗ A``, exactly so where inputs and deltas are independent
-        and T = 1; for many positions this is the "expand" form. BT(O² + I²) operations.
+        and T = 1; for many positions this is the "expand" form, in which the zero positions that `cat` fills up with
+        count too (`GradStatistics` takes batches of different T). BT(O² + I²) operations.
         Sources: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
         2015; Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network architectures",
         NeurIPS 2023.
