@@ -466,6 +466,16 @@ def test_current_device_is_left_alone(backend):
         assert torch.cuda.current_device() == 0
 
 
+def test_graphs_of_two_gpus(vae):
+    """Whatever is the current GPU, and whichever was recorded on first."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for device in ("cuda:0", "cuda:1"):
+        model, x = copy.deepcopy(vae).to(device), torch.rand(16, 60, device=device)
+        graphed = gradext.make_graphed_layer_grads(model, torch.rand(16, 60, device=device), loss="bce")
+        assert_close_to_exact(graphed(x), model, x)
+
+
 def test_calls_from_many_threads(backend):
     """Each thread on a stream of its own, without the interpreter's lock during the launch."""
     delta, activation, *_ = factors(40, None, 100, 101)
