@@ -163,6 +163,20 @@ def test_offsets_beyond_32_bits():
     assert out[2, 1, 1] == 9 * 6
 
 
+def test_fp64_without_matrix_products(monkeypatch):
+    """Triton 3.4 multiplies no fp64 matrices: plain torch does."""
+    monkeypatch.setattr(triton, "_triton_multiplies_fp64", lambda: False)
+    launched = record_launches(monkeypatch)
+    for T in (None, 3, 20):
+        delta, activation, _, weight = factors(3, T, 5, 7, torch.float64)
+        check("outer", delta, activation, dtype=torch.float16)
+        value = triton.outer(delta, activation, dtype=torch.float32, epilogue="silu", operand=delta.flip(0))
+        check_epilogue("silu", delta, activation, delta.flip(0), value, dtype=torch.float32)
+        check("sq_norm", delta, activation)
+        check("linear", delta, activation, weight)
+    assert set(launched) == {"outer_flat", "sq_norm_rows"}
+
+
 def test_mixed_types():
     """A half-precision factor meets an fp32 weight in fp32."""
     delta, activation, *_ = factors(3, None, 6, 20, torch.bfloat16)
