@@ -49,7 +49,7 @@ STAGES = {
     "fusion": 30,
 }
 REPORT_SECONDS = 15  # kept back for the report and the pictures
-GRACE_SECONDS = 10  # between an interruption and a kill
+GRACE_SECONDS = 15  # between an interruption and a kill; pytest-xdist waits 10 for its workers
 Case = tuple[str, Callable[[], dict]]  # a name for the log, and what gives one row of the results
 
 
