@@ -490,6 +490,14 @@ def test_sums_over_very_many_positions_do_not_drift(emulator):
     torch.testing.assert_close(norms.double(), exact.square().sum((1, 2)), rtol=4e-5, atol=0)
 
 
+@pytest.mark.parametrize(("gram_tile", "O", "I"), [(16, 65_537, 3), (32, 3, 65_537), (64, 3, 65_537)])
+def test_norms_of_very_many_features_do_not_drift(gram_tile, O, I, emulator):
+    delta, activation = torch.full((1, 2, O), 0.786), torch.full((1, 2, I), 0.3)
+    exact = (4 * O * delta[0, 0, 0].double() ** 2 * I * activation[0, 0, 0].double() ** 2).reshape(1)
+    found = norms_by(emulator, delta, activation, gram_tile, 1)
+    torch.testing.assert_close(found.double(), exact, rtol=4e-5, atol=0)
+
+
 @pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
 def test_norms_of_nan_and_infinity(gram_tile, emulator):
     delta, activation = (x.abs() for x in factors(3, 20, 5, 9))

@@ -149,16 +149,19 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
       while (column > row && row < tiles) column -= ++row;
       if (row >= tiles) break;
       const std::int64_t s0 = row * kTile, t0 = column * kTile;
-      Real deltas[kPatch][kPatch], activations[kPatch][kPatch];
-      multiply_tile(delta, s0, p.T, delta, t0, p.T, 0, p.O, slices, deltas);
-      multiply_tile(activation, s0, p.T, activation, t0, p.T, 0, p.I, slices, activations);
+      Real deltas[kPatch][kPatch];
+      multiply_long_tile(delta, s0, p.T, delta, t0, p.T, p.O, slices, deltas);
       const std::int64_t s = s0 + thread / kSide * kPatch, t = t0 + thread % kSide * kPatch;
       Real products = 0;
+      for (std::int64_t begin = 0; begin < p.I; begin += kPiece) {
+        Real activations[kPatch][kPatch];
+        multiply_tile(activation, s0, p.T, activation, t0, p.T, begin, min(begin + kPiece, p.I), slices, activations);
 #pragma unroll
-      for (int y = 0; y < kPatch; ++y)
+        for (int y = 0; y < kPatch; ++y)
 #pragma unroll
-        for (int x = 0; x < kPatch; ++x)  // beyond the edge zero meets infinity
-          if (s + y < p.T && t + x < p.T) products += deltas[y][x] * activations[y][x];
+          for (int x = 0; x < kPatch; ++x)  // beyond the edge zero meets infinity
+            if (s + y < p.T && t + x < p.T) products += deltas[y][x] * activations[y][x];
+      }
       share += row == column ? products : 2 * products;
       column += splits;
     }
