@@ -213,6 +213,7 @@ class Conductor:
             self.results["sanitizer"] = {}
             return {"status": "skipped", "error": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"}
         driver = [sys.executable, str(Path(__file__).resolve()), "--out", str(self.work), "--sanitize-driver"]
+        driver += ["--device", self.arguments.device]
         driver += ["--deadline", str(deadline - GRACE_SECONDS)]  # only a tool whose program ends has a verdict
         environment = {**self.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that bounds are those of tensors
         running = {}
@@ -1159,6 +1160,8 @@ def sanitize_driver(device: str, deadline: float) -> int:
     shapes = [(3, None, 33, 129), (2, None, 5, 3), (5, None, 1, 1), (2, None, 16, 64), (2, 2, 17, 35), (2, 33, 66, 70)]
     backends, wrong = kernel_backends(device), []
     print(f"backends: {', '.join(backends) or 'none'}", flush=True)
+    if not backends:  # nor does a tool find fault with nothing
+        return 1
     generator = torch.Generator().manual_seed(0)
     for backend in backends:
         products = [

@@ -104,10 +104,17 @@ def test_a_stage_that_fails_at_once_ends(conductor, monkeypatch):
     assert conductor.measure("outer", time.time() + 60)["status"] == "failed"
 
 
-def test_sanitized_program_ends_by_itself(capsys):
+def test_sanitized_program_ends_by_itself(monkeypatch, capsys):
     """compute-sanitizer has no verdict of a program that was killed."""
+    monkeypatch.setattr(gpu_check, "kernel_backends", lambda device: ["reference"])
     assert gpu_check.sanitize_driver("cpu", deadline=0) == 0
-    assert f"{gpu_check.CUT} before cpu (3, None, 33, 129) fp32, case 1 of 24" in capsys.readouterr().out
+    assert f"{gpu_check.CUT} before reference (3, None, 33, 129) fp32, case 1 of 24" in capsys.readouterr().out
+
+
+def test_sanitizing_nothing_is_no_success(monkeypatch):
+    """As where a tool keeps torch from seeing the GPU."""
+    monkeypatch.setattr(gpu_check, "kernel_backends", lambda device: [])
+    assert gpu_check.sanitize_driver("cpu", deadline=float("inf")) != 0
 
 
 @pytest.mark.parametrize(("factor", "route"), [(1 - 3e-6, "seconds"), (1 - 3e-5, "wrong")])
