@@ -186,6 +186,16 @@ def test_empty(shape, backend):
         assert (value == 0).all()
 
 
+@pytest.mark.parametrize(("name", "roundings"), [("outer", 12), ("sq_norm", 24)])
+def test_sums_over_very_many_positions_do_not_drift(name, roundings):
+    if BACKENDS["cuda"].available() is not None:
+        pytest.skip(BACKENDS["cuda"].available())
+    delta, activation = (tensor.abs() for tensor in factors(3, 65_537, 9, 27)[:2])
+    exact = getattr(reference, name)(delta.double(), activation.double())
+    found = getattr(ops, name)(delta, activation, backend="cuda")
+    torch.testing.assert_close(found.double(), exact, rtol=roundings * torch.finfo(torch.float32).eps, atol=0)
+
+
 @pytest.mark.parametrize(("O", "I"), [(1, 3), (2, 1), (8, 128)])
 def test_more_samples_than_a_grid_has_rows(O, I, backend):
     """70,001 is more than the second and third axes of a grid can count."""
