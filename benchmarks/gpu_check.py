@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
     "machine": 60,  # the first to load torch, from a cold disk
     "build": 120,
-    "tests": 120,
+    "tests": 180,  # some 1,200 kernels of Triton are compiled in it
     "sanitizer": 80,
     "ceilings": 20,
     "outer": 90,
