@@ -6,8 +6,8 @@
 Writes DIR/results.json (all that was measured), report.md, outer.png and speedup.png. Needs no network: nvcc, torch,
 setuptools, pybind11, pytest and matplotlib are expected to be there.
 
-Every stage is a process of its own with a share of the time: a fault or a hang costs that stage alone, and what it
-measured so far is kept. No time is reported of a result that has not passed its check in the same process.
+Every stage is a process of its own with a share of the time: a fault costs the case that it came in, a hang its stage,
+and what was measured so far is kept. No time is reported of a result that has not passed its check in the same process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name -> seconds that it may take of nine minutes; what one leaves over is shared by the stages behind it.
+# Name -> its share of the time that is left; what one leaves over is shared by the stages behind it.
 STAGES = {
     "machine": 60,  # the first to load torch, from a cold disk
     "build": 120,
