@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -87,11 +88,18 @@ class CudaGraphRecorder:
                 for _ in range(self._num_warmup_iters):
                     function()
             torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph, pool=self._pool):  # registers the default generator by itself
+            # Registers the default generator by itself.
+            with torch.cuda.graph(self._graph, pool=self._pool, stream=_recording_stream(self._device)):
                 return function()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a GPU, which may share a pool; torch's own is of the GPU that was recorded on first."""
+    return torch.cuda.Stream(device)
 
 
 class GraphedLayerGrads:

@@ -480,6 +480,24 @@ def test_norms_of_more_blocks_than_tiles(gram_tile, emulator):
     assert_norms(norms_by(emulator, delta, activation, gram_tile, 5), delta, activation)
 
 
+def test_sums_over_very_many_positions_do_not_drift(emulator):
+    """Of equal products, added up one after the other, each step rounds in the same direction."""
+    delta, activation = torch.full((1, 65_537, 2), 0.786), torch.full((1, 65_537, 3), 0.3)
+    gradient = cuda.outer(delta, activation)
+    exact = torch.full((1, 2, 3), 65_537 * delta[0, 0, 0].double() * activation[0, 0, 0].double(), dtype=F64)
+    torch.testing.assert_close(gradient.double(), exact, rtol=2e-5, atol=0)
+    norms = norms_by(emulator, delta, activation, 0, 1)
+    torch.testing.assert_close(norms.double(), exact.square().sum((1, 2)), rtol=4e-5, atol=0)
+
+
+@pytest.mark.parametrize(("gram_tile", "O", "I"), [(16, 65_537, 3), (32, 3, 65_537), (64, 3, 65_537)])
+def test_norms_of_very_many_features_do_not_drift(gram_tile, O, I, emulator):
+    delta, activation = torch.full((1, 2, O), 0.786), torch.full((1, 2, I), 0.3)
+    exact = (4 * O * delta[0, 0, 0].double() ** 2 * I * activation[0, 0, 0].double() ** 2).reshape(1)
+    found = norms_by(emulator, delta, activation, gram_tile, 1)
+    torch.testing.assert_close(found.double(), exact, rtol=4e-5, atol=0)
+
+
 @pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
 def test_norms_of_nan_and_infinity(gram_tile, emulator):
     delta, activation = (x.abs() for x in factors(3, 20, 5, 9))

@@ -5,6 +5,8 @@ That a CUDA graph itself does the same is tested in test_gpu.py.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import gradext
 import gradext.losses
-from gradext import CaptureError, NonFiniteError
+from gradext import CaptureError, NonFiniteError, graphs
 from gradext.graphs import GraphedLayerGrads
 
 B = 4
@@ -62,6 +64,28 @@ def _recording_forbids_to_wait(monkeypatch):
     monkeypatch.setattr(gradext.losses, "_ends_in_sigmoid", waits(gradext.losses._ends_in_sigmoid))  # loss="auto"
     in_unit_interval = gradext.losses._in_unit_interval  # for loss="bce" asked on the CPU alone
     monkeypatch.setattr(gradext.losses, "_in_unit_interval", lambda t: FakeRecorder.recording or in_unit_interval(t))
+
+
+def test_each_gpu_is_recorded_on_a_stream_of_its_own(monkeypatch):
+    """On the stream of another GPU the recording would stay empty, and a replay leave the results as they were."""
+    recorded = []
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream):
+        recorded.append(stream)
+        yield
+
+    entered = contextlib.nullcontext
+    fakes = {"CUDAGraph": object, "Stream": lambda device=None: [device], "graph": graph, "device": entered}
+    for name, fake in (fakes | {"stream": entered, "synchronize": lambda: None}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs._recording_stream.cache_clear()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    for device in (first, second, first):
+        assert graphs.CudaGraphRecorder(device, 1, None).capture(lambda device=device: device) == device
+    graphs._recording_stream.cache_clear()
+    assert recorded == [[first], [second], [first]]
+    assert recorded[0] is recorded[2]
 
 
 def record(model, x, **options) -> GraphedLayerGrads:

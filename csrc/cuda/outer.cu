@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
     Real sum[kPatch][kPatch];
     if constexpr (kFused) {
       const Strided<In> operand{static_cast<const In*>(p.operand) + b * p.operand_b, p.operand_t, p.operand_o};
-      multiply_tile(Fused<In>{delta, operand, p.epilogue}, o0, p.O, activation, i0, p.I, p.T, slices, sum);
+      multiply_long_tile(Fused<In>{delta, operand, p.epilogue}, o0, p.O, activation, i0, p.I, p.T, slices, sum);
     } else {
-      multiply_tile(delta, o0, p.O, activation, i0, p.I, p.T, slices, sum);
+      multiply_long_tile(delta, o0, p.O, activation, i0, p.I, p.T, slices, sum);
     }
 
     const std::int64_t i = i0 + thread % kSide * kPatch;

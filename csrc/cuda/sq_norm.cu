@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
       const std::int64_t tile_o = divide(tile, tiles_i);
       const std::int64_t o0 = tile_o * kTile, i0 = (tile - tile_o * tiles_i) * kTile;
       Real gradient[kPatch][kPatch];
-      multiply_tile(delta, o0, p.O, activation, i0, p.I, p.T, slices, gradient);
+      multiply_long_tile(delta, o0, p.O, activation, i0, p.I, p.T, slices, gradient);
       const std::int64_t o = o0 + thread / kSide * kPatch, i = i0 + thread % kSide * kPatch;
       Real squares = 0;
 #pragma unroll
@@ -149,16 +149,19 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
       while (column > row && row < tiles) column -= ++row;
       if (row >= tiles) break;
       const std::int64_t s0 = row * kTile, t0 = column * kTile;
-      Real deltas[kPatch][kPatch], activations[kPatch][kPatch];
-      multiply_tile(delta, s0, p.T, delta, t0, p.T, p.O, slices, deltas);
-      multiply_tile(activation, s0, p.T, activation, t0, p.T, p.I, slices, activations);
+      Real deltas[kPatch][kPatch];
+      multiply_long_tile(delta, s0, p.T, delta, t0, p.T, p.O, slices, deltas);
       const std::int64_t s = s0 + thread / kSide * kPatch, t = t0 + thread % kSide * kPatch;
       Real products = 0;
+      for (std::int64_t begin = 0; begin < p.I; begin += kPiece) {
+        Real activations[kPatch][kPatch];
+        multiply_tile(activation, s0, p.T, activation, t0, p.T, begin, min(begin + kPiece, p.I), slices, activations);
 #pragma unroll
-      for (int y = 0; y < kPatch; ++y)
+        for (int y = 0; y < kPatch; ++y)
 #pragma unroll
-        for (int x = 0; x < kPatch; ++x)  // beyond the edge zero meets infinity
-          if (s + y < p.T && t + x < p.T) products += deltas[y][x] * activations[y][x];
+          for (int x = 0; x < kPatch; ++x)  // beyond the edge zero meets infinity
+            if (s + y < p.T && t + x < p.T) products += deltas[y][x] * activations[y][x];
+      }
       share += row == column ? products : 2 * products;
       column += splits;
     }

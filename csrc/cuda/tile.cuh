@@ -9,6 +9,7 @@ namespace gradext {
 // summed dimension lies in shared memory, for each factor of the product, and its threads' patches as a whole: read
 // by 16-byte loads without bank conflicts. The pad behind each row keeps writes down a column to two a bank.
 constexpr int kSide = 16, kSlice = 16;
+constexpr std::int64_t kPiece = 1024;  // products that are added up one after the other
 static_assert(kSide * kSide == kThreads);
 
 // Blocks that a multiprocessor has to hold at once, so that some multiply while others wait for memory.
@@ -66,12 +67,13 @@ __device__ __forceinline__ void load_slice(const X& x, Patch (&to)[kSlice][kSide
   }
 }
 
-// sum[u][v] = Σ_k x[k, x0 + (thread / 16) kPatch + u] · y[k, y0 + (thread % 16) kPatch + v], for all K.
+// sum[u][v] = Σ_k x[k, x0 + (thread / 16) kPatch + u] · y[k, y0 + (thread % 16) kPatch + v], for begin <= k < end.
 // Every thread of the block has to call it.
 template <int kPatch, class X, class Y, class Real>
 __device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::int64_t x_size, const Y& y,
-                                              std::int64_t y0, std::int64_t y_size, std::int64_t K,
-                                              Slices<Real, kPatch>& slices, Real (&sum)[kPatch][kPatch]) {
+                                              std::int64_t y0, std::int64_t y_size, std::int64_t begin,
+                                              std::int64_t end, Slices<Real, kPatch>& slices,
+                                              Real (&sum)[kPatch][kPatch]) {
   const int row = static_cast<int>(threadIdx.x) / kSide, column = static_cast<int>(threadIdx.x) % kSide;
 #pragma unroll
   for (int u = 0; u < kPatch; ++u)
@@ -80,8 +82,8 @@ __device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::
   constexpr std::int64_t kTile = kSide * kPatch;
   const int x_columns = static_cast<int>(min(x_size - x0, kTile)),
             y_columns = static_cast<int>(min(y_size - y0, kTile));
-  for (std::int64_t k0 = 0; k0 < K; k0 += kSlice) {
-    const int rows = static_cast<int>(min(K - k0, std::int64_t{kSlice}));
+  for (std::int64_t k0 = begin; k0 < end; k0 += kSlice) {
+    const int rows = static_cast<int>(min(end - k0, std::int64_t{kSlice}));
     __syncthreads();  // the last slice has been read
     load_slice<kPatch>(x, slices.x, k0, rows, x0, x_columns);
     load_slice<kPatch>(y, slices.y, k0, rows, y0, y_columns);
@@ -94,6 +96,25 @@ __device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::
 #pragma unroll
         for (int v = 0; v < kPatch; ++v) sum[u][v] += left.element[u] * right.element[v];
     }
+  }
+}
+
+// The same for all K, in pieces: beside the running sum of very many products, each of them would lose its last bits.
+template <int kPatch, class X, class Y, class Real>
+__device__ __forceinline__ void multiply_long_tile(const X& x, std::int64_t x0, std::int64_t x_size, const Y& y,
+                                                   std::int64_t y0, std::int64_t y_size, std::int64_t K,
+                                                   Slices<Real, kPatch>& slices, Real (&sum)[kPatch][kPatch]) {
+#pragma unroll
+  for (int u = 0; u < kPatch; ++u)
+#pragma unroll
+    for (int v = 0; v < kPatch; ++v) sum[u][v] = 0;
+  for (std::int64_t begin = 0; begin < K; begin += kPiece) {
+    Real piece[kPatch][kPatch];
+    multiply_tile(x, x0, x_size, y, y0, y_size, begin, min(begin + kPiece, K), slices, piece);
+#pragma unroll
+    for (int u = 0; u < kPatch; ++u)
+#pragma unroll
+      for (int v = 0; v < kPatch; ++v) sum[u][v] += piece[u][v];
   }
 }
 

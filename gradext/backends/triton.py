@@ -75,6 +75,17 @@ def _on_tensor_cores(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16) or _precision(dtype) == "tf32"
 
 
+@functools.cache
+def _triton_multiplies_fp64() -> bool:
+    """From 3.5 on; what 3.4, which goes with torch 2.8, does not multiply is left to plain torch."""
+    version = importlib.import_module("triton").__version__
+    return tuple(int(part) for part in version.split(".")[:2]) >= (3, 5)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 or _triton_multiplies_fp64()
+
+
 # --- outer products --------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +126,9 @@ def outer_group(problems: list[tuple[Tensor, Tensor, Tensor, str | None, Tensor 
         by_columns = out.stride(1) < out.stride(2)
         many = d.shape[1] > kernels.ONE_BY_ONE
         by_library = many and out.dtype == d.dtype and d.element_size() > 2
+        if many and not by_library and not _multiplies(d.dtype):
+            plain.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+            continue
         if epilogue is not None and (by_columns or by_library):  # no kernel computes the delta
             d, z, a = plain.widen(d, z, a)
             d, epilogue = plain.EPILOGUES[epilogue](d, z), None
@@ -249,6 +263,8 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
             )
         return norms
 
+    if not _multiplies(delta.dtype):
+        return plain.sq_norm(delta, activation)
     T, size = delta.shape[1], delta.element_size()
     table = kernels.GRAM_TILES[size]
     (block_t, block_k), *gram_launch = next((entry for entry in table if entry[0][0] >= T), table[-1])
@@ -301,7 +317,7 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
     are both large, blocks of gradients need fewer, BOI(T + H), as two plain products.
     """
     T, H = 1 if delta.ndim == 2 else delta.shape[1], weight.shape[0]
-    if T * H > T + H:
+    if T * H > T + H or not _multiplies(_operand_type(delta, weight)):
         return plain.linear(delta, activation, weight)
     return _bilinear(delta, activation, weight)
 
