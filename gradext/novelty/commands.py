@@ -244,9 +244,10 @@ def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple
         source = open_source(arguments.training, labels=_label_name(arguments), **options)
     except DatasetError:  # normal samples alone need no labels; whatever else is wrong is told by the second try
         source = open_source(arguments.training, **options)
-    labels = set() if source.labels is None else set(source.labels.tolist())
-    wanted = {"0"} if arguments.normal is None and labels <= {"0", "1"} else set(arguments.normal or ())
-    return source, np.flatnonzero(np.isin(source.labels, sorted(wanted))) if labels & wanted else np.arange(len(source))
+    labels = np.full(len(source), "") if source.labels is None else source.labels
+    wanted = arguments.normal or (["0"] if set(labels) <= {"0", "1"} else [])
+    normal = np.isin(labels, wanted)
+    return source, np.flatnonzero(normal if normal.any() else ~normal)
 
 
 def _label_name(arguments: argparse.Namespace) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from .._version import __version__
@@ -125,8 +126,8 @@ def _facts(detector, novelty, outlier, both: bool, source: Source) -> str:
 def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
     unit = detector.novelty_score.replace("_", " ")
     with rc_context(plots.STYLE):
-        figure = Figure(figsize=(12, 8.2) if both else (12, 4), facecolor="white", layout="constrained")
-        figure.get_layout_engine().set(hspace=0.06)  # between one row's labels and the next one's titles
+        layout = ConstrainedLayoutEngine(hspace=0.06)  # between one row's labels and the next one's titles
+        figure = Figure(figsize=(12, 8.2) if both else (12, 4), facecolor="white", layout=layout)
         axes = figure.subplots(2, 2).ravel() if both else figure.subplots(1, 2)
         if both:
             plots.draw_histogram(axes[0], novelty[~outlier], novelty[outlier], "Novelty", unit)
