@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     demo = commands.add_parser("demo", help="train, score and draw on real images, one class being normal")
     demo.add_argument("--dataset", default="digits", help="digits (bundled), mnist, fashion-mnist or cifar-10")
-    demo.add_argument("--data-dir", metavar="DIR", help="folder with the set's standard files")
+    demo.add_argument(
+        "--data-dir", metavar="DIR", help="folder with the set's standard files (default: the variable GRADEXT_DATA)"
+    )
     demo.add_argument(
         "--inlier", nargs="+", default=["5"], metavar="K", help="the normal class (default 5), several, or 'all'"
     )
@@ -40,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a folder of images (nested or not), a .npy, .npz, .csv or .parquet file, or a set by name: digits, "
         "mnist, mnist:train, mnist:test, ...",
     )
-    data.add_argument("--data-dir", metavar="DIR", help="folder with the named sets' standard files")
+    data.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder with the named sets' standard files (default: the variable GRADEXT_DATA)",
+    )
     data.add_argument(
         "--labels",
         metavar="WHERE",
@@ -118,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images", help="write a named set out as PNG files, DIR/train/LABEL/ and DIR/test/LABEL/"
     )
     images.add_argument("data", metavar="SET", help="digits (bundled), mnist, fashion-mnist or cifar-10")
-    images.add_argument("--data-dir", metavar="DIR", help="folder with the set's standard files")
+    images.add_argument(
+        "--data-dir", metavar="DIR", help="folder with the set's standard files (default: the variable GRADEXT_DATA)"
+    )
     images.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     images.set_defaults(run=_novelty)
 
