@@ -157,12 +157,12 @@ def novelty_figure(
     roc_scores: Mapping[str, np.ndarray],
     outlier: np.ndarray,
     images: np.ndarray,
-    ranking: np.ndarray,
+    ranking: str,
 ) -> Figure:
     """The demo's picture: a histogram for each representation, ROC curves, the most normal and most novel images.
 
     histograms: name -> (score [N], unit); roc_scores: name -> score [N]; outlier [N], true for outliers; images
-    [N, H, W] or [N, C, H, W] in [0, 1]; ranking [N], the novelty by which the images are chosen.
+    [N, H, W] or [N, C, H, W] in [0, 1]; ranking: the name in ``roc_scores`` by which the images are chosen.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(13.33, 7.5), dpi=150, facecolor="white")
@@ -173,7 +173,7 @@ def novelty_figure(
             draw_histogram(ax, score[~outlier], score[outlier], name, unit)
         roc = bottom.add_axes((0.055, 0.15, 0.20, 0.72))
         draw_roc(roc, roc_scores, outlier)
-        order = np.argsort(ranking, kind="stable")
+        order = np.argsort(roc_scores[ranking], kind="stable")
         rows, columns = 4, 5
         for k, (name, chosen) in enumerate((("Most normal", order), ("Most novel", order[::-1]))):
             ax = bottom.add_axes((0.475 + 0.262 * k, 0.06, 0.245, 0.81))
@@ -181,4 +181,5 @@ def novelty_figure(
             right = int((outlier[chosen] == bool(k)).sum())
             what = "outliers" if k else "inliers"
             draw_images(ax, images[chosen], outlier[chosen], f"{name}: {right} of {len(chosen)} are {what}", columns)
+        bottom.text(0.475, 0.03, f"by {ranking}; blue frames: inliers, orange: outliers", fontsize=9)
     return figure
