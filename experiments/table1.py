@@ -181,9 +181,10 @@ def draw(rows: Sequence[dict]) -> Figure:
         ax = figure.subplots()
         places = np.arange(len(classes) + 1)  # the average last
         series = [entry for entry in SERIES if has_score(rows, entry[0])]
-        for name, colour, marker in series:
+        for k, (name, colour, marker) in enumerate(series):
             values = values_of(rows, name).mean(0)
-            ax.plot(places, [*values, values.mean()], marker, color=colour, label=name.replace("_", " "), markersize=7)
+            beside = places + 0.13 * (k - (len(series) - 1) / 2)  # equal values would hide each other
+            ax.plot(beside, [*values, values.mean()], marker, color=colour, label=name.replace("_", " "), markersize=7)
         paper = np.array(PAPER[dataset]["gradient_classifier"])[classes]
         ax.hlines(
             [*paper, paper.mean()], places - 0.3, places + 0.3, color=INK, linewidth=2, label="the paper's gradient"
@@ -192,7 +193,7 @@ def draw(rows: Sequence[dict]) -> Figure:
         ax.set_xticks(places, [*map(str, classes), "average"])
         ax.set(xlabel="inlier class", ylabel="AUROC", title=f"{TITLES[dataset]}: each class against all others")
         ax.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
-        figure.legend(loc="outside lower center", ncols=len(series) + 1)
+        figure.legend(loc="outside lower center", ncols=len(series) + 1, columnspacing=1.6)
     return figure
 
 

@@ -21,13 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     demo = commands.add_parser("demo", help="train, score and draw on real images, one class being normal")
     demo.add_argument("--dataset", default="digits", help="digits (bundled), mnist, fashion-mnist or cifar-10")
-    demo.add_argument("--data-dir", metavar="DIR", help="folder with the set's standard files")
+    demo.add_argument(
+        "--data-dir", metavar="DIR", help="folder with the set's standard files (default: the variable GRADEXT_DATA)"
+    )
     demo.add_argument(
         "--inlier", nargs="+", default=["5"], metavar="K", help="the normal class (default 5), several, or 'all'"
     )
     demo.add_argument("--epochs", type=int, metavar="N", help="training epochs (default 50, more on small sets)")
-    demo.add_argument("--fold", type=int, default=0, metavar="F", help="which of the five folds is the test part")
-    demo.add_argument("--seed", type=int, default=0, metavar="S")
+    demo.add_argument(
+        "--fold", type=int, default=0, metavar="F", help="which fold is the test part, 0 to 4 (default 0)"
+    )
+    demo.add_argument("--seed", type=int, default=0, metavar="S", help="of split and training (default 0)")
     demo.add_argument("--out", default="gradext-demo", metavar="DIR", help="where pictures go (default gradext-demo)")
     demo.set_defaults(run=_demo)
 
@@ -38,36 +42,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a folder of images (nested or not), a .npy, .npz, .csv or .parquet file, or a set by name: digits, "
         "mnist, mnist:train, mnist:test, ...",
     )
-    data.add_argument("--data-dir", metavar="DIR", help="folder with the named sets' standard files")
+    data.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder with the named sets' standard files (default: the variable GRADEXT_DATA)",
+    )
     data.add_argument(
         "--labels",
         metavar="WHERE",
         help="the rows' labels: a table's column, an .npz' array, or a file with one a line; images have folders",
     )
-    data.add_argument("--normal", nargs="+", metavar="LABEL", help="the labels of normal samples")
     data.add_argument("--skip-unreadable", action="store_true", help="go on without images that cannot be used")
     data.add_argument("--device", help="where to compute, such as cuda (default: the CPU)")
     data.add_argument("--json", action="store_true", help="print one JSON object")
     data.add_argument("--quiet", action="store_true", help="no progress bars (there are none but on terminals)")
+    labelled = argparse.ArgumentParser(add_help=False, parents=[data])
+    labelled.add_argument(
+        "--normal", nargs="+", metavar="LABEL", help="the labels of normal samples (default: 0, where all are 0 or 1)"
+    )
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("model", metavar="MODEL", help="a file that `gradext fit` wrote")
 
     fit = commands.add_parser(
         "fit", parents=[data], help="train a detector on normal samples and save it; resumes where it stopped"
     )
+    fit.add_argument(
+        "--normal", nargs="+", metavar="LABEL", help="train on samples with these labels (default: on all of DATA)"
+    )
     fit.add_argument("--out", required=True, metavar="MODEL", help="the model file to write")
-    fit.add_argument("--score", default="gradient_norm", help="see NoveltyDetector (default gradient_norm)")
-    fit.add_argument("--layer", default="first", help="first, last, a layer's name, or several with commas between")
+    fit.add_argument(
+        "--score",
+        default="gradient_norm",
+        help="such as whitened_delta_norm or combined_evidence (default gradient_norm); another name lists them all",
+    )
+    fit.add_argument(
+        "--layer",
+        default="first",
+        help="the decoder layer: first (default), last, a name such as decoder.2, or several with commas between",
+    )
     fit.add_argument(
         "--size", metavar="HxW", help="resize images to this (default: all must be of the first one's size)"
     )
     fit.add_argument("--mode", choices=("L", "RGB"), help="grey or colour (default: as the first image)")
     fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default 50, more on small sets)")
-    fit.add_argument("--hidden-dim", type=int, default=400, metavar="N")
-    fit.add_argument("--latent-dim", type=int, default=20, metavar="N")
-    fit.add_argument("--target-fpr", type=float, default=0.05, metavar="P", help="wanted rate of false alarms")
+    fit.add_argument("--hidden-dim", type=int, default=400, metavar="N", help="hidden units of the VAE (default 400)")
+    fit.add_argument("--latent-dim", type=int, default=20, metavar="N", help="its latent dimensions (default 20)")
+    fit.add_argument(
+        "--target-fpr", type=float, default=0.05, metavar="P", help="wanted rate of false alarms (default 0.05)"
+    )
     fit.add_argument("--contamination", type=float, metavar="P", help="share of DATA that is novel (default: none)")
-    fit.add_argument("--seed", type=int, default=0, metavar="S")
+    fit.add_argument("--seed", type=int, default=0, metavar="S", help="of split and training (default 0)")
     fit.set_defaults(run=_novelty)
 
     score = commands.add_parser(
@@ -76,12 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     score.add_argument("--out", required=True, metavar="TABLE", help="a .csv or .parquet file to write")
     score.set_defaults(run=_novelty)
 
-    evaluate = commands.add_parser("evaluate", parents=[model, data], help="how well labelled samples are told apart")
+    evaluate = commands.add_parser(
+        "evaluate", parents=[model, labelled], help="how well labelled samples are told apart"
+    )
     evaluate.set_defaults(run=_novelty)
 
-    report = commands.add_parser("report", parents=[model, data], help="one HTML file with plots and explanations")
+    report = commands.add_parser("report", parents=[model, labelled], help="one HTML file with plots and explanations")
     report.add_argument("--out", required=True, metavar="HTML", help="the file to write; it needs no network")
-    report.add_argument("--training", metavar="DATA", help="training samples, to show those nearest to the most novel")
+    report.add_argument(
+        "--training", metavar="DATA", help="training samples, to show the normal ones nearest to the most novel"
+    )
     report.set_defaults(run=_novelty)
 
     export = commands.add_parser("export", parents=[model], help="write the scoring function as an ONNX graph")
@@ -96,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images", help="write a named set out as PNG files, DIR/train/LABEL/ and DIR/test/LABEL/"
     )
     images.add_argument("data", metavar="SET", help="digits (bundled), mnist, fashion-mnist or cifar-10")
-    images.add_argument("--data-dir", metavar="DIR", help="folder with the set's standard files")
+    images.add_argument(
+        "--data-dir", metavar="DIR", help="folder with the set's standard files (default: the variable GRADEXT_DATA)"
+    )
     images.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     images.set_defaults(run=_novelty)
 

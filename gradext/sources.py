@@ -138,9 +138,9 @@ class ImageFolder(Source):
             except DatasetError as error:
                 failed[row] = str(error)
         if failed and not self.skip_unreadable:
-            some = "; ".join(list(failed.values())[:3])
+            some = "; ".join([*list(failed.values())[:3], *(["and others"] if len(failed) > 3 else [])])
             raise DatasetError(
-                f"{len(failed)} of {len(rows)} images cannot be used: {some}{'; ...' if len(failed) > 3 else ''}. "
+                f"{len(failed)} of {len(rows)} images cannot be used: {some}. "
                 "Mend or remove them, or pass --skip-unreadable"
             )
         self.skipped |= failed
@@ -207,9 +207,8 @@ def _standard_set(name: str, part: str, data_dir) -> Source:
     if image_set.train is not None:
         parts |= {"train": slice(image_set.train), "test": slice(image_set.train, None)}
     if part not in parts:
-        raise DatasetError(
-            f"{name}: expected one of the parts {', '.join(p for p in parts if p) or 'none'}, got {part!r}"
-        )
+        named = ", ".join(p for p in parts if p)
+        raise DatasetError(f"{name}: expected {f'one of the parts {named}' if named else 'no part'}, got {part!r}")
     chosen = parts[part]
     images = image_set.images[chosen] if image_set.scale == 255 else image_set.pixels(chosen)
     first = chosen.start or 0
@@ -431,8 +430,7 @@ def read_image(path: str | os.PathLike, image_format: ImageFormat) -> np.ndarray
         if not image_format.resize:
             raise DatasetError(
                 f"{path}: expected {image_format.height}x{image_format.width} pixels, "
-                f"got {image.height}x{image.width}; "
-                "pass --size HxW to resize all"
+                f"got {image.height}x{image.width}; `gradext fit --size HxW` resizes all"
             )
         image = image.resize((image_format.width, image_format.height), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)

@@ -229,6 +229,25 @@ def test_what_another_run_left_is_refused(digits, model, tmp_path, capsys):
     assert (tmp_path / "scores.csv.partial").exists()
 
 
+def test_a_run_that_failed_at_once_is_in_nobodys_way(model, tmp_path, capsys):
+    """What was wrong is mended, and the command runs: with nothing done there is nothing to go on with."""
+    np.save(tmp_path / "narrow.npy", np.zeros((5, 63)))
+    np.save(tmp_path / "x.npy", np.zeros((5, 64)))
+    out = tmp_path / "scores.csv"
+    assert main(["score", model, str(tmp_path / "narrow.npy"), "--out", str(out)]) == 1
+    assert "63 features" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["narrow.npy", "x.npy"]
+    assert main(["score", model, str(tmp_path / "x.npy"), "--out", str(out)]) == 0
+
+
+def test_a_wrong_layer_is_told_before_the_training(digits, tmp_path, capsys):
+    fit = ["fit", str(digits / "test" / "0"), "--out", str(tmp_path / "m"), "--epochs", "2", "--hidden-dim", "8"]
+    assert main([*fit, "--layer", "first,decoder.7"]) == 1
+    assert "no module named 'decoder.7'" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+    assert main(fit) == 0
+
+
 def test_a_full_disk_keeps_what_is_done(digits, model, tmp_path, capsys, monkeypatch):
     import errno
 
@@ -265,6 +284,8 @@ def test_a_full_disk_keeps_what_is_done(digits, model, tmp_path, capsys, monkeyp
         (["fit", "{digits}/train", "--normal", "x", "--out", "{tmp}/m"], "--normal: expected some of 0, 1, 2"),
         (["fit", "{digits}/train", "--size", "8", "--out", "{tmp}/m"], "--size: expected HxW"),
         (["fit", "{digits}/train", "--score", "norm", "--out", "{tmp}/m"], "novelty_score: expected one of"),
+        (["fit", "{digits}/train", "--device", "none", "--out", "{tmp}/m"], "device: expected one that works here"),
+        (["evaluate", "{model}", "digits", "--normal", "0", "--device", "cuda:77"], "device: expected one that works"),
         (["score", "{tmp}/none", "digits", "--out", "{tmp}/s.csv"], "there is no such file"),
         (["score", "{digits}/test/0/00010.png", "digits", "--out", "{tmp}/s.csv"], "no such file"),
         (["score", "{model}", "{digits}/test", "--out", "{tmp}/s.txt"], "expected a file of type .csv, .parquet"),

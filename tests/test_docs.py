@@ -43,6 +43,13 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
 
 
+def test_the_citation_has_what_its_format_requires():
+    text = (ROOT / "CITATION.cff").read_text()
+    for key in ("cff-version", "message", "title", "authors", "preferred-citation"):
+        assert re.search(rf"^{key}:", text, re.M), key
+    assert "Novelty Detection Through Model-Based Characterization of Neural Networks" in text
+
+
 # Functions whose example would need a GPU, or that examples elsewhere show: kinds of factors, parts of the detector.
 SHOWN_ELSEWHERE = {
     "make_graphed_layer_grads", "Checkpoint", "ConvFactors", "EmbeddingFactors", "FittedScore", "GradientAlignment",

@@ -535,6 +535,8 @@ def test_overlap_of_known_distributions():
     assert same == pytest.approx(1, abs=0.02)
     assert apart == 0
     assert half == pytest.approx(0.5, abs=0.03)
+    _, edges = overlap(rng.random(30), rng.random(200))
+    assert len(edges) == 15 + 1, "bins of two samples on average"
     constant, edges = overlap(np.zeros(3), np.zeros(4))
     assert constant == 1
     assert math.isfinite(edges[-1])

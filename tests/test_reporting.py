@@ -68,6 +68,26 @@ def test_labelled_images_with_training_samples(digits, capsys):
     assert len(page.loaded) == 1 + 12 * 2 + 12 * 6
 
 
+def test_neighbours_are_sought_among_normal_training_samples(digits, tmp_path):
+    """Of images by their folders, of tables by the column of labels, which is no feature."""
+    page = report(digits, digits / "test" / "1", "--training", digits / "train")
+    assert f"among {len(list((digits / 'train').glob('*/*.png'))):,} training samples" in page.text
+    page = report(digits, digits / "test", "--normal", "0", "--training", digits / "train")
+    assert f"among {len(list((digits / 'train' / '0').glob('*.png')))} training samples" in page.text
+
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(np.random.default_rng(0).normal(size=(120, 3)), columns=list("abc"))
+    frame.to_csv(tmp_path / "normal.csv", index=False)
+    frame.assign(kind=["good", "bad"] * 60).to_csv(tmp_path / "t.csv", index=False)
+    model, labels = tmp_path / "m", ["--labels", "kind", "--normal", "good"]
+    fit = ["fit", str(tmp_path / "t.csv"), *labels, "--out", str(model), "--hidden-dim", "8", "--epochs", "3"]
+    assert main(fit) == 0
+    for training, among in (("t.csv", 60), ("normal.csv", 120)):
+        arguments = [str(model), str(tmp_path / "t.csv"), *labels, "--training", str(tmp_path / training)]
+        assert main(["report", *arguments, "--out", str(tmp_path / "r.html")]) == 0
+        assert f"among {among} training samples" in (tmp_path / "r.html").read_text()
+
+
 def test_without_labels_and_with_one_kind(digits):
     assert "AUROC" not in report(digits, digits / "test").text
     one = report(digits, digits / "test" / "0").text

@@ -74,7 +74,9 @@ def test_turned_photographs_are_set_upright(tmp_path):
 def test_sizes_differ(tmp_path):
     picture(tmp_path / "1.png")
     picture(tmp_path / "2.png", size=(7, 4))
-    with pytest.raises(DatasetError, match=r"2.png: expected 4x6 pixels, got 4x7; pass --size HxW"):
+    with pytest.raises(
+        DatasetError, match=r"2.png: expected 4x6 pixels, got 4x7; `gradext fit --size HxW` resizes all"
+    ):
         everything(open_source(tmp_path))
     assert everything(open_source(tmp_path, size=(5, 3))).samples.shape == (2, 5, 3)
 
@@ -179,7 +181,7 @@ def test_standard_sets():
     assert everything(source).samples.shape == (1797, 8, 8)
     assert everything(source).samples.max() == 1
     assert source.labels[:3].tolist() == ["0", "1", "2"]
-    with pytest.raises(DatasetError, match="expected one of the parts none, got 'train'"):
+    with pytest.raises(DatasetError, match="expected no part, got 'train'"):
         open_source("digits:train")
 
 

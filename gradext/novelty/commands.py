@@ -96,7 +96,8 @@ def score(arguments: argparse.Namespace) -> int:
             )  # fmt: skip
         except (KeyboardInterrupt, OSError):
             partial = scoring.partial_path(arguments.out, rank, world)
-            _tell(f"what is done is kept in {partial}; run the same command again to go on")
+            if partial.exists():
+                _tell(f"what is done is kept in {partial}; run the same command again to go on")
             raise
         if world > 1:
             torch.distributed.barrier()
@@ -169,14 +170,7 @@ def report(arguments: argparse.Namespace) -> int:
         detector, source = _open(arguments)
         labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
         normal = _normal(source, arguments) if labelled or arguments.normal else None
-        training = None
-        if arguments.training is not None:
-            training = open_source(
-                arguments.training,
-                data_dir=arguments.data_dir,
-                image_format=detector.image_format_,
-                skip_unreadable=arguments.skip_unreadable,
-            )
+        training = None if arguments.training is None else _training(arguments, detector)
         page = reporting.page(
             detector,
             source,
@@ -237,6 +231,28 @@ def images(arguments: argparse.Namespace) -> int:
 def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
     detector = persistence.load(arguments.model, device=arguments.device)
     return detector, _source(arguments, image_format=detector.image_format_)
+
+
+def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple[Source, np.ndarray]:
+    """The samples of ``--training``, and the rows of the normal ones; all, where labels do not tell them apart."""
+    options = {
+        "data_dir": arguments.data_dir,
+        "image_format": detector.image_format_,
+        "skip_unreadable": arguments.skip_unreadable,
+    }
+    try:
+        source = open_source(arguments.training, labels=_label_name(arguments), **options)
+    except DatasetError:  # normal samples alone need no labels; whatever else is wrong is told by the second try
+        source = open_source(arguments.training, **options)
+    labels = np.full(len(source), "") if source.labels is None else source.labels
+    wanted = arguments.normal or (["0"] if set(labels) <= {"0", "1"} else [])
+    normal = np.isin(labels, wanted)
+    return source, np.flatnonzero(normal if normal.any() else ~normal)
+
+
+def _label_name(arguments: argparse.Namespace) -> str | None:
+    """The column or array that ``--labels`` names; None where it is a file, which is of one set of samples alone."""
+    return None if arguments.labels is not None and Path(arguments.labels).is_file() else arguments.labels
 
 
 def _source(arguments: argparse.Namespace, **image_options) -> Source:

@@ -248,4 +248,4 @@ def _draw(result: ClassResult, title: str):
         "Gradient": (result.scores["gradient_norm"], "norm of the first decoder layer's gradient"),
     }
     roc = {name.replace("_", " "): result.scores[name] for name in ROC}
-    return novelty_figure(title, histograms, roc, result.outlier, result.images, result.scores["gradient_norm"])
+    return novelty_figure(title, histograms, roc, result.outlier, result.images, "gradient norm")

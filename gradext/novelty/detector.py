@@ -28,7 +28,7 @@ from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
 from .models import VAE
 from .passes import Blocks, Processes
-from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, parts_of
+from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, layer_names, parts_of
 from .scores import SCORES
 from .training import Checkpoint, History, train
 
@@ -270,6 +270,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             raise ValueError(f"contamination: expected None or a number in (0, 0.5], but got {self.contamination!r}")
         if self.model is not None and not isinstance(self.model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module or None, but got {type(self.model).__name__}")
+        working_device(self.device)
         if self.epochs == 0 and self.model is None:
             raise ValueError("epochs: expected a positive integer or None, but got 0, which is for a trained model=")
 
@@ -307,7 +308,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _make_model(self, first: Tensor, seed: int, *, in_unit_range: bool) -> None:
         """``model_`` and ``loss_``, tried on the ``first`` samples."""
-        device = torch.device(self.device or "cpu")
+        device = working_device(self.device)
         if self.model is None:
             if not in_unit_range:
                 raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
@@ -332,6 +333,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.loss_ = self.loss
         if self.loss == "auto":
             self.loss_ = resolve("auto", reconstruction, first.detach()) if in_unit_range else "mse"
+        layer_names(self.model_, first[:1].detach(), self.layer, self.loss_)  # a wrong one is told before the training
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
         """What is trained, x [B, ...] -> [B]: the model's own ``loss``, else reconstruction error and latent loss."""
@@ -511,6 +513,14 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:
         return self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()
+
+
+def working_device(name: str | None) -> torch.device:
+    """The device called ``name``, None being the CPU; ValueError where torch cannot compute on it here."""
+    try:
+        return torch.empty(0, device=torch.device(name or "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"device: expected one that works here, such as 'cpu', but got {name!r}: {error}") from None
 
 
 class _Samples:

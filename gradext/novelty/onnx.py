@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ..factors import GradFactors, LayerFactors
 from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
-from .guards import DetectorWarning
 from .models import latent_loss
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
 from .writing import atomic_write
@@ -133,7 +132,9 @@ class ScoringGraph(nn.Module):
         uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
         X = detector.shift_ + detector.scale_ * uniform
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DetectorWarning)  # of samples unlike those of training
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # of samples unlike those of training, of columns without names
             expected = -torch.from_numpy(detector.score_samples(X))
         found = self(torch.from_numpy(X).to(self.dtype)).double()
         error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

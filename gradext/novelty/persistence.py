@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..sources import ImageFormat
 from .calibration import Calibration
-from .detector import DTYPES, NoveltyDetector
+from .detector import DTYPES, NoveltyDetector, working_device
 from .fitted import CLASSIFIER_SCORES, WHITENERS, fit_score
 from .guards import Profile
 from .models import VAE
@@ -120,8 +120,10 @@ def load(path: str | os.PathLike, *, model: nn.Module | None = None, device: str
     """The detector in a file that `save` wrote; it gives the same scores, bit for bit on the same machine.
 
     ``model``: for a detector with a model of your own, one of the same architecture, whose weights do not matter; it is
-    copied. Raises ModelFileError for a file that is missing, cut short, altered, or of a newer format.
+    copied. Raises ModelFileError for a file that is missing, cut short, altered, or of a newer format,
+    ValueError for a ``device`` that does not work here.
     """
+    working_device(device)
     description, tensors = _read(Path(path))
     try:
         return _rebuild(description, tensors, model, device)
@@ -242,7 +244,7 @@ def _rebuild(
             detector.model_ = VAE(**sizes).to(dtype)
     _check_tensors(state, detector.model_.state_dict(), "model")
     detector.model_.load_state_dict(state, assign=not own)
-    detector.model_.to(torch.device(device or "cpu")).eval()
+    detector.model_.to(working_device(device)).eval()
 
     # What the score must hold: its names, shapes and types for this model, from two samples of zeros.
     zeros = torch.zeros(2, *detector.input_shape_, dtype=dtype, device="cpu")

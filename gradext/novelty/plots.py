@@ -31,16 +31,21 @@ STYLE: Any = {
 }
 
 
-def overlap(inliers: np.ndarray, outliers: np.ndarray, bins: int = 40) -> tuple[float, np.ndarray]:
+def overlap(inliers: np.ndarray, outliers: np.ndarray) -> tuple[float, np.ndarray]:
     """Overlap of two histograms, ``Σ_k min(p_k, q_k)`` in [0, 1], over shared equal bins; returns it and the edges.
 
     p, q: shares of each set's samples in a bin. The edges span both sets, with the top 1% of each left to the last bin.
     """
     both = np.concatenate([inliers, outliers])
     low, high = both.min(), max(np.quantile(inliers, 0.99), np.quantile(outliers, 0.99))
-    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    edges = _edges(low, high, min(len(inliers), len(outliers)))
     p, q = (_shares(values, edges) for values in (inliers, outliers))
     return float(np.minimum(p, q).sum()), edges
+
+
+def _edges(low: float, high: float, samples: int) -> np.ndarray:
+    """Of at most 40 bins, and fewer on small sets, where one would hold less than two samples on average."""
+    return np.linspace(low, high if high > low else low + 1, 1 + max(1, min(40, samples // 2)))
 
 
 def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -70,7 +75,12 @@ def draw_roc(ax: Axes, scores: Mapping[str, np.ndarray], outlier: np.ndarray) ->
         gradient = name.startswith("gradient")
         ax.plot(false_alarms, hits, color=colour, linewidth=2.4 if gradient else 1.3, label=label)
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
-    ax.set(title="ROC, by AUROC", xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
+    ax.set(
+        title="ROC, by AUROC" if len(order) > 1 else "ROC",
+        xlabel="false-positive rate",
+        ylabel="true-positive rate",
+        aspect="equal",
+    )
     ax.set(xlim=(-0.01, 1), ylim=(0, 1.01), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     ax.legend(loc="upper left", bbox_to_anchor=(1.03, 1.02), fontsize=9, handlelength=1.4, borderaxespad=0)
 
@@ -104,10 +114,10 @@ def draw_reliability(ax: Axes, p_values: np.ndarray, band: float | None) -> None
 
 def draw_distribution(ax: Axes, novelty: np.ndarray, threshold: float, unit: str) -> None:
     """One histogram, of samples whose labels are not known."""
-    low, high = novelty.min(), np.quantile(novelty, 0.99)
-    edges = np.linspace(low, high if high > low else low + 1, 41)
-    ax.stairs(_shares(novelty, edges), edges, fill=True, color=INLIER, alpha=0.35)
-    ax.set(title="Novelty", xlabel=unit, yticks=[], xlim=(edges[0], edges[-1]))
+    edges = _edges(novelty.min(), np.quantile(novelty, 0.99), len(novelty))
+    heights = _shares(novelty, edges)
+    ax.stairs(heights, edges, fill=True, color=INLIER, alpha=0.35)
+    ax.set(title="Novelty", xlabel=unit, yticks=[], xlim=(edges[0], edges[-1]), ylim=(0, 1.22 * heights.max()))
     ax.spines["left"].set_visible(False)
     draw_threshold(ax, threshold)
 
@@ -147,12 +157,12 @@ def novelty_figure(
     roc_scores: Mapping[str, np.ndarray],
     outlier: np.ndarray,
     images: np.ndarray,
-    ranking: np.ndarray,
+    ranking: str,
 ) -> Figure:
     """The demo's picture: a histogram for each representation, ROC curves, the most normal and most novel images.
 
     histograms: name -> (score [N], unit); roc_scores: name -> score [N]; outlier [N], true for outliers; images
-    [N, H, W] or [N, C, H, W] in [0, 1]; ranking [N], the novelty by which the images are chosen.
+    [N, H, W] or [N, C, H, W] in [0, 1]; ranking: the name in ``roc_scores`` by which the images are chosen.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(13.33, 7.5), dpi=150, facecolor="white")
@@ -163,7 +173,7 @@ def novelty_figure(
             draw_histogram(ax, score[~outlier], score[outlier], name, unit)
         roc = bottom.add_axes((0.055, 0.15, 0.20, 0.72))
         draw_roc(roc, roc_scores, outlier)
-        order = np.argsort(ranking, kind="stable")
+        order = np.argsort(roc_scores[ranking], kind="stable")
         rows, columns = 4, 5
         for k, (name, chosen) in enumerate((("Most normal", order), ("Most novel", order[::-1]))):
             ax = bottom.add_axes((0.475 + 0.262 * k, 0.06, 0.245, 0.81))
@@ -171,4 +181,5 @@ def novelty_figure(
             right = int((outlier[chosen] == bool(k)).sum())
             what = "outliers" if k else "inliers"
             draw_images(ax, images[chosen], outlier[chosen], f"{name}: {right} of {len(chosen)} are {what}", columns)
+        bottom.text(0.475, 0.03, f"by {ranking}; blue frames: inliers, orange: outliers", fontsize=9)
     return figure

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from .._version import __version__
@@ -56,15 +57,15 @@ def page(
     detector: NoveltyDetector,
     source: Source,
     normal: np.ndarray | None,
-    training: Source | None = None,
+    training: tuple[Source, np.ndarray] | None = None,
     *,
     title: str,
     progress: bool = True,
 ) -> str:
     """The report on a source's samples. normal: [N], which rows are normal; None: not known.
 
-    ``training``: samples among which those nearest to the most novel are shown. Raises ValueError where no sample could
-    be read.
+    ``training``: samples, and the rows of them among which those nearest to the most novel are shown. Raises ValueError
+    where no sample could be read.
     """
     parts = list(novelties(detector, source, progress=progress))
     index, novelty = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
@@ -83,7 +84,7 @@ def page(
         _layers(detector, source, index, novelty > -detector.offset_),
     ]
     if training is not None:
-        blocks.append(_neighbours(detector, source, index[top], training))
+        blocks.append(_neighbours(detector, source, index[top], *training))
     if source.skipped:
         rows = "".join(f"<tr><td>{_e(reason)}</td></tr>" for reason in list(source.skipped.values())[:50])
         blocks.append(_section(f"Skipped: {len(source.skipped)}", f"<table>{rows}</table>"))
@@ -125,7 +126,8 @@ def _facts(detector, novelty, outlier, both: bool, source: Source) -> str:
 def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
     unit = detector.novelty_score.replace("_", " ")
     with rc_context(plots.STYLE):
-        figure = Figure(figsize=(12, 8.2) if both else (12, 4), facecolor="white", layout="constrained")
+        layout = ConstrainedLayoutEngine(hspace=0.06)  # between one row's labels and the next one's titles
+        figure = Figure(figsize=(12, 8.2) if both else (12, 4), facecolor="white", layout=layout)
         axes = figure.subplots(2, 2).ravel() if both else figure.subplots(1, 2)
         if both:
             plots.draw_histogram(axes[0], novelty[~outlier], novelty[outlier], "Novelty", unit)
@@ -198,9 +200,9 @@ def _layers(detector, source, index, called) -> str:
     return _section("Layers", table, f"Mean share of the squared gradient norm, over {len(chosen):,} samples.")
 
 
-def _neighbours(detector, source, rows, training: Source) -> str:
-    among = np.linspace(0, len(training) - 1, min(TRAINING_SHOWN, len(training))).astype(int)
-    block = training.read(among)
+def _neighbours(detector, source, rows, training: Source, training_rows: np.ndarray) -> str:
+    among = np.linspace(0, len(training_rows) - 1, min(TRAINING_SHOWN, len(training_rows))).astype(int)
+    block = training.read(training_rows[among])
     samples = source.read(rows).samples
     k = min(NEIGHBOURS, len(block.index))
     nearest, cosines = nearest_training(detector, samples, block.samples, k=k)

@@ -7,6 +7,7 @@ share of the rows to a file of their own; the first one puts them together in th
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -75,9 +76,8 @@ def score_to_file(
     rows = shared_rows(detector, len(source), rank, world)
     head = json.dumps({"model": model_id, "data": source.fingerprint, "rows": len(source), "world": world})
     done = _resume(partial, head)
-    with open(partial, "ab", buffering=0) as file:  # a buffer would be tried again when the file is closed
-        if done is None:
-            _append(file, head + "\n")
+    due = f"{head}\n" if done is None else ""  # written with the first block
+    with _appending(partial) as file:
         for asked, index, found in novelties(detector, source, rows[done or 0 :], progress=progress):
             p_values = detector.calibration_.p_values(found)
             values = dict(zip(index.tolist(), zip(found.tolist(), p_values.tolist(), strict=True), strict=True))
@@ -93,8 +93,21 @@ def score_to_file(
                 else:
                     reason = " ".join(source.skipped[row].split())
                     writer.writerow([row, source.names[row], "", "", "", reason])
-            _append(file, text.getvalue())
+            _append(file, due + text.getvalue())
+            due = ""
     return partial
+
+
+@contextlib.contextmanager
+def _appending(partial: Path) -> Iterator[io.FileIO]:
+    """The file; gone again where the run fails before anything is in it: the mended command may be another run."""
+    with open(partial, "ab", buffering=0) as file:  # a buffer would be tried again when the file is closed
+        try:
+            yield file
+        except BaseException:
+            if not os.fstat(file.fileno()).st_size:
+                partial.unlink()
+            raise
 
 
 def _append(file: io.FileIO, text: str) -> None:
