@@ -48,7 +48,7 @@ from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors
 from .layers import Chosen
 from .losses import Root
-from .uses import Form, Use, memory_of, names_of, select, without
+from .uses import Form, Use, memory, names_of, select, without
 
 # Functions whose result is the same weight in another form: transposed, or of another type or layout.
 _TRANSPOSES = {Tensor.t, torch.t, *(getattr(Tensor, name).__get__ for name in ("T", "mT"))}
@@ -327,9 +327,9 @@ def capture(
 
     ``objective`` maps the model's output to where the backward of the per-sample losses begins; ``loss`` tells one that
     does otherwise from it; ``named_loss`` are the loss and the target of an objective that is one of `losses`' own and
-    uses no parameter. A parameter that is used in
-    a way for which there is no rule, that never ran, or whose input was overwritten, is missing in the result. Raises
-    CaptureError where samples mix. An interrupt can leave torch's state changed: the caller puts it back.
+    uses no parameter. A parameter that is used in a way for which there is no rule, that never ran, or whose input was
+    overwritten, is missing in the result. Raises CaptureError where samples mix. An interrupt can leave torch's state
+    changed: the caller puts it back.
     """
     untouched = Untouched((*args, *kwargs.values()))
     if not (check_samples or create_graph) and _is_undisturbed(chosen):
@@ -391,7 +391,7 @@ def _captured(
         _SHARED_ROWS.set(None)  # a call inside the model has rows of its own
         changing = _changing({"": model, **chosen.modules})
         loans.keep(changing)
-        lent = memory_of(b for module in changing for b in module._buffers.values() if b is not None)
+        lent = {memory(b) for module in changing for b in module._buffers.values() if b is not None}
         args, kwargs = as_constant(args), as_constant(kwargs)
         output = _forward(mode, model, args, kwargs, chosen)
         modes = Afterwards(function_modes())
@@ -416,9 +416,7 @@ def _captured(
             readable = known and reading.is_readable(root.edge.node, [record.edge.node for record in records], batch)
             _readable.setdefault(model, {}).setdefault(_kind(model, chosen), readable)
         # What is put back below may have been a layer's input.
-        uses = [
-            use._replace(input=use.input.clone()) if lent and memory_of([use.input]) & lent else use for use in uses
-        ]
+        uses = [use._replace(input=use.input.clone()) if lent and memory(use.input) in lent else use for use in uses]
         return Captured(uses, missing, batch)
 
 

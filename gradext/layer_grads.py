@@ -16,9 +16,9 @@ from .borrowing import left_as_found
 from .capture import Untouched, as_constant, capture
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
-from .layers import LayerChoice, choose, walk
+from .layers import Chosen, LayerChoice, choose
 from .losses import PerSampleLoss, Root, backward_root, loss_values, resolve
-from .uses import Use, memory_of
+from .uses import Use, memory
 
 
 def batch_layer_grads(
@@ -85,9 +85,9 @@ def batch_layer_grads(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, ops.DTYPES))}, but got {dtype}")
     if out is not None and create_graph:
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
-    found, parameters = _gradients(
-        model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph
-    )
+    asked = (loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
+    found, chosen = _gradients(model, x, *asked)
+    parameters = chosen.parameters
     given = _check_outs(out, found, parameters, dtype)
     kinds = {name: None if name in given else dtype or parameters[name].dtype for name in found}
     products = {
@@ -134,19 +134,16 @@ def batch_layer_factors(
     >>> factors["2"].norm().shape
     torch.Size([5])
     """
-    found, _ = _gradients(model, x, loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
+    asked = (loss, target, layers, include_bias, fallback, check, check_finite, create_graph)
+    found, chosen = _gradients(model, x, *asked)
     # Factors outlive the call, and a layer's input can be the caller's tensor, or a view of what the model learns or
     # remembers: all of these may be overwritten.
     inputs = [x] if isinstance(x, Tensor) else pytree.tree_leaves(as_call(x))
-    modules = walk(model).values()
-    lasting = memory_of(
-        t
-        for t in (*inputs, *(t for m in modules for t in (*m._parameters.values(), *m._buffers.values())))
-        if isinstance(t, Tensor)
-    )
+    buffers = [b for m in (model, *chosen.modules.values()) if m._buffers for b in m._buffers.values() if b is not None]
+    lasting = {memory(t) for t in (*inputs, *chosen.parameters.values(), *buffers) if isinstance(t, Tensor)}
 
     def own(factor: Tensor) -> Tensor:
-        return factor.clone() if memory_of([factor]) & lasting else factor
+        return factor.clone() if memory(factor) in lasting else factor
 
     result = LayerFactors()
     for name, gradient in found.items():
@@ -167,8 +164,8 @@ def _gradients(
     check: str | None,
     check_finite: bool,
     create_graph: bool,
-) -> tuple[dict[str, GradFactors | Tensor], dict[str, nn.Parameter]]:
-    """The per-sample gradient of every chosen parameter, in the form that its rule gives, and all parameters."""
+) -> tuple[dict[str, GradFactors | Tensor], Chosen]:
+    """The per-sample gradient of every chosen parameter, in the form that its rule gives, and what was chosen."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
     for name, value, allowed in (("check", check, ("sample", "sum")), ("fallback", fallback, ("vmap", "loop"))):
@@ -222,7 +219,7 @@ def _gradients(
     found = {name: _joined(uses) for name, uses in gathered.items()}
 
     if not captured.missing and check != "sum":
-        return found, parameters
+        return found, chosen
 
     def total(output: Any, target: Any) -> Tensor:
         return loss_values(resolved.get("loss", loss), _first(output, loss), target).sum()
@@ -239,7 +236,7 @@ def _gradients(
         with functional.same_randomness(randomness):
             expected = problem.batch_grads([name.removeprefix(wrapped) for name in found])
         _check_sums(found, {wrapped + name: gradient for name, gradient in expected.items()})
-    return found, parameters
+    return found, chosen
 
 
 def as_call(x: Any) -> tuple[tuple, dict]:

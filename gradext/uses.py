@@ -35,15 +35,12 @@ class Form(NamedTuple):
         return padded
 
 
-def memory_of(tensors: Iterable[Tensor]) -> set[int]:
-    """The addresses of the tensors' storages, by which it is found out who shares them."""
-    found = set()
-    for tensor in tensors:
-        try:
-            found.add(tensor.untyped_storage().data_ptr())
-        except RuntimeError:  # sparse tensors, and classes that wrap others, have none
-            continue
-    return found
+def memory(tensor: Tensor) -> int | None:
+    """The address of the tensor's storage, by which it is found out who shares it."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse tensors, and classes that wrap others, have none
+        return None
 
 
 class Use(NamedTuple):
@@ -63,7 +60,7 @@ class Use(NamedTuple):
                     gradient = gradient.unflatten(0, (batch, -1)).sum(1)
                 else:
                     gradient = gradient.regrouped(batch)
-            elif isinstance(gradient, Tensor) and memory_of([gradient]) & memory_of([self.delta]):
+            elif isinstance(gradient, Tensor) and memory(gradient) == memory(self.delta):
                 # A bias's is the delta itself, which autograd may have given other layers too, and may be expanded.
                 gradient = gradient.clone()
             yield form.name, form.place(gradient)
