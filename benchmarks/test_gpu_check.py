@@ -31,9 +31,12 @@ def test_stopped_tests_keep_their_results(conductor, tmp_path, monkeypatch):
         (tmp_path / "tests" / name).write_text("def test_right(): pass\n")
     (tmp_path / "tests" / "test_gpu.py").write_text("def test_wrong(): assert 2 + 2 == 5\n")
     (tmp_path / "tests" / "triton_operators.py").write_text("import time\ndef test_hang(): time.sleep(3600)\n")
-    stage = conductor.tests(time.time() + gpu_check.GRACE_SECONDS + 10)
+    for seconds in 5, 20, 80:  # until a busy machine comes to the test that hangs
+        stage = conductor.tests(time.time() + gpu_check.GRACE_SECONDS + seconds)
+        found = conductor.results["tests"]
+        if found.get("tests", 0) >= 3:
+            break
     assert stage["status"] == "failed"
-    found = conductor.results["tests"]
     assert found["tests"] >= 3
     assert found["failures"] == 1
     [(name, text)] = found["failed"].items()
