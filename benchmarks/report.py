@@ -108,8 +108,8 @@ def render(results: Results, pictures: Sequence[str]) -> str:
         "Made by `pytest benchmarks --grid full && python -m benchmarks.report "
         "benchmarks/results/cpu/rows.jsonl --out benchmarks/results/cpu`.",
         "\n".join(f"- {machine}; {versions}; commit {commit}" for machine, versions, commit in facts),
-        "Medians in milliseconds, ± half the distance between quartiles, of calls that take turns in one process. "
-        "Every result was compared with an fp64 backward of single samples before it was timed (relative error at most "
+        "Medians in milliseconds, ± half the distance between quartiles where there was time for more than one, of calls "
+        "that take turns in one process. Every result was compared with an fp64 backward of single samples before it was timed (relative error at most "
         "1e-4; 1e-3 for a peer's fp32 sum over all entries of a gradient); what failed that is not timed. Each library "
         "watches only the weights whose gradients are wanted. *By hand* is what one writes in torch for just this "
         "model, with the closed form of the loss's gradient: for norms, Gram matrix and functionals the bare matrix "
@@ -181,8 +181,8 @@ def _behind(results: Results) -> str:
                 allowed = BARE if wanted is not is_peer and computes != "gradients" else 1.0
                 faster = {n: t for n, t in others.items() if wanted(n) and mine and t and mine > allowed * t}
                 if faster:
-                    times = ", ".join(f"{n} {t:.3g} ms" for n, t in faster.items())
-                    behind[heading].append(f"- {case}, B = {B:,}, {computes}: gradext {mine:.3g} ms; {times}")
+                    times = ", ".join(f"{n} {_number(t)} ms" for n, t in faster.items())
+                    behind[heading].append(f"- {case}, B = {B:,}, {computes}: gradext {_number(mine)} ms; {times}")
                     gaps[heading].append(mine - min(faster.values()))
     lists = (
         f"### {heading}\n\n" + "\n".join([_gap_text(gaps[heading]), "", *lines] if lines else ["Nowhere."])
@@ -194,8 +194,9 @@ def _behind(results: Results) -> str:
 def _gap_text(gaps: Sequence[float]) -> str:
     """What tells a cost of every call, Python's, from one that grows with the batch."""
     small = sum(gap <= PYTHON for gap in gaps)
+    least, most, median = (_number(gap, 2) for gap in (min(gaps), max(gaps), statistics.median(gaps)))
     return (
-        f"By {min(gaps):.2g} to {max(gaps):.2g} ms (median {statistics.median(gaps):.2g}) in {len(gaps)} cells; in "
+        f"By {least} to {most} ms (median {median}) in {len(gaps)} cells; in "
         f"{small} of them by no more than {PYTHON:g} ms, which is about what Python does in a call at any batch size: "
         "finding the layers, checking the arguments, following the graph."
     )
@@ -220,8 +221,13 @@ def _case(results: Results, case: str) -> str:
 def _cell(results: Results, case: str, B: int, computes: str, name: str) -> str:
     row = results.cells[case, B].get(f"{name}: {computes}", {})
     if "ms" in row:
-        return f"{row['ms']:.3g} ± {(row['high'] - row['low']) / 2:.2g}"
+        spread = f" ± {_number((row['high'] - row['low']) / 2, 2)}" if row["calls"] > 1 else ""
+        return f"{_number(row['ms'])}{spread}"
     return next((word for word in ("wrong", "failed") if word in row), "-")
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if value >= 10**digits else f"{value:.{digits}g}"
 
 
 def _gain(ratio: float) -> str:
@@ -273,7 +279,7 @@ def _operators(results: Results) -> str:
         for r in rows if r["operator"] == "outer"
     ]  # fmt: skip
     contractions = [
-        [r["operator"], f"{r['name']}, B = {r['B']}, T = {r['T']}", f"{r['ms']['gradext']:.3g}",
+        [r["operator"], f"{r['name']}, B = {r['B']}, T = {r['T']}", _number(r["ms"]["gradext"]),
          f"{r['operations'] / r['ms']['gradext'] / 1e6:.1f}",
          f"{r['ceiling_operations'] / r['ms']['matrix product'] / 1e6:.1f}",
          f"{r['bytes'] / r['ms']['gradext'] / 1e6:.1f}",
