@@ -111,7 +111,8 @@ def render(results: Results, pictures: Sequence[str]) -> str:
         "Medians in milliseconds, ± half the distance between quartiles where there was time for more than one, of "
         "calls that take turns in one process. Every result was compared with an fp64 backward of single samples "
         "before it was timed (relative error at most 1e-4; 1e-3 for a peer's fp32 sum over all entries of a gradient); "
-        "what failed that is not timed. Each library watches only the weights whose gradients are wanted. *By hand* is what one writes in torch for just this "
+        "what failed that is not timed. Each library watches only the weights whose gradients are wanted. "
+        "*By hand* is what one writes in torch for just this "
         "model, with the closed form of the loss's gradient: for norms, Gram matrix and functionals the bare matrix "
         f"products that any route needs, of which gradext may take {BARE} times the time. Ratios below one stand in "
         "bold.",
