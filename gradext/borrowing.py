@@ -27,7 +27,8 @@ class Afterwards:
     """Calls a function at the end of a block.
 
     ``with afterwards, afterwards:`` does so even if an interrupt cuts the first call short, or keeps it from beginning;
-    the function has to bear being called once more after a call that was cut short.
+    the function has to bear being called once more after a call that was cut short. The block must hold no
+    comprehension: from Python 3.12 on, which runs it in the block's own frame, an interrupt can pass the end by there.
     """
 
     def __init__(self, function: Callable[[], object]) -> None:

@@ -379,8 +379,7 @@ def _captured(
         _SHARED_ROWS.set(shared)
         loans.put_back()
 
-    end = Afterwards(put_back)
-    with end, end:
+    def watched() -> Captured:
         if torch.is_inference_mode_enabled():
             contexts.enter_context(torch.inference_mode(False))
         torch._C._set_grad_enabled(True)
@@ -392,8 +391,7 @@ def _captured(
         changing = _changing({"": model, **chosen.modules})
         loans.keep(changing)
         lent = {memory(b) for module in changing for b in module._buffers.values() if b is not None}
-        args, kwargs = as_constant(args), as_constant(kwargs)
-        output = _forward(mode, model, args, kwargs, chosen)
+        output = _forward(mode, model, as_constant(args), as_constant(kwargs), chosen)
         modes = Afterwards(function_modes())
         with modes, modes:
             if named_loss is None:
@@ -418,6 +416,10 @@ def _captured(
         # What is put back below may have been a layer's input.
         uses = [use._replace(input=use.input.clone()) if lent and memory(use.input) in lent else use for use in uses]
         return Captured(uses, missing, batch)
+
+    end = Afterwards(put_back)
+    with end, end:
+        return watched()
 
 
 def _forward(mode: _Capture, model: nn.Module, args: tuple, kwargs: dict, chosen: Chosen):

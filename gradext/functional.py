@@ -107,17 +107,20 @@ class Problem:
             if former:
                 exchange.thread = former[0]
 
+        def run() -> Tensor:
+            former.append(exchange.thread)
+            exchange.begin()
+            owned.extend((m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items())
+            updated: dict[str, Tensor] = {}  # copies of buffers for the model to write into, of each sample
+            for prefix, module in self._changing().items():
+                owned.extend((module._buffers, name, b) for name, b in module._buffers.items())
+                updated |= {f"{prefix}{name}": b.clone() for name, b in module._buffers.items() if b is not None}
+            return self.loss(torch.func.functional_call(self.model, updated | parameters, args, kwargs), target)
+
         # functional_call exchanges the model's own parameters for a while: one thread at a time, and back in any case.
         end = Afterwards(put_back)
         with exchange.lock, end, end:
-            former.append(exchange.thread)
-            exchange.begin()
-            owned += [(m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items()]
-            updated: dict[str, Tensor] = {}  # copies of buffers for the model to write into, of each sample
-            for prefix, module in self._changing().items():
-                owned += [(module._buffers, name, b) for name, b in module._buffers.items()]
-                updated |= {f"{prefix}{name}": b.clone() for name, b in module._buffers.items() if b is not None}
-            return self.loss(torch.func.functional_call(self.model, updated | parameters, args, kwargs), target)
+            return run()
 
     def _changing(self) -> dict[str, nn.Module]:
         """The modules that may update buffers of theirs in a forward, by the beginning of the buffers' names."""

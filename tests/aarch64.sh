@@ -13,11 +13,11 @@ export QEMU_CPU=cortex-a72 OMP_NUM_THREADS=1 # without SVE, whose emulation is s
 if [ ! -x "$root/usr/bin/python3" ]; then
   debootstrap --arch=arm64 --variant=minbase --include=python3-dev,python3-venv,g++,git,ca-certificates trixie "$root"
 fi
-cp /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt "$root/root/"
+cp /etc/hosts /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt "$root/root/"
 inside() { # in namespaces of its own, so that nothing stays mounted
   unshare --mount --propagation private bash -euc '
     mount -t proc proc "$0/proc"; mount --rbind /dev "$0/dev"; mount -t tmpfs tmpfs "$0/dev/shm"
-    cp "$0/root/resolv.conf" "$0/etc/"; cp "$0/root/ca-certificates.crt" "$0/etc/ssl/certs/"
+    cp "$0/root/hosts" "$0/root/resolv.conf" "$0/etc/"; cp "$0/root/ca-certificates.crt" "$0/etc/ssl/certs/"
     exec chroot "$0" "$@"' "$root" env PATH=/usr/bin:/bin HOME=/root GRADEXT_CUDA=0 "$@"
 }
 

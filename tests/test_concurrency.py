@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
 import linecache
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -463,6 +465,26 @@ def test_an_interrupt_at_any_line_leaves_no_trace(name, around):
             assert state_of(model) == before, line
         assert interrupted > len(places) / 2
         assert_same(grads_of(model, x, options), expected)
+
+
+def test_no_comprehension_can_pass_the_end_of_a_block_by():
+    """Python 3.12 and later run them in the block's own frame, and can skip the block's end when one is interrupted."""
+    blocks = []
+    for path in Path(gradext.__file__).parent.rglob("*.py"):
+        for block in ast.walk(ast.parse(path.read_text())):
+            if isinstance(block, ast.With):
+                ends = [ast.unparse(item.context_expr) for item in block.items]
+                if len(set(ends)) < len(ends) or any(end.endswith("lock") for end in ends):
+                    blocks.append((path, block))
+    assert len(blocks) > 10
+    for path, block in blocks:
+        stack: list[ast.AST] = list(block.body)
+        while stack:
+            node = stack.pop()
+            place = f"{path}:{getattr(node, 'lineno', block.lineno)}"
+            assert not isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp)), place
+            if not isinstance(node, (ast.FunctionDef, ast.Lambda, ast.GeneratorExp)):
+                stack += ast.iter_child_nodes(node)
 
 
 @pytest.mark.slow
