@@ -147,7 +147,9 @@ class Conductor:
             streams = {"stdout": file, "stderr": subprocess.STDOUT, "env": self.environment, "cwd": self.work} | options
             if streams["stderr"] is None:
                 streams["stderr"] = file
-            process = subprocess.Popen(command, start_new_session=True, **streams)
+            # A shell's background jobs ignore interruptions, and so would what they start.
+            heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed, **streams)
             try:
                 return process.wait(max(1.0, deadline - time.time()))
             except subprocess.TimeoutExpired:

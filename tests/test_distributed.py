@@ -149,7 +149,8 @@ def test_several_processes_evaluate_as_one(folder, capsys):
     capsys.readouterr()
     assert main(arguments) == 0
     alone = json.loads(capsys.readouterr().out)
-    assert json.loads(finished(torchrun(arguments, 2))) == alone
+    output = finished(torchrun(arguments, 2))
+    assert json.loads(output[output.index("{") :]) == alone  # torch 2.8's Gloo prints who is connected before
     assert alone["normal"] + alone["novel"] == ROWS
 
 
