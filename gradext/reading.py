@@ -176,9 +176,8 @@ def _reading(node: Any, forms: dict[str, Form], batch: int) -> Reading:
         raise _UnreadableError
     if node.name() == "ConvolutionBackward0":
         weight = node._saved_weight.shape
-        pads = tuple(
-            (n, n) for n in per_dimension(node._saved_padding, len(weight) - 2)
-        )  # of "valid" there is one number
+        # Of "valid" there is one number.
+        pads = tuple((n, n) for n in per_dimension(node._saved_padding, len(weight) - 2))
         stride, dilation = tuple(node._saved_stride), tuple(node._saved_dilation)
         gradient = ConvRule.gradient(weight, stride, pads, dilation, node._saved_groups, node._saved_transposed)
         return Reading(forms, edge, gradient, node._saved_input.detach())

@@ -86,7 +86,7 @@ def outer(
         return (delta * activation).to(dtype)
     if out is None:
         return _gradients(delta, activation).to(dtype)
-    if dtype == delta.dtype and not _drifts(delta, activation):
+    if dtype == delta.dtype and not _drifts(delta.mT, activation):
         return torch.bmm(delta.mT, activation, out=out)
     # A whole product of another type would need twice the memory: in blocks it stays in the cache.
     step = _samples_a_block(out.shape[1] * out.shape[2])
@@ -97,19 +97,24 @@ def outer(
 
 def _gradients(delta: Tensor, activation: Tensor) -> Tensor:
     """``Σ_t δ_t a_tᵀ`` of factors of one type -> [B, O, I]."""
-    if not _drifts(delta, activation):
-        return torch.bmm(delta.mT, activation)
-    d, *more_d = delta.split(PIECE, dim=1)
-    a, *more_a = activation.split(PIECE, dim=1)
-    product = torch.bmm(d.mT, a)
-    for d, a in zip(more_d, more_a, strict=True):
-        product += torch.bmm(d.mT, a)  # baddbmm would go on with the one running sum
+    return _product(delta.mT, activation)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of x [..., m, n] and y [..., n, k]; a long n goes in pieces where torch would keep a running sum."""
+    if not _drifts(x, y):
+        return torch.matmul(x, y)
+    x, *more_x = x.split(PIECE, dim=-1)
+    y, *more_y = y.split(PIECE, dim=-2)
+    product = torch.matmul(x, y)
+    for x, y in zip(more_x, more_y, strict=True):
+        product += torch.matmul(x, y)  # addmm and its kin would go on with the one running sum
     return product
 
 
-def _drifts(delta: Tensor, activation: Tensor) -> bool:
-    """Whether torch would keep one running sum of very many positions, as its products of narrow matrices do."""
-    return delta.shape[1] > PIECE and min(delta.shape[2], activation.shape[2]) <= NARROW
+def _drifts(x: Tensor, y: Tensor) -> bool:
+    """Whether torch would keep one running sum of very many products, as it does for narrow results."""
+    return y.shape[-2] > PIECE and min(x.shape[-2], y.shape[-1]) <= NARROW
 
 
 def _samples_a_block(elements: int) -> int:
@@ -159,14 +164,6 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
     if x.shape[1] % PIECE:
         norms = torch.cat([norms, norm(x[:, pieces * PIECE :], dim=1, keepdim=True)], dim=1)
     return norm(norms, dim=1)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """``x y`` of x [B, n] and y [(H,) n, m]; a long n goes in pieces where torch would keep a running sum."""
-    if y.shape[-2] <= PIECE or min(x.shape[0], y.shape[-1]) > NARROW:
-        return torch.matmul(x, y)
-    pieces = zip(x.split(PIECE, dim=-1), y.split(PIECE, dim=-2), strict=True)
-    return functools.reduce(torch.add, (torch.matmul(*piece) for piece in pieces))
 
 
 def _row_dots(x: Tensor, y: Tensor) -> Tensor:

@@ -132,9 +132,8 @@ class ScoringGraph(nn.Module):
         uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
         X = detector.shift_ + detector.scale_ * uniform
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # of samples unlike those of training, of columns without names
+            # Of samples unlike those of training, of columns without names.
+            warnings.simplefilter("ignore", UserWarning)
             expected = -torch.from_numpy(detector.score_samples(X))
         found = self(torch.from_numpy(X).to(self.dtype)).double()
         error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
