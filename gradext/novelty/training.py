@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..layer_grads import batch_layer_factors
 from ..layers import LayerChoice
+from .batches import rows_at_a_time
 from .representations import reconstruction_loss
 from .writing import atomic_write, clear_leftovers
 
@@ -112,7 +113,7 @@ def train(
     if checkpoint is not None and penalty is not None:
         raise ValueError("checkpoint: expected None with a penalty, which has a state of its own")
     objective: Any = model.loss if loss is None else loss  # a model's own attributes are of any type
-    rows = max(1, min(4096, (1 << 25) // x_validation[:1].numel()))  # of validation at a time
+    rows = rows_at_a_time(x_validation[:1].numel())
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     order = torch.Generator().manual_seed(seed)
     history, best = History(), model.state_dict()
