@@ -398,8 +398,8 @@ def _captured(
                 mode.__enter__()
             root = objective(output)
         batch = root.gradient.shape[0]
-        records = select(mode.records, pick, owners)
         nodes, unseen = _walk(mode, root)
+        records = select(_reached(mode.records, nodes, pick), pick, owners)
         missing = _missing(mode, unseen, records, owners, pick)
         mode.records, mode.unruled = [], {}
         records = without(records, missing)
@@ -482,7 +482,7 @@ def _read(model, args, kwargs, objective, forms: dict[int, Form], chosen: Chosen
     uses = None
     if batch > 0 and root.edge is not None and root.edge.output_nr == 0:
         uses = reading.read(root.edge.node, forms, batch)
-    if uses is None or (chosen.pick is None and len(forms) > len({name for use in uses for name in names_of(use)})):
+    if not uses or (chosen.pick is None and len(forms) > len({name for use in uses for name in names_of(use)})):
         _readable[model][_kind(model, chosen)] = False
         return None
     uses = select(uses, chosen.pick, chosen.owners)
@@ -776,6 +776,15 @@ def _walk(mode: _Capture, root: Root) -> tuple[set[Node | None], list[str]]:
         if leaf is not None and leaf.form is not None:
             unseen.append(leaf.form.name)
     return seen, unseen
+
+
+def _reached(records: list[_Record], nodes: set[Node | None], pick: str | None) -> list[_Record]:
+    """Without the uses that the losses do not depend on, where others of the same parameters, or to pick from, are."""
+    found = [record for record in records if record.edge.node in nodes]
+    if pick is not None:
+        return found or records
+    names = {name for record in found for name in names_of(record)}
+    return [record for record in records if record.edge.node in nodes or not names_of(record) <= names]
 
 
 def _watch_registered_layers(mode: _Capture, layers: dict[str, nn.Module], hooks: list[tuple]) -> None:

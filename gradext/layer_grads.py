@@ -52,8 +52,8 @@ def batch_layer_grads(
             output ends in a sigmoid and the target lies in [0, 1], else squared error.
         target: default: ``x`` (its first tensor).
         layers: None: the supported layers of ``model.decoder`` where the model has one, else all; ``"all"``;
-            ``"first"`` or ``"last"`` of the default ones in order of execution; a module's name (a container stands
-            for the layers in it), a module, or a list of these.
+            ``"first"`` or ``"last"`` of the default ones, that the losses depend on, in order of execution; a module's
+            name (a container stands for the layers in it), a module, or a list of these.
         include_bias: also the gradients of the layers' biases.
         out: tensors to write into, one for every result, by name.
         dtype: type of the results; default: the parameters' (or that of ``out``).

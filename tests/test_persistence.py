@@ -146,7 +146,10 @@ def forge(file, tensors=None, **entries):
         ({"parameters": {"shell": "rm"}}, {}, r"but got \['shell'\]"),
         ({"parameters": {"novelty_score": "norm"}}, {}, "novelty_score: expected one of"),
         ({"parameters": {"novelty_score": ["gradient_norm"]}}, {}, "novelty_score: expected one of"),
-        ({"parameters": {"layer": "encoder.99"}}, {}, "encoder.99"),
+        ({"parameters": {"layer": "encoder.99"}, "layers": None}, {}, "encoder.99"),
+        ({"layers": ["encoder.99"]}, {}, "encoder.99"),
+        ({"layers": "first"}, {}, "layers: expected list"),
+        ({"layers": ["first", 3]}, {}, "layers: expected names"),
         ({"parameters": {"layer": []}}, {}, "layer: expected a name"),
         ({"parameters": {"layer": ["first", 3]}}, {}, "layer: expected a name"),
         ({"parameters": {"target_fpr": "x"}}, {}, "not a detector"),
@@ -261,6 +264,20 @@ def test_several_layers_are_saved_in_their_order(layer, digits, tmp_path):
     again = load(tmp_path / "model")
     assert again.layer == (tuple(layer) if isinstance(layer, list) else layer)
     np.testing.assert_array_equal(again.score_samples(digits[1][:5]), detector.score_samples(digits[1][:5]))
+
+
+@pytest.mark.parametrize("score", ["diagonal_fisher", "gradient_classifier"])
+def test_parameters_set_after_a_fit_are_for_the_next(score, digits, tmp_path):
+    X = digits[1][:5]
+    detector = NoveltyDetector(score, layer=("last", "first"), **FAST).fit(digits[0])
+    assert detector.layers_ == ["decoder.2", "decoder.0"]
+    expected = detector.score_samples(X)
+    detector.set_params(novelty_score="latent_loss", layer="first", dtype="float32", loss="mse", scaling="minmax")
+    np.testing.assert_array_equal(detector.score_samples(X), expected)
+    save(detector, tmp_path / "model")
+    again = load(tmp_path / "model")
+    np.testing.assert_array_equal(again.score_samples(X), expected)
+    assert (again.layers_, again.layer, again.novelty_score) == (detector.layers_, "first", score)
 
 
 @pytest.mark.parametrize("path", sorted(FORMAT_1.glob("*.gradext")), ids=lambda path: path.stem)

@@ -424,3 +424,38 @@ def test_models_can_go():
     del model, outer
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+
+
+class Unused(nn.Module):
+    """Beside what the losses depend on runs ``dead``, of which they do not, before it or after."""
+
+    def __init__(self, dead, where):
+        super().__init__()
+        self.dead, self.where = dead, where
+        for name in {dead, "b", "c"}:
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, x):
+        if self.where == "before":
+            getattr(self, self.dead)(x)
+        y = self.c(torch.tanh(self.b(x)))
+        if self.where == "after":
+            getattr(self, self.dead)(x)
+        return y
+
+
+@pytest.mark.parametrize("dead", ["a", "b", "c"])
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize(("layers", "names"), [("first", "b"), ("last", "c"), (None, "abc"), ("b", "b"), (["c"], "c")])
+def test_what_the_losses_do_not_depend_on_is_neither_picked_nor_a_position(dead, where, layers, names, loop, routes):
+    torch.manual_seed(0)
+    model, x = Unused(dead, where).double(), torch.rand(B, 6, dtype=torch.float64)
+    names = [name for name in names if name == dead or name != "a"]
+    expected = loop(model, x, x, gradext.losses.mse)
+    for _ in range(3):
+        factors = gradext.batch_layer_factors(model, x, loss="mse", layers=layers)
+        assert sorted(factors) == names
+        assert {f.positions for f in factors.values()} == {1}
+        for name, f in factors.items():
+            torch.testing.assert_close(f.materialize(), expected[f"{name}.weight"])
+    assert routes == (["watched"] * 3 if "a" in names else ["watched", "read", "read"])

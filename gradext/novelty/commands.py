@@ -59,7 +59,7 @@ def fit(arguments: argparse.Namespace) -> int:
         "samples": samples,
         "skipped": _skipped(source),
         "input_shape": list(detector.input_shape_),
-        "score": detector.novelty_score,
+        "score": detector.score_.name,
         "best_epoch": None if detector.history_ is None else detector.history_.best_epoch,
         "threshold": -detector.offset_,
         "calibration_samples": len(detector.calibration_.scores),
@@ -67,7 +67,7 @@ def fit(arguments: argparse.Namespace) -> int:
     _print(
         arguments,
         result,
-        f"{out}: {detector.novelty_score} of a VAE fit on {samples} samples of shape "
+        f"{out}: {detector.score_.name} of a VAE fit on {samples} samples of shape "
         f"{'x'.join(map(str, detector.input_shape_))}; novel above {-detector.offset_:.4g}, from "
         f"{result['calibration_samples']} held-out samples",
     )
@@ -195,7 +195,7 @@ def export(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or detector.dtype
     result = {
         "out": arguments.out,
-        "score": detector.novelty_score,
+        "score": detector.score_.name,
         "input": {"name": "X", "dtype": dtype, "shape": ["N", detector.n_features_in_]},
         "output": {"name": "novelty", "dtype": dtype, "shape": ["N"]},
         "threshold": -detector.offset_,
@@ -203,7 +203,7 @@ def export(arguments: argparse.Namespace) -> int:
     _print(
         arguments,
         result,
-        f"{arguments.out}: {detector.novelty_score}, X [N, {detector.n_features_in_}] of {dtype} -> novelty [N]; novel "
+        f"{arguments.out}: {detector.score_.name}, X [N, {detector.n_features_in_}] of {dtype} -> novelty [N]; novel "
         f"above {-detector.offset_:.4g}",
     )
     return 0

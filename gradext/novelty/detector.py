@@ -112,6 +112,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     Attributes:
         model_: the trained autoencoder, in ``dtype`` on ``device``.
         history_: the `History` of its losses; None with ``epochs=0``.
+        layers_: the names of the layers that ``layer`` came to, in its order.
         score_: the `FittedScore`, with its statistics or its classifier.
         calibration_: the `Calibration`, novelties [n] of held-out normal samples.
         offset_: the threshold on `score_samples`, below which a sample is called novel.
@@ -333,7 +334,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.loss_ = self.loss
         if self.loss == "auto":
             self.loss_ = resolve("auto", reconstruction, first.detach()) if in_unit_range else "mse"
-        layer_names(self.model_, first[:1].detach(), self.layer, self.loss_)  # a wrong one is told before the training
+        self.layers_ = layer_names(self.model_, first[:1].detach(), self.layer, self.loss_)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
         """What is trained, x [B, ...] -> [B]: the model's own ``loss``, else reconstruction error and latent loss."""
@@ -501,14 +502,14 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return samples.to(dtype).reshape(len(X), *self.input_shape_)
 
     def _characterize(self, samples: Tensor) -> Characterization:
-        return characterize(self.model_, samples, layer=self.layer, loss=self.loss_, batch_size=BLOCK_ROWS)
+        return characterize(self.model_, samples, layer=self.layers_, loss=self.loss_, batch_size=BLOCK_ROWS)
 
     def _characterized(
         self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None
     ) -> Blocks[Characterization]:
         """The ``rows`` of ``X``, in their order, block by block."""
-        samples, parts = _Samples(self, X, rows, DTYPES[self.dtype]), list(_cut(np.arange(len(rows)), X.shape[1]))
-        like = torch.empty(0, dtype=DTYPES[self.dtype], device=next(self.model_.parameters()).device)
+        like = next(self.model_.parameters()).detach().new_empty(0)
+        samples, parts = _Samples(self, X, rows, like.dtype), list(_cut(np.arange(len(rows)), X.shape[1]))
         return Blocks(lambda k: self._characterize(samples[parts[k]]), len(parts), like, processes or Processes())
 
     def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:

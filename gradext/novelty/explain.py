@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..factors import LayerFactors
 from ..layer_grads import batch_layer_factors
 from ..layers import LayerChoice
-from .detector import DTYPES, NoveltyDetector, Rows
-from .representations import RECONSTRUCTION_LOSSES, Characterization, layer_names, parts_of
+from .detector import NoveltyDetector, Rows
+from .representations import RECONSTRUCTION_LOSSES, Characterization, parts_of
 
 ROWS_AT_A_TIME = 256
 
@@ -36,11 +36,10 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
 def saliency(detector: NoveltyDetector, X: Rows) -> np.ndarray:
     """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
     samples = _samples(detector, X)
-    names = layer_names(detector.model_, samples[:1], detector.layer, detector.loss_)
     found = []
     for batch in samples.split(ROWS_AT_A_TIME):
         shifted = _Shifted(detector.model_, batch).eval()
-        layers = [f"model.{name}" for name in names]
+        layers = [f"model.{name}" for name in detector.layers_]
         seen = _factors(detector, shifted, batch, layers, shift=shifted.shift, create_graph=True)
         factors = LayerFactors((name, seen[name]) for name in layers)  # in the order of the choice
         reconstruction, latent = parts_of(shifted(batch))
@@ -61,11 +60,10 @@ def nearest_training(
     samples, training = _samples(detector, X), _samples(detector, X_training)
     if not 1 <= k <= len(training):
         raise ValueError(f"k: expected 1 to {len(training)}, the number of training samples, but got {k!r}")
-    layers = layer_names(detector.model_, samples[:1], detector.layer, detector.loss_)
-    of_samples = _factors(detector, detector.model_, samples, layers)
+    of_samples = _factors(detector, detector.model_, samples, detector.layers_)
     cosines = []
     for batch in training.split(ROWS_AT_A_TIME):
-        factors = _factors(detector, detector.model_, batch, layers)
+        factors = _factors(detector, detector.model_, batch, detector.layers_)
         gram = sum(of_samples[name].gram(factors[name]) for name in factors)
         norms = torch.outer(of_samples.norm(), factors.norm())
         cosines.append((gram / norms.clamp_min(torch.finfo(norms.dtype).tiny)).detach())
@@ -85,8 +83,8 @@ class _Shifted(nn.Module):
 
 
 def _samples(detector: NoveltyDetector, X: Rows) -> Tensor:
-    samples = detector._as_samples(detector._validated(X), DTYPES[detector.dtype])
-    return samples.to(next(detector.model_.parameters()).device)
+    like = next(detector.model_.parameters())
+    return detector._as_samples(detector._validated(X), like.dtype).to(like.device)
 
 
 def _factors(

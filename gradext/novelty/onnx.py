@@ -68,7 +68,8 @@ class ScoringGraph(nn.Module):
         check_is_fitted(detector)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, but got {dtype!r}")
-        self.dtype = DTYPES[dtype or detector.dtype]
+        fitted = next(detector.model_.parameters()).dtype
+        self.dtype = DTYPES[dtype] if dtype else fitted
         self.loss = detector.loss_
         layers, self.mu, logvar = _chain(detector.model_)
         if self.loss == "bce" and type(layers[-1]) is not nn.Sigmoid:
@@ -84,7 +85,7 @@ class ScoringGraph(nn.Module):
         ))  # fmt: skip
         self.shapes = [value.shape[1:] for value in values]
         self.score = _score_in(detector, self.dtype)
-        self._check(detector)
+        self._check(detector, fitted)
 
     def forward(self, X: Tensor) -> Tensor:
         x = (X - self.shift) / self.scale
@@ -127,7 +128,7 @@ class ScoringGraph(nn.Module):
         return self.score.classifier(features)
 
     @torch.no_grad()
-    def _check(self, detector: NoveltyDetector) -> None:
+    def _check(self, detector: NoveltyDetector, fitted: torch.dtype) -> None:
         """What a module's forward does, nothing tells but running it."""
         uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
         X = detector.shift_ + detector.scale_ * uniform
@@ -137,7 +138,7 @@ class ScoringGraph(nn.Module):
             expected = -torch.from_numpy(detector.score_samples(X))
         found = self(torch.from_numpy(X).to(self.dtype)).double()
         error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-        if not error <= max(TOLERANCES[self.dtype], TOLERANCES[DTYPES[detector.dtype]]):
+        if not error <= max(TOLERANCES[self.dtype], TOLERANCES[fitted]):
             raise ValueError(
                 f"model: expected a forward that calls its parts one after the other, for ONNX, but {PROBES} random "
                 f"samples get scores that differ from the detector's by {error:.2g} of the largest"
@@ -230,7 +231,7 @@ def _places(detector: NoveltyDetector, layers: list[nn.Module]) -> dict[int, str
     """Where the chosen layers stand, place -> name, in the order of the choice."""
     parameter = next(detector.model_.parameters())
     sample = parameter.new_zeros(1, *detector.input_shape_)
-    chosen = characterize(detector.model_, sample, layer=detector.layer, loss=detector.loss_).gradients
+    chosen = characterize(detector.model_, sample, layer=detector.layers_, loss=detector.loss_).gradients
     places = {}
     for name, factors in chosen.items():
         module = detector.model_.get_submodule(name)

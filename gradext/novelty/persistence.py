@@ -40,7 +40,7 @@ from .detector import DTYPES, NoveltyDetector, working_device
 from .fitted import CLASSIFIER_SCORES, WHITENERS, fit_score
 from .guards import Profile
 from .models import VAE
-from .representations import RECONSTRUCTION_LOSSES, characterize
+from .representations import RECONSTRUCTION_LOSSES, characterize, layer_names
 from .training import History
 from .writing import atomic_write
 
@@ -72,8 +72,11 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     check_is_fitted(detector)
     if not _is_named(detector.layer):
         raise ValueError(f"layer: expected a name, several or None, to be saved, but got {detector.layer!r}")
-    model = detector.model_
+    model, score = detector.model_, detector.score_
+    dtype = next(model.parameters()).dtype
     parameters = {name: value for name, value in detector.get_params(deep=False).items() if name not in NOT_SAVED}
+    # As fitted, whatever `set_params` has said since.
+    parameters |= {"novelty_score": score.name, "dtype": next(name for name in DTYPES if DTYPES[name] == dtype)}
     if parameters["input_shape"] is not None:
         parameters["input_shape"] = [int(size) for size in parameters["input_shape"]]
     description = {
@@ -95,6 +98,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
         if hasattr(detector, "feature_names_in_")
         else None,
         "input_shape": list(detector.input_shape_),
+        "layers": detector.layers_,
         "loss": detector.loss_,
         "offset": float(detector.offset_),
         "image_format": None if detector.image_format_ is None else asdict(detector.image_format_),
@@ -102,7 +106,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
         "profile": asdict(detector.profile_) if detector.profile_ else None,
     }
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"score.{name}": value for name, value in detector.score_.tensors().items()}
+    tensors |= {f"score.{name}": value for name, value in score.tensors().items()}
     tensors |= {
         "calibration": torch.from_numpy(detector.calibration_.scores),
         "shift": torch.from_numpy(detector.shift_),
@@ -248,7 +252,12 @@ def _rebuild(
 
     # What the score must hold: its names, shapes and types for this model, from two samples of zeros.
     zeros = torch.zeros(2, *detector.input_shape_, dtype=dtype, device="cpu")
-    seen = characterize(detector.model_, zeros, layer=detector.layer, loss=detector.loss_)
+    layers = _entry(description, "layers", list, optional=True)  # files of earlier releases have none
+    if layers is not None and not _is_named(layers):
+        raise ModelFileError(f"layers: expected names, but got {layers!r}")
+    choice = detector.layer if layers is None else layers
+    detector.layers_ = layer_names(detector.model_, zeros[:1], choice, detector.loss_)
+    seen = characterize(detector.model_, zeros, layer=detector.layers_, loss=detector.loss_)
     options = {"epochs": 1} if detector.novelty_score in CLASSIFIER_SCORES else {}
     template = fit_score(detector.novelty_score, seen, seen, **options)
     learned = {name.removeprefix("score."): given.pop(name) for name in tensors if name.startswith("score.")}

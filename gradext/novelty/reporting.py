@@ -124,7 +124,7 @@ def _facts(detector, novelty, outlier, both: bool, source: Source) -> str:
 
 
 def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
-    unit = detector.novelty_score.replace("_", " ")
+    unit = detector.score_.name.replace("_", " ")
     with rc_context(plots.STYLE):
         layout = ConstrainedLayoutEngine(hspace=0.06)  # between one row's labels and the next one's titles
         figure = Figure(figsize=(12, 8.2) if both else (12, 4), facecolor="white", layout=layout)
@@ -221,8 +221,8 @@ def _neighbours(detector, source, rows, training: Source, training_rows: np.ndar
 def _model_table(detector: NoveltyDetector) -> str:
     history = detector.history_
     rows = {
-        "score": detector.novelty_score,
-        "layer": detector.layer,
+        "score": detector.score_.name,
+        "layer": ", ".join(detector.layers_),
         "model": type(detector.model_).__name__,
         "parameters": f"{sum(p.numel() for p in detector.model_.parameters()):,}",
         "input": "x".join(map(str, detector.input_shape_)),
