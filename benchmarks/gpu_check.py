@@ -102,6 +102,9 @@ class Conductor:
     def run(self) -> int:
         for name in STAGES:
             self.stage(name)
+            if missing := [row["no_gpu"] for row in self.results.get("machine", []) if "no_gpu" in row]:
+                print(f"gpu_check: expected a GPU that torch can use, but {missing[0]}", file=sys.stderr)
+                return 2
         try:
             render(self.results, self.arguments.out)
         except Exception:
@@ -327,7 +330,7 @@ def run_cases(stage: str, device: str, rows: Path, deadline: float) -> int:
                 row = {"case": name, "error": traceback.format_exc()}
             write(row)
             print(f"  [{time.time() - start:5.1f} s] {name}: {brief(row)}", flush=True)
-            if device == "cuda":
+            if device == "cuda" and "no_gpu" not in row:
                 torch.cuda.synchronize()  # after a fault nothing works in this process: end it here
                 torch.cuda.empty_cache()
     return 0
@@ -490,7 +493,10 @@ def machine(device: str) -> dict:
     except ImportError:
         found["triton"] = None
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
+        try:
+            properties = torch.cuda.get_device_properties(0)
+        except (AssertionError, RuntimeError) as error:  # the former from builds for the CPU
+            return {**found, "no_gpu": f"torch {torch.__version__} says: {error}"}
         query = "name,driver_version,clocks.max.sm,clocks.max.mem,clocks.sm,clocks.mem,memory.total,power.limit"
         answer = first_match(r"(.*)", "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0")
         found |= {

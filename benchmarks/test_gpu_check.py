@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -47,6 +48,15 @@ def test_stopped_tests_keep_their_results(conductor, tmp_path, monkeypatch):
     [(name, text)] = found["failed"].items()
     assert name.endswith("test_gpu::test_wrong")
     assert "assert (2 + 2) == 5" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_that_is_what_it_says(tmp_path):
+    command = [sys.executable, gpu_check.__file__, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"gpu_check: expected a GPU that torch can use, but torch {torch.__version__} says: ")
+    assert list(json.loads((tmp_path / "results.json").read_text())["stages"]) == ["machine"]
 
 
 def is_running(pid: int) -> bool:
