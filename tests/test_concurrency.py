@@ -332,7 +332,7 @@ if __name__ == "__main__":
     workers = [context.Process(target=work, args=(given, x, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = [queue.get(timeout=60) for _ in workers]
+    found = [queue.get(timeout=300) for _ in workers]
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0, worker.exitcode
@@ -350,7 +350,7 @@ def test_workers(method, tmp_path):
         pytest.skip("no fork")
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
-    run = subprocess.run([sys.executable, script, method], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, script, method], capture_output=True, text=True, timeout=300)
     assert run.stdout.strip() == "right", run.stderr
 
 

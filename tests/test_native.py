@@ -312,7 +312,7 @@ def run_python(code: str, **environment: str) -> str:
         text=True,
         env={**os.environ, **environment},
         cwd=ROOT,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
