@@ -42,7 +42,7 @@ def batch_layer_grads(
     For a linear layer ``grads[name][b] = ∂ loss_b / ∂ weight = Σ_t δ_bt a_btᵀ``, with the keys, shapes and values of
     ``torch.func.vmap(torch.func.grad(...))`` over the parameters: ``{"decoder.0.weight": Tensor[B, O, I], ...}``, and
     ``[B, O]`` for biases. One forward, one backward that stops at the earliest chosen layer, one product a layer; the
-    model is left as it was.
+    model is left as it was, but for parameters and attributes that its own forward writes.
 
     Args:
         model: any module; in `eval()` or `train()`, frozen or not.
