@@ -78,7 +78,8 @@ def read(root: Node, chosen: Mapping[int, Form], batch: int) -> list[Reading] | 
         return None
     try:
         return [
-            _reading(node, forms, batch) for node, forms in sorted(uses.items(), key=lambda use: use[0]._sequence_nr())
+            _reading(node, {role: forms[role] for role in ("weight", "bias") if role in forms}, batch)
+            for node, forms in sorted(uses.items(), key=lambda use: use[0]._sequence_nr())
         ]
     except (_UnreadableError, RuntimeError):  # the latter where an input was modified in place afterwards
         return None

@@ -459,3 +459,29 @@ def test_what_the_losses_do_not_depend_on_is_neither_picked_nor_a_position(dead,
         for name, f in factors.items():
             torch.testing.assert_close(f.materialize(), expected[f"{name}.weight"])
     assert routes == (["watched"] * 3 if "a" in names else ["watched", "read", "read"])
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_results_come_in_one_order_by_every_route(closed, routes):
+    layers = [nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Conv1d(2, 2, 2), nn.Flatten(), nn.Linear(6, 3)]
+    model, x = nn.Sequential(*layers) if closed else Plain(*layers), torch.rand(B, 1, 6)
+    keys = {"target": torch.rand(B, 3), "loss": "mse", "include_bias": True}
+    orders = [list(gradext.batch_layer_factors(model, x, **keys)) for _ in range(2)]
+    orders += [list(gradext.batch_layer_factors(model, x, **keys, check="sample"))]
+    assert orders == [orders[0]] * 3
+    assert routes == (["closed form"] * 2 if closed else ["watched", "read"]) + ["watched"]
+
+
+class Noisy(Unused):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize("layers", [None, "first", ["a", "b"], ["b"]])
+def test_every_call_draws_the_same_random_numbers(layers):
+    model, x, found = Noisy("a", "before"), torch.rand(B, 6), []
+    for _ in range(3):
+        torch.manual_seed(0)
+        found.append(gradext.batch_layer_grads(model, x, loss="mse", layers=layers))
+    for grads in found:
+        assert_same(grads, found[0])
