@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.utils._pytree as pytree  # what torch.func itself takes nested inputs apart with
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .borrowing import Afterwards, Loans, exchange
 from .errors import CaptureError
@@ -115,7 +116,8 @@ class Problem:
             for prefix, module in self._changing().items():
                 owned.extend((module._buffers, name, b) for name, b in module._buffers.items())
                 updated |= {f"{prefix}{name}": b.clone() for name, b in module._buffers.items() if b is not None}
-            return self.loss(torch.func.functional_call(self.model, updated | parameters, args, kwargs), target)
+            with _InPlaceOf({id(self.parameters[name]): tensor for name, tensor in parameters.items()}):
+                return self.loss(torch.func.functional_call(self.model, updated | parameters, args, kwargs), target)
 
         # functional_call exchanges the model's own parameters for a while: one thread at a time, and back in any case.
         end = Afterwards(put_back)
@@ -133,6 +135,22 @@ class Problem:
     def _parted(self, chosen: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         constant = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return constant, {name: constant.pop(name).clone() for name in chosen}
+
+
+class _InPlaceOf(TorchFunctionMode):
+    """Torch's functions get these tensors in place of the model's parameters, by id, wherever they are taken from.
+
+    `functional_call` exchanges what the modules hold, and for the forward alone: a loss that decays weights would be
+    handed the parameters themselves, and its share of their gradients would be lost.
+    """
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: self.tensors.get(id(t), t), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

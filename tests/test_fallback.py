@@ -141,6 +141,22 @@ def test_named_losses_reach_the_fallback(loss):
     torch.testing.assert_close(grads["0.bias"], delta.detach())
 
 
+@pytest.mark.parametrize("options", [{"fallback": "vmap"}, {"fallback": "loop"}, {"fallback": "loop", "check": "sum"}])
+def test_a_loss_that_uses_parameters_itself(options):
+    torch.manual_seed(0)
+    model, x = Bilinear().double(), torch.rand(B, 5, dtype=torch.float64)
+    held = model.shift
+
+    def decayed(output, target):
+        return squared(output, target) + model.b.weight.square().sum() + held.square().sum() + model.a.weight.norm()
+
+    found = gradext.batch_layer_grads(model, x, loss=decayed, layers="all", **options)
+    model.requires_grad_()
+    for name, parameter in (("a.weight", model.a.weight), ("b.weight", model.b.weight), ("shift", held)):
+        losses = [decayed(model(x[b : b + 1]), None).sum() for b in range(B)]
+        assert_close(found[name], torch.stack([torch.autograd.grad(loss, parameter)[0] for loss in losses]))
+
+
 def test_uses_inside_transforms_and_derivatives_go_through_the_loop(loop):
     class Odd(nn.Module):
         def __init__(self, use):
