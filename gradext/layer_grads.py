@@ -211,7 +211,7 @@ def _gradients(
     if captured.missing and fallback is None:
         raise next(iter(captured.missing.values()))
     if check_finite:
-        _refuse_non_finite(captured.uses)
+        _refuse_non_finite(captured.uses, captured.batch)
     gathered: dict[str, list[GradFactors | Tensor]] = {}
     for use in captured.uses:
         for name, gradient in use.gradients(captured.batch):
@@ -348,10 +348,10 @@ def _tensors(gradient: GradFactors | Tensor) -> list[Tensor]:
     return [value for value in vars(gradient).values() if isinstance(value, Tensor)]
 
 
-def _refuse_non_finite(uses: list[Use]) -> None:
+def _refuse_non_finite(uses: list[Use], batch: int) -> None:
     for use in uses:
         for what, tensor in (("delta", use.delta), ("input", use.input)):
-            finite = tensor.isfinite().flatten(1).all(1)
+            finite = tensor.isfinite().reshape(batch, tensor.numel() // max(1, batch)).all(1)
             if not finite.all():
                 bad = (~finite).nonzero().flatten().tolist()
                 shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
