@@ -215,8 +215,11 @@ def test_characterize_keeps_several_layers_in_the_order_of_the_choice(model, dig
 
 def test_characterize_leaves_the_model_in_its_mode(digits):
     model = VAE(64, 8, 2).train()
+    model.decoder.eval()
     characterize(model, digits[0][:3])
     assert model.training
+    assert not any(module.training for module in model.decoder.modules())
+    assert model.encoder.training
 
 
 def test_reconstruction_of_distorted_images_is_the_linear_continuation(model, digits):

@@ -117,7 +117,7 @@ def characterize(
     if len(x) == 0:
         raise ValueError("x: expected at least one sample, but got none")
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     parts = []
     try:
@@ -133,7 +133,8 @@ def characterize(
                 pixels = RECONSTRUCTION_LOSSES[loss](reconstruction, batch).flatten(1)
             parts.append(Characterization(pixels, latent, gradients))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return Characterization.cat(parts)
 
 
