@@ -175,7 +175,7 @@ class EmbeddingRule:
         def gradient(role, index, delta):
             delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
             B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
-            return EmbeddingFactors(index.reshape(B, T), delta.reshape(B, T, delta.shape[-1]), rows)
+            return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
 
         def run(weight):
             return F.embedding(input, weight, padding_idx)
