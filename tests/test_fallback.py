@@ -254,6 +254,50 @@ def rule():
     gradext.layers._registered.pop(Scale)
 
 
+class Doubled(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("kind", [nn.Linear, Doubled])
+def test_a_rule_for_a_layer_that_has_one_holds_in_every_call(closed, kind):
+    model, x, keys = nn.Sequential(kind(5, 5), nn.Tanh(), kind(5, 5)), torch.rand(B, 5), {"loss": "mse"}
+    if not closed:
+        model.forward = model.forward
+    plain = [gradext.batch_layer_factors(model, x, **keys) for _ in range(2)][-1]
+    try:
+
+        @gradext.register_layer(kind)
+        def twice(layer, input, delta):
+            return {"weight": GradFactors(input, 2 * delta)}
+
+        for _ in range(3):
+            found = gradext.batch_layer_factors(model, x, **keys)
+            for name, factors in plain.items():
+                torch.testing.assert_close(found[name].materialize(), 2 * factors.materialize())
+    finally:
+        gradext.layers._registered.pop(kind)
+
+
+def test_a_rule_may_give_several_parameters_one_gradient():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(5))
+
+        def forward(self, x):
+            return x * (self.a + self.b)
+
+    @gradext.register_layer(Shift)
+    def gradients(layer, input, delta):
+        return dict.fromkeys("ab", input * delta)
+
+    grads = gradext.batch_layer_grads(nn.Sequential(Shift()), torch.rand(B, 5), loss=squared)
+    assert torch.equal(grads["0.a"], grads["0.b"])
+    grads["0.a"].zero_()
+    assert (grads["0.b"] > 0).all()
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_registered_layer_is_taken_as_a_whole(rule, frozen, loop):
     torch.manual_seed(0)
