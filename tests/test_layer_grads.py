@@ -922,6 +922,13 @@ def test_losses_of_the_wrong_shape_are_refused(loss, message):
         gradext.batch_layer_grads(model, x, loss=loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex128])
+def test_losses_without_a_gradient_are_refused(dtype):
+    model, x = build("autoencoder")
+    with pytest.raises(TypeError, match=r"loss: expected floating-point values.*returned torch"):
+        gradext.batch_layer_grads(model, x, loss=lambda output, target: output.sum(1).to(dtype))
+
+
 class Doubling(nn.Module):
     """Overwrites its input."""
 
