@@ -281,6 +281,8 @@ class GradFactors:
     def _is_bank(self, reference: Tensor) -> bool:
         """Whether there are K references, in the parameter's shape or as matrices, not one."""
         single = {tuple(self.shape[1:]), self.weight_shape}
+        if tuple(reference.shape[1:]) == self.weight_shape:  # [1, 1] of a bias of one number: one such bias
+            return True
         return tuple(reference.shape) not in single and tuple(reference.shape[1:]) in single
 
     def gram(self, other: GradFactors | None = None) -> Tensor:

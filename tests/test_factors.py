@@ -409,6 +409,17 @@ def test_layers_together_are_their_gradients_concatenated():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_one_reference_for_a_bias_of_one_number():
+    bias = GradFactors.of(torch.tensor([[2.0], [3.0]]))
+    layers = LayerFactors({"0": GradFactors(torch.ones(2, 4), torch.ones(2, 1)), "0.bias": bias})
+    reference = {"0": torch.ones(1, 4), "0.bias": torch.ones(1)}
+    bank = {name: value.unsqueeze(0) for name, value in reference.items()}
+    for method in "dot", "cosine":
+        one, several = (getattr(layers, method)(references) for references in (reference, bank))
+        assert several.shape == (2, 1)
+        torch.testing.assert_close(several[:, 0], one)
+
+
 def test_layers_that_are_not_there_are_named():
     layers = LayerFactors(a=make(4, 1, 3, 5))
     with pytest.raises(KeyError, match=r"'b'; there are: a"):
