@@ -187,6 +187,13 @@ def test_a_view_of_another_weight_in_a_chain_is_refused():
         gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
 
 
+@pytest.mark.parametrize("layers", ["0", "2", None])
+def test_a_chain_that_mixes_samples_is_refused(layers):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0), nn.Linear(B, B))
+    with pytest.raises(gradext.CaptureError, match=r"samples mix|expected an input of shape"):
+        gradext.batch_layer_grads(model, torch.rand(B, 1), loss="mse", target=torch.rand(B), layers=layers)
+
+
 def test_dropout_in_training_is_watched(routes):
     model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 6))
     gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
