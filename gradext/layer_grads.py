@@ -227,7 +227,7 @@ def _gradients(
     untouched.check('leave out fallback= and check="sum", which run it again')
     wrapped = "" if runs is model else "module."
     inner = {name.removeprefix(wrapped): parameter for name, parameter in parameters.items()}
-    problem = functional.Problem(runs, args, kwargs, target, total, inner)
+    problem = functional.Problem(runs, as_constant(args), as_constant(kwargs), as_constant(target), total, inner)
     if captured.missing:
         plain = problem.vmap_grads if fallback == "vmap" else problem.loop_grads
         missing = plain([name.removeprefix(wrapped) for name in captured.missing], captured.batch)

@@ -1,6 +1,7 @@
 """What has no rule: fallbacks through torch.func, layers of the user's own, and the checks that find what is missed."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -438,6 +439,32 @@ def test_a_use_that_the_capture_cannot_see_is_refused(frozen, loop):
     grads = gradext.batch_layer_grads(model, x, loss=squared, fallback="loop", check="sum")
     assert_close(grads["a.weight"], expected["a.weight"])
     assert model.a.weight.requires_grad is not frozen
+
+
+class Views(nn.Module):
+    """Holds a part of a weight that was cut out beforehand."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+        self.parts = [self.a.weight[:3]]
+
+    def forward(self, x):
+        return self.a(x)[:, :3] + nn.functional.linear(x, self.parts[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("fallback", "message"), [("loop", None), ("vmap", "holds a view of a parameter")])
+def test_a_view_made_beforehand_counts_in_the_fallback(fallback, message, grad):
+    torch.manual_seed(0)
+    model, x = Views(), torch.rand(B, 5, requires_grad=True)
+    with pytest.raises(UnsupportedLayerError, match=r"a.weight is used where gradext cannot see it"):
+        gradext.batch_layer_grads(model, x, loss=squared)
+    expected = [torch.autograd.grad(squared(model(row), None).sum(), model.a.weight)[0] for row in x.split(1)]
+    with nullcontext() if message is None else pytest.warns(UserWarning, match=message), torch.set_grad_enabled(grad):
+        found = gradext.batch_layer_grads(model, x, loss=squared, fallback=fallback)
+    assert_close(found["a.weight"], torch.stack(expected), 1e-5)
+    assert not found["a.weight"].requires_grad
 
 
 def test_the_sum_check_finds_a_gradient_that_is_wrong(monkeypatch):
