@@ -486,7 +486,10 @@ def _read(model, args, kwargs, objective, forms: dict[int, Form], chosen: Chosen
     if batch > 0 and root.edge is not None and root.edge.output_nr == 0:
         uses = reading.read(root.edge.node, forms, batch)
     if not uses or (chosen.pick is None and len(forms) > len({name for use in uses for name in names_of(use)})):
-        _readable[model][_kind(model, chosen)] = False
+        if batch:  # else nothing is said of other batches
+            # The model does something else than it did, and may have come to mix samples.
+            _readable[model][_kind(model, chosen)] = False
+            _proved.pop(model, None)
         return None
     uses = select(uses, chosen.pick, chosen.owners)
     edges = [use.edge for use in uses]

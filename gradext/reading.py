@@ -39,7 +39,7 @@ _ELEMENTWISE = dict.fromkeys(
 # As these, where nothing was broadcast.
 _JOINING = {
     *(f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "MseLoss", "BinaryCrossEntropy")),
-    *("MulBackward1", "DivBackward1", "BinaryCrossEntropyWithLogitsBackward0"),
+    *("MulBackward1", "DivBackward1", "PowBackward1", "BinaryCrossEntropyWithLogitsBackward0"),
 }
 # Images [B, ...] one by one.
 _BY_IMAGE = {f"{name}Backward0" for name in ("MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D")}
@@ -146,10 +146,10 @@ def _keeps_samples(root: Node, below: Iterable[Node], parents: dict[Node, list[t
 
 def _keeps(node: Any, place: int, child: Node, batch: int) -> bool:  # of a node what its kind alone has saved
     name = node.name()
-    if name in _ELEMENTWISE:
-        return place == 0
     if name in _JOINING:
         return _shape(node) == _shape(child)
+    if name in _ELEMENTWISE:
+        return place == 0
     if name in ("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"):
         return place == (1 if name == "AddmmBackward0" else 0) and _shape(node)[0] % batch == 0
     if name in _BY_IMAGE:
