@@ -981,6 +981,17 @@ def test_non_finite_values_are_those_of_a_sample_whatever_its_positions():
         gradext.batch_layer_grads(model, x.nan_to_num(), loss="mse", check_finite=True)
 
 
+@pytest.mark.parametrize("fallback", ["vmap", "loop"])
+@pytest.mark.filterwarnings("ignore:torch.func cannot vectorise")
+def test_non_finite_values_are_found_in_a_fallback(fallback):
+    model, x = nn.Sequential(nn.PReLU(5)), torch.rand(4, 5)
+    keys = {"loss": "mse", "layers": "all", "fallback": fallback, "check_finite": True}
+    gradext.batch_layer_grads(model, x, **keys)
+    x[2, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"0.weight: the gradient of 1 of 4 samples.*samples 2\)"):
+        gradext.batch_layer_grads(model, x, **keys)
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (0,), (0, 3)])
 def test_finite_gradients_of_an_embedding(shape):
     model, x = nn.Embedding(5, 3), torch.zeros(shape, dtype=torch.int64)
