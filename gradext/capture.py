@@ -411,7 +411,10 @@ def _captured(
         uses = _uses(mode, root, nodes, records, shared, check_samples, create_graph, proved) if records else []
         if records and batch and root.edge and not (missing or create_graph):
             known = all(isinstance(layer, reading.LAYERS) for layer in chosen.layers.values())
-            readable = known and reading.is_readable(root.edge.node, [record.edge.node for record in records], batch)
+            ends = [record.edge.node for record in records]
+            # A use that the losses do not depend on is not in the graph: reading would have to give up, and what the
+            # forward of its try has drawn would be gone.
+            readable = known and nodes.issuperset(ends) and reading.is_readable(root.edge.node, ends, batch)
             _readable.setdefault(model, {}).setdefault(_kind(model, chosen), readable)
         # What is put back below may have been a layer's input.
         uses = [use._replace(input=use.input.clone()) if lent and memory(use.input) in lent else use for use in uses]
@@ -483,7 +486,10 @@ def _read(model, args, kwargs, objective, forms: dict[int, Form], chosen: Chosen
     if batch > 0 and root.edge is not None and root.edge.output_nr == 0:
         uses = reading.read(root.edge.node, forms, batch)
     if not uses or (chosen.pick is None and len(forms) > len({name for use in uses for name in names_of(use)})):
-        _readable[model][_kind(model, chosen)] = False
+        if batch:  # else nothing is said of other batches
+            # The model does something else than it did, and may have come to mix samples.
+            _readable[model][_kind(model, chosen)] = False
+            _proved.pop(model, None)
         return None
     uses = select(uses, chosen.pick, chosen.owners)
     edges = [use.edge for use in uses]

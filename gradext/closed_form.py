@@ -48,7 +48,10 @@ _CONV = _Step(_conv, _conv_backward)
 _RESHAPE = _Step(_reshape, lambda m, x, y, d: d.reshape(x.shape))
 _NOTHING = _Step(lambda m, x: x, lambda m, x, y, d: d)
 _STEPS: dict[type[nn.Module], _Step] = {
-    nn.Linear: _Step(lambda m, x: F.linear(x, m.weight, m.bias), lambda m, x, y, d: d @ m.weight),
+    # One dimension is that of the samples (behind a Flatten from 0 on), which the layer mixes.
+    nn.Linear: _Step(
+        lambda m, x: F.linear(x, m.weight, m.bias) if x.ndim > 1 else None, lambda m, x, y, d: d @ m.weight
+    ),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _CONV),
     **dict.fromkeys((nn.Flatten, nn.Unflatten), _RESHAPE),
     nn.Identity: _NOTHING,

@@ -106,8 +106,8 @@ class GradFactors:
             index = [operator.index(index)]
 
         def rows(factor: Tensor) -> Tensor:
-            found = factor[index]
-            if found.ndim != factor.ndim:  # positions would pass for samples
+            found = None if isinstance(index, tuple) else factor[index]
+            if found is None or found.ndim != factor.ndim:  # positions would pass for samples, or some be left out
                 raise IndexError(
                     f"index: expected an integer, a slice, a mask or a list of indices, of samples, but got {index!r}"
                 )
@@ -281,6 +281,8 @@ class GradFactors:
     def _is_bank(self, reference: Tensor) -> bool:
         """Whether there are K references, in the parameter's shape or as matrices, not one."""
         single = {tuple(self.shape[1:]), self.weight_shape}
+        if tuple(reference.shape[1:]) == self.weight_shape:  # [1, 1] of a bias of one number: one such bias
+            return True
         return tuple(reference.shape) not in single and tuple(reference.shape[1:]) in single
 
     def gram(self, other: GradFactors | None = None) -> Tensor:
@@ -342,7 +344,8 @@ class GradFactors:
 
         TensorSketch: ``⟨sketch(G), sketch(H)⟩`` has mean ``⟨G, H⟩`` over seeds and a variance of at most
         ``(6 / dim + 4 / dim²)‖G‖²‖H‖²``. Hashes come from ``seed`` by integer arithmetic, so that every device and
-        every cut into batches gives the same projection, and none is stored; BT(O + I + dim log dim) operations.
+        every cut into batches gives the same projection, and none is stored; BT(O + I + dim log dim) operations, or BOI
+        where the gradients themselves are held (`of`), for which it is the same one.
         Source: Pham and Pagh, "Fast and scalable polynomial kernels via explicit feature maps", KDD 2013.
 
         >>> factors = GradFactors(torch.rand(8, 50), torch.rand(8, 30))
@@ -357,6 +360,8 @@ class GradFactors:
         activation, delta = widen(*self._explicit())
         if len(self) == 0 or self.positions == 0:  # which torch.fft refuses
             return delta.new_zeros(len(self), dim)
+        if self.shape[2] == 1 and self.weight_shape is not None and len(self.weight_shape) > 1:
+            return _sketch_written((delta * activation).sum(1), self.weight_shape, dim, seed)
         sketches = (_count_sketch(x, dim, seed, stream) for stream, x in enumerate((delta, activation)))
         left, right = (torch.fft.rfft(sketched, dim=-1) for sketched in sketches)
         return torch.fft.irfft((left * right).sum(1), n=dim, dim=-1)
@@ -725,9 +730,11 @@ class EmbeddingFactors(GradFactors):
         return torch.cat(blocks) if T * C * S else columns.new_zeros(len(self), C)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> GradFactors:
-        rows = function(self.delta_rows)
-        index = function(self.index).to(dtype=torch.int64)  # a change of type is meant for the values alone
-        return EmbeddingFactors(index, rows, self.rows)
+        return EmbeddingFactors(function(self.index), function(self.delta_rows), self.rows)
+
+    def to(self, *args: Any, **kwargs: Any) -> GradFactors:
+        rows = self.delta_rows.to(*args, **kwargs)  # a change of type is meant for the values alone: it rounds an index
+        return EmbeddingFactors(self.index.to(rows.device), rows, self.rows)
 
     def in_rows(self, start: int, rows: int) -> GradFactors:
         return EmbeddingFactors(self.index + start, self.delta_rows, rows)
@@ -879,7 +886,8 @@ class LayerFactors(dict[str, GradFactors]):
 
     def sketch(self, dim: int, seed: int = 0) -> Tensor:
         """`GradFactors.sketch` of all layers' gradients together, every layer by hashes of its own -> [B, dim]."""
-        return _total(factors.sketch(dim, seed + 1_000_003 * k) for k, factors in enumerate(self.values()))
+        # By name: layers are in the order of execution, which data may decide.
+        return _total(self[name].sketch(dim, seed + 1_000_003 * k) for k, name in enumerate(sorted(self)))
 
     def sum(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """``Σ_b w_b G_layer[b]`` by layer."""
@@ -938,12 +946,26 @@ def _safe_sqrt(square: Tensor) -> Tensor:
 
 def _count_sketch(x: Tensor, dim: int, seed: int, stream: int) -> Tensor:
     """Σ over the last dimension into ``dim`` buckets with random signs, both by hashing the index."""
-    index = torch.arange(x.shape[-1], device=x.device, dtype=torch.int64)
-    wrapped = (2 * seed + stream + 2**63) % 2**64 - 2**63  # any integer, to a signed 64-bit one
-    hashed = _mix(index + _mix(torch.tensor(wrapped, device=x.device, dtype=torch.int64)))
-    sign = ((hashed >> 32) & 1).to(x.dtype) * 2 - 1
-    bucket = (hashed & 0x7FFFFFFF) % dim
+    bucket, sign = _hashes(x.shape[-1], x, dim, seed, stream)
     return x.new_zeros(*x.shape[:-1], dim).index_add(-1, bucket, x * sign)
+
+
+def _sketch_written(gradients: Tensor, shape: tuple[int, ...], dim: int, seed: int) -> Tensor:
+    """Of gradients [B, O·I] of a weight of ``shape`` what the count sketches of their factors give."""
+    sizes = shape[0], math.prod(shape[1:])
+    (rows, row_sign), (columns, column_sign) = (
+        _hashes(size, gradients, dim, seed, stream) for stream, size in enumerate(sizes)
+    )
+    bucket, sign = (rows[:, None] + columns).flatten() % dim, (row_sign[:, None] * column_sign).flatten()
+    return gradients.new_zeros(len(gradients), dim).index_add(1, bucket, gradients * sign)
+
+
+def _hashes(count: int, like: Tensor, dim: int, seed: int, stream: int) -> tuple[Tensor, Tensor]:
+    """The bucket and the sign of each of ``count`` indices."""
+    index = torch.arange(count, device=like.device, dtype=torch.int64)
+    wrapped = (2 * seed + stream + 2**63) % 2**64 - 2**63  # any integer, to a signed 64-bit one
+    hashed = _mix(index + _mix(torch.tensor(wrapped, device=like.device, dtype=torch.int64)))
+    return (hashed & 0x7FFFFFFF) % dim, ((hashed >> 32) & 1).to(like.dtype) * 2 - 1
 
 
 def _mix(x: Tensor) -> Tensor:

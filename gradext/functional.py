@@ -1,6 +1,6 @@
 """Gradients through torch's own machinery: slower and exact, for what gradext has no rule for, and to check by.
 
-Parameters are handed to the model by `torch.func.functional_call`, so that its own are never written to.
+`vmap` hands parameters to the model by `torch.func.functional_call`, so that its own are never written to.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.utils._pytree as pytree  # what torch.func itself takes nested inputs apart with
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .borrowing import Afterwards, Loans, exchange
 from .errors import CaptureError
@@ -42,55 +43,59 @@ class Problem:
         samples = self._samples(batch)
 
         def sample_loss(varied, rows):
-            return self._loss({**constant, **varied}, samples.with_rows([row.unsqueeze(0) for row in rows]))
+            loss = self._loss({**constant, **varied}, samples.with_rows([row.unsqueeze(0) for row in rows]))
+            return loss, loss
 
         size = sum(value.numel() * value.element_size() for value in varied.values())
         gradients = torch.func.vmap(
-            torch.func.grad(sample_loss),
+            torch.func.grad(sample_loss, has_aux=True),
             (None, 0),
             randomness="different",
             chunk_size=max(1, CHUNK_BYTES // max(1, size)),
         )
         if batch == 0:
             return {name: value.new_zeros(0, *value.shape) for name, value in varied.items()}
+        reason: object = "it holds a view of a parameter, which nothing can be put in place of"
         try:
-            return gradients(varied, samples.rows)
+            with torch.enable_grad():
+                found, losses = gradients(varied, samples.rows)
+            if not losses.requires_grad:  # else they depend on the model's own parameters too
+                return found
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            warnings.warn(
-                f"torch.func cannot vectorise this model ({error}), so that the gradients of {', '.join(varied)} are "
-                'computed sample by sample; fallback="loop" does so without trying',
-                stacklevel=7,
-            )
-            return self.loop_grads(varied, batch)
+            reason = error
+        warnings.warn(
+            f"torch.func cannot vectorise this model ({reason}), so that the gradients of {', '.join(varied)} are "
+            'computed sample by sample; fallback="loop" does so without trying',
+            stacklevel=7,
+        )
+        return self.loop_grads(varied, batch)
 
     def loop_grads(self, chosen: Iterable[str], batch: int) -> dict[str, Tensor]:
         """As `vmap_grads`, one sample after the other: the slowest way, which works for every model."""
-        constant, varied = self._parted(chosen)
-        grads = {name: value.new_zeros(batch, *value.shape) for name, value in varied.items()}
-        leaves = {name: value.requires_grad_() for name, value in varied.items()}
-        samples = self._samples(batch)
-        with torch.enable_grad():
-            for b in range(batch):
-                one = samples.with_rows([rows[b : b + 1] for rows in samples.rows])
-                loss = self._loss({**constant, **leaves}, one)
-                found = torch.autograd.grad(loss, tuple(leaves.values()), allow_unused=True)
-                for name, gradient in zip(leaves, found, strict=True):
-                    if gradient is not None:
-                        grads[name][b] = gradient.to_dense() if gradient.is_sparse else gradient
+        chosen, samples = list(chosen), self._samples(batch)
+        grads = {name: (p := self.parameters[name]).new_zeros(batch, *p.shape) for name in chosen}
+        for b in range(batch):
+            one = samples.with_rows([rows[b : b + 1] for rows in samples.rows])
+            for name, gradient in self._own_grads(chosen, *one).items():
+                if gradient is not None:
+                    grads[name][b] = gradient.to_dense() if gradient.is_sparse else gradient
         return grads
 
     def batch_grads(self, chosen: Iterable[str]) -> dict[str, Tensor | None]:
-        """Autograd's gradient of Σ_b loss_b with respect to the chosen parameters; None where nothing depends on one.
+        """Autograd's gradient of Σ_b loss_b by the chosen parameters; None where nothing depends on one."""
+        return self._own_grads(chosen, self.args, self.kwargs, self.target)
 
-        The parameters themselves require grad meanwhile, so that no use of them is missed.
-        """
+    def _own_grads(
+        self, chosen: Iterable[str], args: tuple, kwargs: Mapping, target: object
+    ) -> dict[str, Tensor | None]:
+        """The parameters themselves require grad meanwhile, so that no use of them is missed."""
         leaves = {name: self.parameters[name] for name in chosen}
         loans = Loans()
         end = Afterwards(loans.put_back)
         with end, end, torch.inference_mode(False), torch.enable_grad():
             loans.thaw(leaves.values())
             loans.keep(self._changing().values())
-            total = self.loss(self.model(*self.args, **self.kwargs), self.target)
+            total = self.loss(self.model(*args, **kwargs), target)
             if not total.requires_grad:
                 return dict.fromkeys(leaves)
             found = torch.autograd.grad(total, tuple(leaves.values()), allow_unused=True)
@@ -115,7 +120,8 @@ class Problem:
             for prefix, module in self._changing().items():
                 owned.extend((module._buffers, name, b) for name, b in module._buffers.items())
                 updated |= {f"{prefix}{name}": b.clone() for name, b in module._buffers.items() if b is not None}
-            return self.loss(torch.func.functional_call(self.model, updated | parameters, args, kwargs), target)
+            with _InPlaceOf({id(self.parameters[name]): tensor for name, tensor in parameters.items()}):
+                return self.loss(torch.func.functional_call(self.model, updated | parameters, args, kwargs), target)
 
         # functional_call exchanges the model's own parameters for a while: one thread at a time, and back in any case.
         end = Afterwards(put_back)
@@ -133,6 +139,22 @@ class Problem:
     def _parted(self, chosen: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         constant = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return constant, {name: constant.pop(name).clone() for name in chosen}
+
+
+class _InPlaceOf(TorchFunctionMode):
+    """Torch's functions get these tensors in place of the model's parameters, by id, wherever they are taken from.
+
+    `functional_call` exchanges what the modules hold, and for the forward alone: a loss that decays weights would be
+    handed the parameters themselves, and its share of their gradients would be lost.
+    """
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: self.tensors.get(id(t), t), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors
 from .layers import Chosen, LayerChoice, choose
 from .losses import PerSampleLoss, Root, backward_root, loss_values, resolve
-from .uses import Use, memory
+from .uses import memory
 
 
 def batch_layer_grads(
@@ -61,7 +60,8 @@ def batch_layer_grads(
         fallback: ``"vmap"`` computes the parameters for which there is no rule through ``torch.func``, in chunks (where
             torch can vectorise the model), and ``"loop"`` sample by sample; then every parameter can be chosen. There
             a sample is a row of every input that has B of them, and random models draw anew.
-        check_finite: raise NonFiniteError where a delta holds NaN or infinity (on a GPU this waits for the stream).
+        check_finite: raise NonFiniteError where a delta, an input, or a gradient by a fallback, holds NaN or infinity
+            (on a GPU this waits for the stream).
         check: ``"sample"`` raises CaptureError where a sample's loss depends on another sample's row of a layer's
             input, at the price of a second backward. That is always done where the shapes cannot tell samples from
             positions, and in the first call of a model with each loss and arrangement of shapes; ask for it where the
@@ -210,8 +210,10 @@ def _gradients(
     )
     if captured.missing and fallback is None:
         raise next(iter(captured.missing.values()))
-    if check_finite:
-        _refuse_non_finite(captured.uses)
+    for use in captured.uses if check_finite else ():
+        names = " and ".join(form.name for form in use.forms.values())
+        for what, tensor in (("delta", use.delta), ("input", use.input)):
+            _refuse_non_finite(f"{names}: the {what}", tensor, captured.batch)
     gathered: dict[str, list[GradFactors | Tensor]] = {}
     for use in captured.uses:
         for name, gradient in use.gradients(captured.batch):
@@ -227,10 +229,12 @@ def _gradients(
     untouched.check('leave out fallback= and check="sum", which run it again')
     wrapped = "" if runs is model else "module."
     inner = {name.removeprefix(wrapped): parameter for name, parameter in parameters.items()}
-    problem = functional.Problem(runs, args, kwargs, target, total, inner)
+    problem = functional.Problem(runs, as_constant(args), as_constant(kwargs), as_constant(target), total, inner)
     if captured.missing:
         plain = problem.vmap_grads if fallback == "vmap" else problem.loop_grads
         missing = plain([name.removeprefix(wrapped) for name in captured.missing], captured.batch)
+        for name, gradient in missing.items() if check_finite else ():
+            _refuse_non_finite(f"{wrapped}{name}: the gradient", gradient, captured.batch)
         found |= {wrapped + name: gradient for name, gradient in missing.items()}
     if check == "sum":
         with functional.same_randomness(randomness):
@@ -348,15 +352,12 @@ def _tensors(gradient: GradFactors | Tensor) -> list[Tensor]:
     return [value for value in vars(gradient).values() if isinstance(value, Tensor)]
 
 
-def _refuse_non_finite(uses: list[Use]) -> None:
-    for use in uses:
-        for what, tensor in (("delta", use.delta), ("input", use.input)):
-            finite = tensor.isfinite().flatten(1).all(1)
-            if not finite.all():
-                bad = (~finite).nonzero().flatten().tolist()
-                shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-                names = " and ".join(form.name for form in use.forms.values())
-                raise NonFiniteError(
-                    f"{names}: the {what} of {len(bad)} of {math.prod(finite.shape)} samples holds "
-                    f"NaN or infinity (samples {shown}); check the input's range and the model's weights"
-                )
+def _refuse_non_finite(what: str, tensor: Tensor, batch: int) -> None:
+    finite = tensor.isfinite().reshape(batch, tensor.numel() // max(1, batch)).all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise NonFiniteError(
+            f"{what} of {len(bad)} of {batch} samples holds NaN or infinity (samples {shown}); check the input's range "
+            "and the model's weights"
+        )

@@ -175,7 +175,7 @@ class EmbeddingRule:
         def gradient(role, index, delta):
             delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
             B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
-            return EmbeddingFactors(index.reshape(B, T), delta.reshape(B, T, delta.shape[-1]), rows)
+            return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
 
         def run(weight):
             return F.embedding(input, weight, padding_idx)
@@ -384,8 +384,10 @@ class Chosen:
 
     @functools.cached_property
     def ordinary(self) -> bool:
-        """Whether no parameter is of a class of its own, which may do otherwise than a tensor."""
-        return all(type(parameter) is nn.Parameter for parameter in self.parameters.values())
+        """Whether no parameter is of a class of its own, which may do otherwise than a tensor, and no layer has a rule
+        of its user's own, which stands for all that happens inside."""
+        plain = all(type(parameter) is nn.Parameter for parameter in self.parameters.values())
+        return plain and not any(map(registered, self.layers.values()))
 
     @functools.cached_property
     def others(self) -> list[nn.Parameter]:

@@ -170,6 +170,10 @@ def _checked_values(values: Tensor, batch: int | None) -> Tensor:
             f"loss: expected a tensor of shape ({expected},), one value for each sample, but the callable returned "
             f"{came}; use reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
         )
+    if not values.is_floating_point():
+        raise TypeError(
+            f"loss: expected floating-point values, which have a gradient, but the callable returned {values.dtype}"
+        )
     return values
 
 

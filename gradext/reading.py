@@ -39,7 +39,7 @@ _ELEMENTWISE = dict.fromkeys(
 # As these, where nothing was broadcast.
 _JOINING = {
     *(f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "MseLoss", "BinaryCrossEntropy")),
-    *("MulBackward1", "DivBackward1", "BinaryCrossEntropyWithLogitsBackward0"),
+    *("MulBackward1", "DivBackward1", "PowBackward1", "BinaryCrossEntropyWithLogitsBackward0"),
 }
 # Images [B, ...] one by one.
 _BY_IMAGE = {f"{name}Backward0" for name in ("MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D")}
@@ -78,7 +78,8 @@ def read(root: Node, chosen: Mapping[int, Form], batch: int) -> list[Reading] | 
         return None
     try:
         return [
-            _reading(node, forms, batch) for node, forms in sorted(uses.items(), key=lambda use: use[0]._sequence_nr())
+            _reading(node, {role: forms[role] for role in ("weight", "bias") if role in forms}, batch)
+            for node, forms in sorted(uses.items(), key=lambda use: use[0]._sequence_nr())
         ]
     except (_UnreadableError, RuntimeError):  # the latter where an input was modified in place afterwards
         return None
@@ -145,10 +146,10 @@ def _keeps_samples(root: Node, below: Iterable[Node], parents: dict[Node, list[t
 
 def _keeps(node: Any, place: int, child: Node, batch: int) -> bool:  # of a node what its kind alone has saved
     name = node.name()
-    if name in _ELEMENTWISE:
-        return place == 0
     if name in _JOINING:
         return _shape(node) == _shape(child)
+    if name in _ELEMENTWISE:
+        return place == 0
     if name in ("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"):
         return place == (1 if name == "AddmmBackward0" else 0) and _shape(node)[0] % batch == 0
     if name in _BY_IMAGE:

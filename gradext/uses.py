@@ -53,6 +53,7 @@ class Use(NamedTuple):
 
     def gradients(self, batch: int) -> Iterable[tuple[str, GradFactors | Tensor]]:
         """(parameter name, the gradient of every sample for it)."""
+        taken: set[int | None] = set()
         for role, form in self.forms.items():
             gradient = self.gradient(role, self.input, self.delta)
             if self.delta.shape[0] != batch:
@@ -60,9 +61,12 @@ class Use(NamedTuple):
                     gradient = gradient.unflatten(0, (batch, -1)).sum(1)
                 else:
                     gradient = gradient.regrouped(batch)
-            elif isinstance(gradient, Tensor) and memory(gradient) == memory(self.delta):
-                # A bias's is the delta itself, which autograd may have given other layers too, and may be expanded.
-                gradient = gradient.clone()
+            elif isinstance(gradient, Tensor):
+                # A bias's is the delta itself, which autograd may have given other layers too, and may be expanded; a
+                # rule of the user's own may give several parameters the same one.
+                taken = taken or {memory(self.delta)}
+                gradient = gradient.clone() if memory(gradient) in taken else gradient
+                taken.add(memory(gradient))
             yield form.name, form.place(gradient)
 
 

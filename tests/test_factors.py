@@ -193,6 +193,21 @@ def test_sketch_is_the_same_for_ever():
     assert found == [[0, 0, -1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1]]
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1), (2, 2, 3), (12,), (1, 12)])
+def test_gradients_themselves_have_the_sketch_of_their_factors(shape):
+    factors = make(5, 3, shape[0], math.prod(shape[1:]))
+    gradients = GradFactors.of(factors.materialize().reshape(5, *shape))
+    for seed in 0, 2**70:
+        torch.testing.assert_close(gradients.sketch(7, seed), factors.sketch(7, seed), rtol=1e-12, atol=1e-12)
+
+
+def test_sketches_of_layers_do_not_depend_on_their_order():
+    layers = {"b": make(5, 1, 4, 3), "a": make(5, 2, 2, 6), "c": make(5, 1, 1, 2)}
+    expected = LayerFactors(layers).sketch(7, seed=1)
+    for names in ("a", "b", "c"), ("c", "b", "a"):
+        torch.testing.assert_close(LayerFactors((name, layers[name]) for name in names).sketch(7, seed=1), expected)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 7, 16])
 @pytest.mark.parametrize("kind", ["one row", "one column", "full", "two by two"])
 def test_sketch_keeps_inner_products_on_average_within_the_variance_stated(kind, dim):
@@ -307,7 +322,8 @@ def test_indexing_keeps_the_batch_dimension():
         ):
             torch.testing.assert_close(factors[index].materialize(), G[kept])
         assert len(factors[5:]) == 0
-        for index in (2, slice(None)), (slice(None), 0), None, torch.zeros(2, 2, dtype=torch.int64):
+        whole = slice(None)
+        for index in (2, whole), (whole, 0), (whole, slice(0, 2)), ([0, 1], whole), None, torch.zeros(2, 2).long():
             with pytest.raises(IndexError, match="index: expected an integer, a slice"):
                 factors[index]
 
@@ -391,6 +407,17 @@ def test_layers_together_are_their_gradients_concatenated():
         (layers.gram(other), flat @ other_flat.T),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_reference_for_a_bias_of_one_number():
+    bias = GradFactors.of(torch.tensor([[2.0], [3.0]]))
+    layers = LayerFactors({"0": GradFactors(torch.ones(2, 4), torch.ones(2, 1)), "0.bias": bias})
+    reference = {"0": torch.ones(1, 4), "0.bias": torch.ones(1)}
+    bank = {name: value.unsqueeze(0) for name, value in reference.items()}
+    for method in "dot", "cosine":
+        one, several = (getattr(layers, method)(references) for references in (reference, bank))
+        assert several.shape == (2, 1)
+        torch.testing.assert_close(several[:, 0], one)
 
 
 def test_layers_that_are_not_there_are_named():

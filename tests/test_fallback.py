@@ -1,6 +1,7 @@
 """What has no rule: fallbacks through torch.func, layers of the user's own, and the checks that find what is missed."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -141,6 +142,22 @@ def test_named_losses_reach_the_fallback(loss):
     torch.testing.assert_close(grads["0.bias"], delta.detach())
 
 
+@pytest.mark.parametrize("options", [{"fallback": "vmap"}, {"fallback": "loop"}, {"fallback": "loop", "check": "sum"}])
+def test_a_loss_that_uses_parameters_itself(options):
+    torch.manual_seed(0)
+    model, x = Bilinear().double(), torch.rand(B, 5, dtype=torch.float64)
+    held = model.shift
+
+    def decayed(output, target):
+        return squared(output, target) + model.b.weight.square().sum() + held.square().sum() + model.a.weight.norm()
+
+    found = gradext.batch_layer_grads(model, x, loss=decayed, layers="all", **options)
+    model.requires_grad_()
+    for name, parameter in (("a.weight", model.a.weight), ("b.weight", model.b.weight), ("shift", held)):
+        losses = [decayed(model(x[b : b + 1]), None).sum() for b in range(B)]
+        assert_close(found[name], torch.stack([torch.autograd.grad(loss, parameter)[0] for loss in losses]))
+
+
 def test_uses_inside_transforms_and_derivatives_go_through_the_loop(loop):
     class Odd(nn.Module):
         def __init__(self, use):
@@ -236,6 +253,50 @@ def rule():
 
     yield gradients
     gradext.layers._registered.pop(Scale)
+
+
+class Doubled(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("kind", [nn.Linear, Doubled])
+def test_a_rule_for_a_layer_that_has_one_holds_in_every_call(closed, kind):
+    model, x, keys = nn.Sequential(kind(5, 5), nn.Tanh(), kind(5, 5)), torch.rand(B, 5), {"loss": "mse"}
+    if not closed:
+        model.forward = model.forward
+    plain = [gradext.batch_layer_factors(model, x, **keys) for _ in range(2)][-1]
+    try:
+
+        @gradext.register_layer(kind)
+        def twice(layer, input, delta):
+            return {"weight": GradFactors(input, 2 * delta)}
+
+        for _ in range(3):
+            found = gradext.batch_layer_factors(model, x, **keys)
+            for name, factors in plain.items():
+                torch.testing.assert_close(found[name].materialize(), 2 * factors.materialize())
+    finally:
+        gradext.layers._registered.pop(kind)
+
+
+def test_a_rule_may_give_several_parameters_one_gradient():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(5))
+
+        def forward(self, x):
+            return x * (self.a + self.b)
+
+    @gradext.register_layer(Shift)
+    def gradients(layer, input, delta):
+        return dict.fromkeys("ab", input * delta)
+
+    grads = gradext.batch_layer_grads(nn.Sequential(Shift()), torch.rand(B, 5), loss=squared)
+    assert torch.equal(grads["0.a"], grads["0.b"])
+    grads["0.a"].zero_()
+    assert (grads["0.b"] > 0).all()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -378,6 +439,32 @@ def test_a_use_that_the_capture_cannot_see_is_refused(frozen, loop):
     grads = gradext.batch_layer_grads(model, x, loss=squared, fallback="loop", check="sum")
     assert_close(grads["a.weight"], expected["a.weight"])
     assert model.a.weight.requires_grad is not frozen
+
+
+class Views(nn.Module):
+    """Holds a part of a weight that was cut out beforehand."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+        self.parts = [self.a.weight[:3]]
+
+    def forward(self, x):
+        return self.a(x)[:, :3] + nn.functional.linear(x, self.parts[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("fallback", "message"), [("loop", None), ("vmap", "holds a view of a parameter")])
+def test_a_view_made_beforehand_counts_in_the_fallback(fallback, message, grad):
+    torch.manual_seed(0)
+    model, x = Views(), torch.rand(B, 5, requires_grad=True)
+    with pytest.raises(UnsupportedLayerError, match=r"a.weight is used where gradext cannot see it"):
+        gradext.batch_layer_grads(model, x, loss=squared)
+    expected = [torch.autograd.grad(squared(model(row), None).sum(), model.a.weight)[0] for row in x.split(1)]
+    with nullcontext() if message is None else pytest.warns(UserWarning, match=message), torch.set_grad_enabled(grad):
+        found = gradext.batch_layer_grads(model, x, loss=squared, fallback=fallback)
+    assert_close(found["a.weight"], torch.stack(expected), 1e-5)
+    assert not found["a.weight"].requires_grad
 
 
 def test_the_sum_check_finds_a_gradient_that_is_wrong(monkeypatch):

@@ -922,6 +922,13 @@ def test_losses_of_the_wrong_shape_are_refused(loss, message):
         gradext.batch_layer_grads(model, x, loss=loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex128])
+def test_losses_without_a_gradient_are_refused(dtype):
+    model, x = build("autoencoder")
+    with pytest.raises(TypeError, match=r"loss: expected floating-point values.*returned torch"):
+        gradext.batch_layer_grads(model, x, loss=lambda output, target: output.sum(1).to(dtype))
+
+
 class Doubling(nn.Module):
     """Overwrites its input."""
 
@@ -962,6 +969,36 @@ def test_non_finite_values_are_reported_by_sample():
         gradext.batch_layer_grads(model, x, loss="mse", check_finite=True)
     grads = gradext.batch_layer_grads(model, x, loss="mse")
     assert [bool(g.isfinite().all()) for g in grads["decoder.2.weight"]] == [True, True, False, True]
+
+
+def test_non_finite_values_are_those_of_a_sample_whatever_its_positions():
+    model, x = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5)), torch.rand(4, 3, 5)
+    model.forward = model.forward  # no closed form
+    x[2, 1, 0] = float("nan")
+    for _ in range(2):  # later calls see the rows of all positions, one after the other
+        with pytest.raises(NonFiniteError, match=r"1 of 4 samples.*samples 2\)"):
+            gradext.batch_layer_grads(model, x, loss="mse", check_finite=True)
+        gradext.batch_layer_grads(model, x.nan_to_num(), loss="mse", check_finite=True)
+
+
+@pytest.mark.parametrize("fallback", ["vmap", "loop"])
+@pytest.mark.filterwarnings("ignore:torch.func cannot vectorise")
+def test_non_finite_values_are_found_in_a_fallback(fallback):
+    model, x = nn.Sequential(nn.PReLU(5)), torch.rand(4, 5)
+    keys = {"loss": "mse", "layers": "all", "fallback": fallback, "check_finite": True}
+    gradext.batch_layer_grads(model, x, **keys)
+    x[2, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"0.weight: the gradient of 1 of 4 samples.*samples 2\)"):
+        gradext.batch_layer_grads(model, x, **keys)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (0,), (0, 3)])
+def test_finite_gradients_of_an_embedding(shape):
+    model, x = nn.Embedding(5, 3), torch.zeros(shape, dtype=torch.int64)
+    grads = gradext.batch_layer_grads(
+        nn.Sequential(model), x, loss=lambda output, _: output.flatten(1).sum(1), check_finite=True
+    )
+    assert grads["0.weight"].shape == (shape[0], 5, 3)
 
 
 def test_wrong_models_inputs_and_targets_are_refused():

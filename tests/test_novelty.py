@@ -215,8 +215,26 @@ def test_characterize_keeps_several_layers_in_the_order_of_the_choice(model, dig
 
 def test_characterize_leaves_the_model_in_its_mode(digits):
     model = VAE(64, 8, 2).train()
+    model.decoder.eval()
     characterize(model, digits[0][:3])
     assert model.training
+    assert not any(module.training for module in model.decoder.modules())
+    assert model.encoder.training
+
+
+def test_no_sample_depends_on_its_company_where_the_sigmoid_saturates(digits):
+    model, x = VAE(64, 8, 2).double(), digits[0][:5].double()
+    with torch.no_grad():
+        model.decoder[2].bias.fill_(40.0)
+    alone = characterize(model, x, layer=("first", "last"))
+    x[2] += 1  # leaves [0, 1]
+    seen = characterize(model, x, layer=("first", "last"))
+    kept = [0, 1, 3, 4]
+    for name, factors in seen.gradients.items():
+        assert (alone.gradients[name].norm() > 0).all()
+        torch.testing.assert_close(factors[kept].materialize(), alone.gradients[name][kept].materialize())
+        one = characterize(model, x[2:3], layer=name).gradient
+        torch.testing.assert_close(factors[2].materialize(), one.materialize())
 
 
 def test_reconstruction_of_distorted_images_is_the_linear_continuation(model, digits):

@@ -187,6 +187,13 @@ def test_a_view_of_another_weight_in_a_chain_is_refused():
         gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
 
 
+@pytest.mark.parametrize("layers", ["0", "2", None])
+def test_a_chain_that_mixes_samples_is_refused(layers):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0), nn.Linear(B, B))
+    with pytest.raises(gradext.CaptureError, match=r"samples mix|expected an input of shape"):
+        gradext.batch_layer_grads(model, torch.rand(B, 1), loss="mse", target=torch.rand(B), layers=layers)
+
+
 def test_dropout_in_training_is_watched(routes):
     model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 6))
     gradext.batch_layer_grads(model, torch.rand(B, 6), loss="mse")
@@ -300,11 +307,19 @@ def test_residual_connections(loop, routes):
     assert routes == ["watched", "read"]
 
 
+def test_an_empty_batch_says_nothing_of_others(routes):
+    model, x = Plain(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 6)), torch.rand(B, 6)
+    for rows in B, B, 0, B:
+        gradext.batch_layer_grads(model, x[:rows], loss=squared)
+    assert routes == ["watched", "read", "watched", "read"]
+
+
 CHANGES = {
     "swap of samples": lambda h: h.flip(0),
     "normalisation over the batch": lambda h: h - h.mean(0),
     "product of samples": lambda h: h * h[:1],
     "transposition": lambda h: (h @ h.T)[:, :1],
+    "powers in front": lambda h: h.abs().pow(torch.ones(B, 1, 1)),
 }
 
 
@@ -317,11 +332,9 @@ def test_a_model_that_comes_to_mix_samples_is_not_read(change, routes):
         gradext.batch_layer_grads(model, x, loss=squared)
     assert routes == ["watched", "read"]
     model.change = CHANGES[change]
-    with pytest.raises(gradext.CaptureError, match="samples mix"):
-        gradext.batch_layer_grads(model, x, loss=squared, check="sample")
-    capture._proved.pop(model)  # what the first call proved, of the shapes alone
-    with pytest.raises(gradext.CaptureError, match="samples mix"):
-        gradext.batch_layer_grads(model, x, loss=squared)
+    for options in {}, {"check": "sample"}:
+        with pytest.raises(gradext.CaptureError, match="samples mix"):
+            gradext.batch_layer_grads(model, x, loss=squared, **options)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -459,3 +472,29 @@ def test_what_the_losses_do_not_depend_on_is_neither_picked_nor_a_position(dead,
         for name, f in factors.items():
             torch.testing.assert_close(f.materialize(), expected[f"{name}.weight"])
     assert routes == (["watched"] * 3 if "a" in names else ["watched", "read", "read"])
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_results_come_in_one_order_by_every_route(closed, routes):
+    layers = [nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Conv1d(2, 2, 2), nn.Flatten(), nn.Linear(6, 3)]
+    model, x = nn.Sequential(*layers) if closed else Plain(*layers), torch.rand(B, 1, 6)
+    keys = {"target": torch.rand(B, 3), "loss": "mse", "include_bias": True}
+    orders = [list(gradext.batch_layer_factors(model, x, **keys)) for _ in range(2)]
+    orders += [list(gradext.batch_layer_factors(model, x, **keys, check="sample"))]
+    assert orders == [orders[0]] * 3
+    assert routes == (["closed form"] * 2 if closed else ["watched", "read"]) + ["watched"]
+
+
+class Noisy(Unused):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize("layers", [None, "first", ["a", "b"], ["b"]])
+def test_every_call_draws_the_same_random_numbers(layers):
+    model, x, found = Noisy("a", "before"), torch.rand(B, 6), []
+    for _ in range(3):
+        torch.manual_seed(0)
+        found.append(gradext.batch_layer_grads(model, x, loss="mse", layers=layers))
+    for grads in found:
+        assert_same(grads, found[0])

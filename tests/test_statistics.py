@@ -175,6 +175,23 @@ def test_layers_together(batches):
         LayerFactors.cat([layers, LayerFactors({"3": layers["3"]})])
 
 
+def test_another_type_leaves_the_rows_of_an_embedding_where_they_are():
+    factors = EmbeddingFactors(torch.tensor([[257, 2049], [4097, 3]]), torch.ones(2, 2, 3), 5000)
+    for dtype in torch.float16, torch.bfloat16, torch.float64:
+        other = factors.to(dtype)
+        assert other.dtype == dtype
+        assert torch.equal(other.materialize(), factors.materialize().to(dtype))
+    assert factors.to("meta").device.type == "meta"
+
+
+def test_indices_of_32_bits():
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 2))
+    index, keys = torch.randint(0, 6, (5, 3)), {"loss": lambda output, _: output.square().flatten(1).sum(1)}
+    wide, narrow = (gradext.batch_layer_factors(model, x, **keys)["0"] for x in (index, index.int()))
+    assert torch.equal(narrow.materialize(), wide.materialize())
+    assert torch.equal(narrow.sketch(4), wide.sketch(4))
+
+
 @pytest.mark.parametrize("other_T", [1, 4])
 def test_products_of_embeddings_form_no_unit_vectors(other_T, monkeypatch):
     torch.manual_seed(0)

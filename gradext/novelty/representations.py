@@ -117,24 +117,39 @@ def characterize(
     if len(x) == 0:
         raise ValueError("x: expected at least one sample, but got none")
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     parts = []
     try:
         names = layer_names(model, x[:1].to(device), layer, loss)
         for batch in x.split(batch_size):
             batch = batch.to(device)
-            # By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1].
-            named = loss != "bce" or bool(((batch >= 0) & (batch <= 1)).all())
-            found = batch_layer_factors(model, batch, loss=loss if named else continued_bce, layers=names)
+            found = _factors(model, batch, loss, names)
             gradients = LayerFactors((name, found[name]) for name in names)
             with torch.no_grad():
                 reconstruction, latent = parts_of(model(batch))
                 pixels = RECONSTRUCTION_LOSSES[loss](reconstruction, batch).flatten(1)
             parts.append(Characterization(pixels, latent, gradients))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return Characterization.cat(parts)
+
+
+def _factors(model: nn.Module, batch: Tensor, loss: str, names: list[str]) -> LayerFactors:
+    # By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1]. Samples that leave
+    # it are taken apart, so that no sample's gradient depends on its company.
+    rows = (loss != "bce") | ((batch >= 0) & (batch <= 1)).flatten(1).all(1)
+    if rows.all():
+        return batch_layer_factors(model, batch, loss=loss, layers=names)
+    if not rows.any():
+        return batch_layer_factors(model, batch, loss=continued_bce, layers=names)
+    parts = [
+        batch_layer_factors(model, batch[rows], loss=loss, layers=names),
+        batch_layer_factors(model, batch[~rows], loss=continued_bce, layers=names),
+    ]
+    order = torch.cat([rows.nonzero(), (~rows).nonzero()]).flatten().argsort()
+    return LayerFactors((name, factors[order]) for name, factors in LayerFactors.cat(parts).items())
 
 
 def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
