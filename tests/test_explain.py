@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gradext import batch_layer_grads
-from gradext.novelty import NoveltyDetector
+from gradext.novelty import NoveltyDetector, characterize
 from gradext.novelty.detector import CLASSIFIER_SCORES
 from gradext.novelty.explain import layer_shares, nearest_training, saliency
 from gradext.novelty.scores import SCORES
@@ -45,6 +45,45 @@ def test_saliency_is_the_scores_derivative(score, layer, digits):
         down[:, pixel] -= step
         difference = (detector.score_samples(down) - detector.score_samples(up)) / (2 * step)
         np.testing.assert_allclose(found[:, pixel], difference, rtol=1e-4, atol=1e-6 * np.abs(found).max())
+
+
+class Attentive(torch.nn.Module):
+    """Its decoder's first layer has several weights, one of them in a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.decoder = torch.nn.ModuleDict({"attention": attention, "last": torch.nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return torch.sigmoid(self.decoder["last"](self.decoder["attention"](x, x, x)[0]))
+
+
+@pytest.mark.parametrize("score", ["gradient_norm", "combined_whitened_norm"])
+def test_a_layer_of_several_weights(score, digits):
+    torch.manual_seed(0)
+    X = digits[0].reshape(-1, 8, 8)
+    detector = NoveltyDetector(score, model=Attentive(), layer=("last", "first"), epochs=3, random_state=0).fit(X)
+    assert detector.layers_ == ["decoder.last", "decoder.attention"]
+    assert np.isfinite(detector.score_samples(X[:5])).all()
+    assert saliency(detector, X[:5]).shape == (5, 8, 8)
+    seen = characterize(detector.model_, torch.from_numpy(X[:5]).double(), layer=detector.layers_)
+    assert list(seen.gradients) == ["decoder.last", "decoder.attention.in_proj_weight", "decoder.attention.out_proj"]
+
+
+def test_shares_are_of_the_gradients_that_are_scored(digits):
+    """Where the last sigmoid has saturated too, through which nothing would pass."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 9), torch.nn.Tanh(), torch.nn.Linear(9, 64), torch.nn.Sigmoid())
+    with torch.no_grad():
+        model[2].bias.fill_(800.0)
+    X = digits[0][:100]
+    detector = NoveltyDetector(model=model, epochs=0, random_state=0).fit(X)
+    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double())
+    squares = {name: g.square().sum((1, 2)) for name, g in grads.items()}
+    total = sum(squares.values())
+    assert (total > 0).all()
+    for name, share in layer_shares(detector, X).items():
+        np.testing.assert_allclose(share, squares[f"{name}.weight"] / total, rtol=1e-9)
 
 
 def test_saliency_leaves_the_model_as_it_was(detector, digits):

@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..factors import LayerFactors
 from ..layer_grads import batch_layer_factors
-from ..layers import LayerChoice
 from .detector import NoveltyDetector, Rows
-from .representations import RECONSTRUCTION_LOSSES, Characterization, parts_of
+from .representations import RECONSTRUCTION_LOSSES, Characterization, factors_of, in_order, parts_of
 
 ROWS_AT_A_TIME = 256
 
@@ -26,7 +24,7 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
     samples = _samples(detector, X)
     parts: list[dict[str, Tensor]] = []
     for batch in samples.split(ROWS_AT_A_TIME):
-        factors = _factors(detector, detector.model_, batch, None)
+        factors = factors_of(detector.model_, batch, detector.loss_, None)
         parts.append({name: f.sq_norm().detach() for name, f in factors.items()})
     squares = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     total = functools.reduce(torch.add, squares.values())
@@ -35,19 +33,24 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
 
 def saliency(detector: NoveltyDetector, X: Rows) -> np.ndarray:
     """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
-    samples = _samples(detector, X)
-    found = []
-    for batch in samples.split(ROWS_AT_A_TIME):
-        shifted = _Shifted(detector.model_, batch).eval()
-        layers = [f"model.{name}" for name in detector.layers_]
-        seen = _factors(detector, shifted, batch, layers, shift=shifted.shift, create_graph=True)
-        factors = LayerFactors((name, seen[name]) for name in layers)  # in the order of the choice
-        reconstruction, latent = parts_of(shifted(batch))
-        pixels = RECONSTRUCTION_LOSSES[detector.loss_](reconstruction, batch + shifted.shift).flatten(1)
-        novelty = detector.score_.differentiable(Characterization(pixels, latent, factors))
-        (gradient,) = torch.autograd.grad(novelty.sum(), shifted.shift)
-        found.append(gradient.cpu())
-    return torch.cat(found).numpy()
+    batches = _samples(detector, X).split(ROWS_AT_A_TIME)
+    return torch.cat([_saliency(detector, batch).cpu() for batch in batches]).numpy()
+
+
+def _saliency(detector: NoveltyDetector, batch: Tensor) -> Tensor:
+    shifted = _Shifted(detector.model_, batch).eval()
+
+    def error(output: Tensor, target: Tensor) -> Tensor:
+        return RECONSTRUCTION_LOSSES[detector.loss_](output, target + shifted.shift).flatten(1)
+
+    layers = [f"model.{name}" for name in detector.layers_]
+    factors = batch_layer_factors(
+        shifted, batch, loss=lambda output, target: error(output, target).sum(1), layers=layers, create_graph=True
+    )
+    reconstruction, latent = parts_of(shifted(batch))
+    sample = Characterization(error(reconstruction, batch), latent, in_order(factors, layers))
+    (gradient,) = torch.autograd.grad(detector.score_.differentiable(sample).sum(), shifted.shift)
+    return gradient
 
 
 def nearest_training(
@@ -60,10 +63,10 @@ def nearest_training(
     samples, training = _samples(detector, X), _samples(detector, X_training)
     if not 1 <= k <= len(training):
         raise ValueError(f"k: expected 1 to {len(training)}, the number of training samples, but got {k!r}")
-    of_samples = _factors(detector, detector.model_, samples, detector.layers_)
+    of_samples = factors_of(detector.model_, samples, detector.loss_, detector.layers_)
     cosines = []
     for batch in training.split(ROWS_AT_A_TIME):
-        factors = _factors(detector, detector.model_, batch, detector.layers_)
+        factors = factors_of(detector.model_, batch, detector.loss_, detector.layers_)
         gram = sum(of_samples[name].gram(factors[name]) for name in factors)
         norms = torch.outer(of_samples.norm(), factors.norm())
         cosines.append((gram / norms.clamp_min(torch.finfo(norms.dtype).tiny)).detach())
@@ -85,19 +88,3 @@ class _Shifted(nn.Module):
 def _samples(detector: NoveltyDetector, X: Rows) -> Tensor:
     like = next(detector.model_.parameters())
     return detector._as_samples(detector._validated(X), like.dtype).to(like.device)
-
-
-def _factors(
-    detector: NoveltyDetector,
-    model: nn.Module,
-    batch: Tensor,
-    layers: LayerChoice,
-    *,
-    shift: Tensor | None = None,
-    **options: Any,
-) -> LayerFactors:
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        target = target if shift is None else target + shift
-        return RECONSTRUCTION_LOSSES[detector.loss_](output, target).flatten(1).sum(1)
-
-    return batch_layer_factors(model, batch, loss=loss, layers=layers, **options)

@@ -124,8 +124,7 @@ def characterize(
         names = layer_names(model, x[:1].to(device), layer, loss)
         for batch in x.split(batch_size):
             batch = batch.to(device)
-            found = _factors(model, batch, loss, names)
-            gradients = LayerFactors((name, found[name]) for name in names)
+            gradients = in_order(factors_of(model, batch, loss, names), names)
             with torch.no_grad():
                 reconstruction, latent = parts_of(model(batch))
                 pixels = RECONSTRUCTION_LOSSES[loss](reconstruction, batch).flatten(1)
@@ -136,17 +135,20 @@ def characterize(
     return Characterization.cat(parts)
 
 
-def _factors(model: nn.Module, batch: Tensor, loss: str, names: list[str]) -> LayerFactors:
-    # By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1]. Samples that leave
-    # it are taken apart, so that no sample's gradient depends on its company.
+def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) -> LayerFactors:
+    """The gradients of the reconstruction error called ``loss``.
+
+    By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1]. Samples that leave it
+    are taken apart, so that no sample's gradient depends on its company.
+    """
     rows = (loss != "bce") | ((batch >= 0) & (batch <= 1)).flatten(1).all(1)
     if rows.all():
-        return batch_layer_factors(model, batch, loss=loss, layers=names)
+        return batch_layer_factors(model, batch, loss=loss, layers=layers)
     if not rows.any():
-        return batch_layer_factors(model, batch, loss=continued_bce, layers=names)
+        return batch_layer_factors(model, batch, loss=continued_bce, layers=layers)
     parts = [
-        batch_layer_factors(model, batch[rows], loss=loss, layers=names),
-        batch_layer_factors(model, batch[~rows], loss=continued_bce, layers=names),
+        batch_layer_factors(model, batch[rows], loss=loss, layers=layers),
+        batch_layer_factors(model, batch[~rows], loss=continued_bce, layers=layers),
     ]
     order = torch.cat([rows.nonzero(), (~rows).nonzero()]).flatten().argsort()
     return LayerFactors((name, factors[order]) for name, factors in LayerFactors.cat(parts).items())
@@ -154,12 +156,22 @@ def _factors(model: nn.Module, batch: Tensor, loss: str, names: list[str]) -> La
 
 def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
     """The layers' names in the order of the choice, read off samples ``x``: what runs first is known by running."""
-    named = continued_bce if loss == "bce" else loss
+    named, modules = continued_bce if loss == "bce" else loss, dict(model.named_modules())
     names: dict[str, None] = {}
     choices: Iterable[LayerChoice] = layer if isinstance(layer, (list, tuple)) else [layer]
     for choice in choices:
-        names |= dict.fromkeys(batch_layer_factors(model, x, loss=named, layers=choice))
+        for key in batch_layer_factors(model, x, loss=named, layers=choice):
+            while key not in modules:  # one of several weights of a layer
+                key = key.rpartition(".")[0]
+            if not any(key.startswith(f"{name}.") for name in names):  # such a weight too, in a module of its own
+                names[key] = None
     return list(names)
+
+
+def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:
+    """The same in the order of the layers' names; one layer may have several weights."""
+    keys = [key for name in layers for key in factors if key == name or key.startswith(f"{name}.")]
+    return LayerFactors((key, factors[key]) for key in keys)
 
 
 def distort(x: Tensor, *, std: float = 0.1, clip: bool = False, seed: int = 0) -> Tensor:

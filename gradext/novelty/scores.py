@@ -154,7 +154,11 @@ def gradient_norm(sample: Characterization, statistics: Statistics) -> Tensor:
 
 
 def delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
-    """``(Σ_t ‖δ_t‖²)^½``: the gradient's norm without the activation's."""
+    """``(Σ_t ‖δ_t‖²)^½``: the gradient's norm without the activation's.
+
+    In this score and those made of it, a gradient that is held as it is (`GradFactors.of`: those of most convolutions)
+    stands for its own delta.
+    """
     return torch.linalg.vector_norm(sample.gradient.delta.flatten(1), dim=1)
 
 
