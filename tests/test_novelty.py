@@ -1,5 +1,6 @@
 """Novelty detection: the models, the representations, the classifier on factors, the scores and the estimator."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -423,9 +424,11 @@ def test_scores_are_their_formulas(model, digits):
         torch.testing.assert_close(SCORES[name](sample, Statistics.of(inliers)), found)
 
 
-def test_joint_density_without_a_latent_loss_is_that_of_the_others(model, digits):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_joint_density_without_a_latent_loss_is_that_of_the_others(model, digits, dtype):
+    model = copy.deepcopy(model).to(dtype)
     inliers, sample = (
-        replace(characterize(model, digits[k][:89]), latent=torch.zeros(89, 0)) for k in range(2)
+        replace(characterize(model, digits[k][:89].to(dtype)), latent=torch.zeros(89, 0, dtype=dtype)) for k in range(2)
     )  # as of an autoencoder that has none
     logs, inside = (
         torch.stack([seen.gradient.norm(), seen.reconstruction.sum(1)], dim=1).double().log().numpy()

@@ -316,9 +316,11 @@ def _log(norms: Tensor) -> Tensor:
 
 def _moments(values: Tensor) -> Tensor:
     """Mean and standard deviation over the samples, [N, K] -> [K, 2]; the deviation at least the type's epsilon."""
-    wide = values.double()  # in which the mean of equal numbers is that number
+    wide = values.double()
+    # From the first sample on, so that the mean of equal numbers is that number: a spread of zero forgives no rounding.
+    mean = wide[0] + (wide - wide[0]).mean(0)
     spread = wide.std(0, correction=0).clamp_min(torch.finfo(values.dtype).eps)
-    return torch.stack([wide.mean(0), spread], dim=1).to(values.dtype)
+    return torch.stack([mean, spread], dim=1).to(values.dtype)
 
 
 def _standardise(values: Tensor, moments: Tensor) -> Tensor:
