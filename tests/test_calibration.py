@@ -57,6 +57,7 @@ def test_benjamini_hochberg_is_its_definition():
     # 0.04 > 0.05 · 1/5 and 0.05 > 0.05 · 2/5, but a later one passes and takes the earlier along
     np.testing.assert_array_equal(benjamini_hochberg(np.array([0.04, 0.04, 0.04, 0.04, 0.045]), 0.05), [True] * 5)
     assert not benjamini_hochberg(np.array([0.5, 0.6]), 0.1).any()
+    assert benjamini_hochberg(np.array([0.1, 0.5, 0.9]), 0.3).tolist() == [True, False, False]  # 0.3 · 1/3 is 0.1
     assert benjamini_hochberg(np.empty(0), 0.1).shape == (0,)
     order = np.array([3, 0, 4, 1, 2])
     np.testing.assert_array_equal(benjamini_hochberg(p[order], 0.05), benjamini_hochberg(p, 0.05)[order])
