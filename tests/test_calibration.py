@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from torch import nn
 
 from gradext.novelty import Calibration, NoveltyDetector, Statistics, benjamini_hochberg, characterize
 from gradext.novelty.scores import NEEDS, SCORES
@@ -156,6 +157,21 @@ def test_contamination_is_the_share_of_training_samples_called_novel(digits):
     for wrong in (0, 0.6, -1):
         with pytest.raises(ValueError, match=r"contamination: expected None or a number in \(0, 0.5\]"):
             NoveltyDetector(contamination=wrong).fit(X)
+
+
+@pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_contamination_counts_what_overflows_as_novel(dtype, digits):
+    X = np.concatenate([digits[0], digits[1][:20]]).astype(np.float64)
+    X[[3, 30]] = 1e300
+    model = nn.Sequential(nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 64))
+    options = {"model": model, "epochs": 0, "scaling": "none", "loss": "mse", "random_state": 0, "dtype": dtype}
+    detector = NoveltyDetector(contamination=0.1, **options)
+    predicted = detector.fit(X, X_calibration=digits[0]).predict(X)
+    assert (predicted == -1).sum() == pytest.approx(0.1 * len(X), abs=1)
+    assert predicted[3] == predicted[30] == -1
+    with pytest.raises(ValueError, match=r"contamination: expected .* which overflow, 2, but got 0.001"):
+        NoveltyDetector(contamination=0.001, **options).fit(X, X_calibration=digits[0])
 
 
 def test_too_few_calibration_samples_are_told(digits):

@@ -247,7 +247,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             self.offset_ = -self.calibration_.threshold(self.target_fpr)
         else:
             novelty = self._novelty(X, np.arange(len(X)), processes)
-            self.offset_ = float(np.percentile(-novelty, 100 * self.contamination))
+            with np.errstate(invalid="ignore"):  # beside an infinity it is NaN, below which there is nothing
+                self.offset_ = float(np.percentile(-novelty, 100 * self.contamination))
+            if not math.isfinite(self.offset_):
+                raise ValueError(
+                    f"contamination: expected a share of the {len(X)} samples that is larger than of those which "
+                    f"overflow, {np.isinf(novelty).sum()}, but got {self.contamination:g}"
+                )
         return self
 
     def _check_parameters(self) -> None:
@@ -440,8 +446,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if start == 0 and self.profile_ is not None:
             first = X[: rows_at_a_time(self.n_features_in_)]
             _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
-        novelty = self._novelty(X, np.arange(len(X)))
-        return np.where(np.isnan(novelty), np.inf, novelty)  # what overflows is not normal
+        return self._novelty(X, np.arange(len(X)))
 
     def decision_function(self, X: Rows | Batches) -> np.ndarray:
         """``score_samples(X) - offset_``: negative for novel samples."""
@@ -513,7 +518,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return Blocks(lambda k: self._characterize(samples[parts[k]]), len(parts), like, processes or Processes())
 
     def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:
-        return self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()
+        novelty = self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()
+        return np.where(np.isnan(novelty), np.inf, novelty)  # what overflows is not normal
 
 
 def working_device(name: str | None) -> torch.device:
