@@ -1,5 +1,6 @@
 """Saved detectors: the same bits come back, no code is run, and what is wrong with a file is said."""
 
+import copy
 import errno
 import json
 import os
@@ -278,6 +279,10 @@ def test_parameters_set_after_a_fit_are_for_the_next(score, digits, tmp_path):
     again = load(tmp_path / "model")
     np.testing.assert_array_equal(again.score_samples(X), expected)
     assert (again.layers_, again.layer, again.novelty_score) == (detector.layers_, "first", score)
+    for wrong in ({"epochs": 0}, {"target_fpr": 5}):  # as `load` refuses them, the file would be lost
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            save(copy.deepcopy(detector).set_params(**wrong), tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("path", sorted(FORMAT_1.glob("*.gradext")), ids=lambda path: path.stem)

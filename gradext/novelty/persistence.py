@@ -58,7 +58,8 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     """Write a fitted detector to ``path``, whole or not at all.
 
     The architecture of a ``model`` of your own is code, which no file holds: hand one to `load`. Raises NotFittedError,
-    ValueError for a ``layer`` that is neither a name, nor several, nor None, OSError where the file cannot be written.
+    ValueError for a ``layer`` that is neither a name, nor several, nor None, or for parameters set since that no fit
+    would take, OSError where the file cannot be written.
 
     >>> import tempfile
     >>> X = np.random.default_rng(0).random((100, 16))
@@ -79,6 +80,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     parameters |= {"novelty_score": score.name, "dtype": next(name for name in DTYPES if DTYPES[name] == dtype)}
     if parameters["input_shape"] is not None:
         parameters["input_shape"] = [int(size) for size in parameters["input_shape"]]
+    NoveltyDetector(**parameters, model=detector.model)._check_parameters()  # what `load` would refuse is told here
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
