@@ -97,6 +97,23 @@ def test_arrays_tables_and_sets_go_the_same_way(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["auroc"] == by_array
 
 
+def test_samples_whose_scores_overflow_are_the_most_novel(tmp_path, capsys):
+    X = np.random.default_rng(0).random((200, 16))
+    model, test, out = str(tmp_path / "m"), str(tmp_path / "test.npz"), tmp_path / "r.html"
+    np.save(tmp_path / "x.npy", X)
+    np.savez(test, X=np.vstack([X[:30], X[:20] * 9, [X[0] * 1e200]]), y=np.repeat([0, 1], [30, 21]))
+    assert main(["fit", str(tmp_path / "x.npy"), "--out", model, *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", model, test, "--normal", "0", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    novelty = -load(model).score_samples(np.load(test)["X"])
+    assert novelty[-1] == np.inf
+    novelty[-1] = 1e300
+    assert result["auroc"] == roc_auc_score(np.load(test)["y"], novelty)
+    assert main(["report", model, test, "--normal", "0", "--out", str(out)]) == 0
+    assert f"{result['auroc']:.3f}" in out.read_text()
+
+
 def test_scores_of_several_layers(digits, tmp_path, capsys):
     model = str(tmp_path / "m")
     arguments = ["--normal", "0", "--score", "combined_whitened_norm", "--layer", "first,last", "--out", model]

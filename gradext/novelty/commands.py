@@ -141,11 +141,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
             f"labels: expected normal and novel samples, but all are {'novel' if novel.all() else 'normal'}"
         )
     called = novelty > -detector.offset_
+    ranked = scoring.in_finite_numbers(novelty, -detector.offset_)
     result = {
         "normal": int((~novel).sum()),
         "novel": int(novel.sum()),
-        "auroc": float(roc_auc_score(novel, novelty)),
-        "average_precision": float(average_precision_score(novel, novelty)),
+        "auroc": float(roc_auc_score(novel, ranked)),
+        "average_precision": float(average_precision_score(novel, ranked)),
         "false_alarm_rate": float(called[~novel].mean()),
         "detection_rate": float(called[novel].mean()),
         "skipped": _skipped(source),

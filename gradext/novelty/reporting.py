@@ -20,7 +20,7 @@ from ..sources import Source
 from . import plots
 from .detector import NoveltyDetector
 from .explain import layer_shares, nearest_training, saliency
-from .scoring import novelties
+from .scoring import in_finite_numbers, novelties
 
 SHOWN = 12  # most novel samples
 NEIGHBOURS = 5
@@ -75,9 +75,10 @@ def page(
     outlier = None if normal is None else ~normal[index]
     both = outlier is not None and outlier.any() and not outlier.all()
     top = np.argsort(-novelty, kind="stable")[:SHOWN]
+    ranked = in_finite_numbers(novelty, -detector.offset_)
     blocks = [
-        _facts(detector, novelty, outlier, both, source),
-        _section("Scores", _plots(detector, novelty, p_values, outlier, both), _plots_note(outlier, both)),
+        _facts(detector, ranked, outlier, both, source),
+        _section("Scores", _plots(detector, ranked, p_values, outlier, both), _plots_note(outlier, both)),
         _most_novel(
             detector, source, index[top], novelty[top], p_values[top], None if outlier is None else outlier[top]
         ),

@@ -51,7 +51,8 @@ class Statistics:
     def of(inliers: Characterization | Blocks[Characterization], scores: Iterable[str] | None = None) -> Statistics:
         """What the named scores need of the inliers; None: what any of them needs.
 
-        At most two passes over blocks; memory O(I² + O² + OI), and a number for every inlier and layer.
+        At most two passes over blocks; memory O(I² + O² + OI), with O the length of what stands for the delta (see
+        `delta_norm`), and a number for every inlier and layer.
         """
         needed = {field for name in (NEEDS if scores is None else scores) for field in NEEDS[name]}
         if isinstance(inliers, Blocks):

@@ -45,6 +45,13 @@ def novelties(
             bar.update(len(asked))
 
 
+def in_finite_numbers(novelty: np.ndarray, threshold: float) -> np.ndarray:
+    """The same order, what overflows above all else and the threshold, for metrics and pictures of finite numbers."""
+    overflows = np.isposinf(novelty)
+    above = np.nextafter(np.max(novelty, where=~overflows, initial=threshold), np.inf)
+    return np.where(overflows, above, novelty)
+
+
 def block_rows(detector: NoveltyDetector) -> int:
     return min(ROWS_AT_A_TIME, rows_at_a_time(detector.n_features_in_))
 
