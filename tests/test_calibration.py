@@ -18,6 +18,7 @@ def test_threshold_is_the_conformal_quantile():
     assert calibration.threshold(0.1) == 17
     assert calibration.threshold(0.5) == 9
     assert calibration.threshold(0.01) == 18, "no score is high enough: the largest"
+    assert calibration.threshold(1 - 1e-12) == 0, "the smallest"
     assert calibration.attainable_fpr == 0.05
 
 

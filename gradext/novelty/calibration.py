@@ -42,7 +42,7 @@ class Calibration:
             raise ValueError(f"target_fpr: expected a number between 0 and 1, but got {target_fpr!r}")
         n = len(self.scores)
         k = math.ceil((n + 1) * (1 - target_fpr) - 1e-9)  # 20 · 0.95 is 19, whatever its rounding says
-        return float(self.scores[min(k, n) - 1])
+        return float(self.scores[min(max(k, 1), n) - 1])
 
     @property
     def attainable_fpr(self) -> float:
