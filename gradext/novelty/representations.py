@@ -141,8 +141,8 @@ def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) 
     By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1]. Samples that leave it
     are taken apart, so that no sample's gradient depends on its company.
     """
-    rows = (loss != "bce") | ((batch >= 0) & (batch <= 1)).flatten(1).all(1)
-    if rows.all():
+    rows = ((batch >= 0) & (batch <= 1)).flatten(1).all(1) if loss == "bce" else None
+    if rows is None or rows.all():
         return batch_layer_factors(model, batch, loss=loss, layers=layers)
     if not rows.any():
         return batch_layer_factors(model, batch, loss=continued_bce, layers=layers)
