@@ -3,12 +3,11 @@ with them (norms, cosines, classifiers, projections, Fisher scores) without writ
 
 from ._version import __version__
 from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
-from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors
-from .graphs import make_graphed_layer_grads
+from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors, LayerGrads
 from .layer_grads import batch_layer_factors, batch_layer_grads
-from .layers import register_layer
+from .rules import register_layer
 from .statistics import GradStatistics
-from .streaming import iter_layer_grads
+from .watch import watch
 
 __all__ = [
     "BackendError",
@@ -18,12 +17,12 @@ __all__ = [
     "GradFactors",
     "GradStatistics",
     "LayerFactors",
+    "LayerGrads",
     "NonFiniteError",
     "UnsupportedLayerError",
     "__version__",
     "batch_layer_factors",
     "batch_layer_grads",
-    "iter_layer_grads",
-    "make_graphed_layer_grads",
     "register_layer",
+    "watch",
 ]
