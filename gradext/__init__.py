@@ -4,9 +4,11 @@ with them (norms, cosines, classifiers, projections, Fisher scores) without writ
 from ._version import __version__
 from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors, LayerGrads
+from .graphs import make_graphed_layer_grads
 from .layer_grads import batch_layer_factors, batch_layer_grads
 from .rules import register_layer
 from .statistics import GradStatistics
+from .streaming import iter_layer_grads
 from .watch import watch
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "__version__",
     "batch_layer_factors",
     "batch_layer_grads",
+    "iter_layer_grads",
+    "make_graphed_layer_grads",
     "register_layer",
     "watch",
 ]
