@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -217,9 +218,10 @@ class _Mode(TorchFunctionMode):
         for tensor in made:
             if id(tensor) in self.values and tensor.is_leaf:
                 continue  # the parameter itself: an assignment to it
-            former = self.values.get(id(tensor))
-            changed = former is not None or maker.in_place  # in place: its own history says how it was made
-            self.values[id(tensor)] = _Value(tensor, names, None if changed else maker)
+            if id(tensor) in self.values and not maker.in_place:
+                continue  # given back as it is
+            # In place, only its own history says how it was made.
+            self.values[id(tensor)] = _Value(tensor, names, None if maker.in_place else maker)
         return result
 
     def _enter(self, func, args, kwargs):
@@ -605,6 +607,8 @@ class _Backward:
         live = [entry for entry in self.mode.entries if any(structure.of(edge) is not None for edge in entry.edges)]
         unseen = [name for i, name in self.ids.items() if i in structure.leaves]
         work = [_Live.of(entry, structure) for entry in live]
+        for item in work if self.trained else ():
+            item.entry.spent = True
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
@@ -612,7 +616,7 @@ class _Backward:
         for item in work:
             if item not in lost:
                 rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, watched_graph)
-                self._take(rule, found)
+                self._take(rule, [self._own(share) for share in found])
         if lost or unseen:
             self._by_backwards(lost, unseen)
         return self._to_parameters()
@@ -699,26 +703,25 @@ class _Backward:
             )
         if doubtful:
             lost += self._by_weights(doubtful, dtypes)
-        if self.trained:
-            self._undo_weights(work, lost)
-        return lost
-
-    def _undo_weights(self, work: list[_Live], lost: list[_Live]) -> None:
-        assert self.weights is not None
-        if lost:
+        if lost and self.trained:
             raise CaptureError(
                 f"{lost[0]}: its gradient takes one backward a sample; call watch.factors(losses) before the training "
                 "step's backward"
             )
-        scale = self.weights.reciprocal()
-        for item in work:
-            for k, (delta, rows) in enumerate(zip(item.deltas, item.rows, strict=True)):
-                if self.batch == 1:
-                    item.deltas[k] = delta * scale.to(delta.dtype).squeeze()
-                    continue
-                owners = rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)
-                own = scale.to(delta.dtype)[owners]
-                item.deltas[k] = delta * own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
+        return lost
+
+    def _own(self, share: Share) -> Share:
+        """Of a sample's own loss, where the backward was that of weighted ones."""
+        if self.weights is None:
+            return share
+        scale, gradient, rows = self.weights.reciprocal(), share.gradient, share.rows
+        if isinstance(gradient, GradFactors):
+            return share._replace(gradient=gradient.scaled(scale))
+        own, dim = scale.to(gradient.dtype), 0
+        if rows is not None and self.batch > 1:
+            dim = rows.dim
+            own = own[rows.owners_of(gradient.shape[dim], self.batch, gradient.device)]
+        return share._replace(gradient=gradient * own.reshape(-1, *[1] * (gradient.ndim - dim - 1)))
 
     def _by_weights(self, doubtful: list[_Live], dtypes: set[torch.dtype]) -> list[_Live]:
         """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""
@@ -905,9 +908,9 @@ class _Backward:
                 continue
             names = sorted(self.mode.values[id(value)].names)
             leaves = [self.selection.chosen[name] for name in names]
-            written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
-            written = written.reshape(self.batch, *value.shape).to(value.dtype)
-            back = rules.batched_grad((value,), leaves, (written,), self.watched._create_graph)
+            written = self._written(value, gradient)
+            again = self._rebuilt(value) if self.trained else value  # whose graph the training step has freed
+            back = rules.batched_grad((again,), leaves, (written,), self.watched._create_graph)
             for name, leaf_gradient in zip(names, back, strict=True):
                 if leaf_gradient is not None:
                     parts.setdefault(name, []).append(leaf_gradient)
@@ -936,14 +939,44 @@ class _Backward:
             samples.append(own)
         return torch.stack(samples) if samples else written
 
+    def _written(self, value: Tensor, gradient: GradFactors | Tensor) -> Tensor:
+        written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
+        return written.reshape(self.batch, *value.shape).to(value.dtype)
+
+    def _rebuilt(self, value: Tensor) -> Tensor:
+        """A value made once more by the same calls."""
+        if id(value) in self.ids:
+            return value
+        known = self.mode.values.get(id(value))
+        maker = None if known is None else known.maker
+        if maker is None:
+            if known is None or not known.names:
+                return value.detach()
+            raise CaptureError(
+                f"{', '.join(sorted(known.names))}: a value of it was changed in place, so that its gradient cannot be "
+                "carried back after the training step's backward; call watch.factors(losses) before it"
+            )
+        again = {i: self._rebuilt(source) for i, source in maker.values.items()}
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: again.get(id(t), t), (maker.args, maker.kwargs))
+        result = maker.func(*args, **kwargs)
+        results = self.mode._with_gradient(result)
+        return results[next(k for k, made in enumerate(maker.outputs) if made is value)]
+
     def _carried(self, value: Tensor, gradient: GradFactors | Tensor) -> tuple[Tensor, GradFactors | Tensor]:
-        """Factors follow a value back through transposes, slices, casts and reshapes, as far as these go."""
-        while isinstance(gradient, GradFactors) and id(value) not in self.ids:
+        """Gradients follow a value back through transposes, slices, casts, reshapes and look-ups, as far as these go."""
+        while id(value) not in self.ids:
             maker = self.mode.values[id(value)].maker
-            source = maker.args[0] if maker is not None and maker.args else None
-            if not isinstance(source, Tensor) or id(source) not in maker.values or len(maker.values) > 1:
+            if maker is None or len(maker.values) > 1:
                 break
-            moved = _moved(maker, value, source, gradient)
+            (source,) = maker.values.values()
+            moved = None
+            if isinstance(gradient, GradFactors) and maker.args and maker.args[0] is source:
+                moved = _moved(maker, value, source, gradient)
+            if moved is None and not self.watched._create_graph:
+                call = rules.bind(maker)
+                if call is not None and call.rule == "embedding" and source.ndim == 2:
+                    index = call.input.expand(self.batch, *call.input.shape)
+                    moved = call.gradient("weight", index, self._written(value, gradient))
             if moved is None:
                 break
             value, gradient = source, moved
