@@ -43,7 +43,8 @@ class Entry:
     edges: list[GradientEdge]
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
     autocast: tuple | None = None
-    call: Call | None = None  # already read: a layer with a rule of its user's own
+    call: Call | None = None  # as `bind` reads it, where it has
+    bound: bool = False
     spent: bool = False  # its graph is freed
 
     @property
@@ -290,8 +291,12 @@ _FAST: dict[Callable, Callable[..., Call | None]] = {
 
 def bind(entry: Entry) -> Call | None:
     """The call as a fast rule reads it; None where there is none."""
-    if entry.call is not None:
-        return entry.call
+    if not entry.bound:
+        entry.call, entry.bound = _bound(entry), True
+    return entry.call
+
+
+def _bound(entry: Entry) -> Call | None:
     rule = _FAST.get(entry.func)
     if rule is None:
         return None

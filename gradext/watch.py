@@ -19,7 +19,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -155,10 +155,16 @@ class _Mode(TorchFunctionMode):
 
     def _mark(self, result, others: Iterable[Tensor], args: tuple) -> None:
         """Remember of a result without a gradient whether it depends on samples."""
-        results = result if type(result) in (list, tuple) else (result,)
-        plain = [t for t in results if isinstance(t, Tensor) and not t.requires_grad]
-        if not plain and result is not None:
-            return
+        if isinstance(result, Tensor):
+            if result.requires_grad:
+                return
+            plain = [result]
+        else:
+            plain = [t for t in result if isinstance(t, Tensor) and not t.requires_grad] if (
+                isinstance(result, (list, tuple))
+            ) else []
+            if not plain and result is not None:
+                return
         mark = self.token if any(map(self._is_sample, others)) else -self.token
         for tensor in plain:
             # Results that are arguments (in place) may come from outside.
@@ -333,6 +339,19 @@ def requiring_grad(parameters: Iterable[Tensor]):
             p.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def _gradient_mode() -> Iterator[None]:
+    """Gradients are recorded, and compiled code runs as Python."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
 class watch:
     """Per-sample gradients of whatever runs inside: ``with gradext.watch(model) as watch: losses = ...``.
 
@@ -400,7 +419,7 @@ class watch:
         self._fallback, self._mixing, self._segments, self._inputs = fallback, mixing, segments, inputs
         self._selection = select(model, layers, exclude)
         self._mode: _Mode | None = None
-        self._context: contextlib.ExitStack | None = None
+        self._context: Any = None
         self._hooked = False
         self._retain = True  # the graph of the losses, for further calls
         self.coverage = Coverage(left_out=dict(self._selection.left_out))
@@ -410,36 +429,41 @@ class watch:
     def __enter__(self) -> watch:
         if self._context is not None:
             raise RuntimeError("watch: expected to be entered once at a time; make another one for another block")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(lock_of(self._model))
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(requiring_grad(self._selection.chosen.values()))
-            self._mode = _Mode(
-                self._selection, self._train or self._create_graph, self._train, _Owned(self._model).__call__
-            )
-            if self._inputs is not None:
-                self._mode.mark_inputs(_tensors_of(self._inputs))
-            self._watch_registered(stack)
-            self._handles = RemovableHandle.next_id
-            stack.enter_context(self._mode)
-            self._context = stack.pop_all()
+        context = self._watching()
+        context.__enter__()
+        self._context = context
         return self
 
     def __exit__(self, *error) -> None:
         context, self._context = self._context, None
-        if context is None:
-            return
-        assert self._mode is not None
-        self._hooked = RemovableHandle.next_id - self._mode.handles != self._handles
-        context.__exit__(*error)
+        if context is not None:
+            context.__exit__(*error)
 
-    def _watch_registered(self, stack: contextlib.ExitStack) -> None:
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        with lock_of(self._model), _gradient_mode(), requiring_grad(self._selection.chosen.values()):
+            mode = _Mode(self._selection, self._train or self._create_graph, self._train, _Owned(self._model).__call__)
+            self._mode = mode
+            if self._inputs is not None:
+                mode.mark_inputs(_tensors_of(self._inputs))
+            handles = RemovableHandle.next_id
+            with self._registered_layers(mode), mode:
+                yield
+            self._hooked = RemovableHandle.next_id - mode.handles != handles
+
+    @contextlib.contextmanager
+    def _registered_layers(self, mode: _Mode) -> Iterator[None]:
         """Record layers that have a rule of their user's own as wholes."""
-        mode, thread = self._mode, threading.get_ident()
+        handles: list[RemovableHandle] = []
+        try:
+            self._watch_registered(mode, handles)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch_registered(self, mode: _Mode, handles: list[RemovableHandle]) -> None:
+        thread = threading.get_ident()
         for name, module in rules.registered_modules(self._model):
             own = {role: p for role, p in module.named_parameters() if self._is_chosen(p)}
             if not own:
@@ -474,11 +498,12 @@ class watch:
                 call = rules.registered_call(name, module, inputs[0], given)
                 values = {id(t): own[role] for role, t in given.items()}
                 mode._record(
-                    Entry(_no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)], versions, call=call)
+                    Entry(_no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)], versions, call=call, bound=True)
                 )
 
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            mode.handles += 2
 
     def _is_chosen(self, parameter: Tensor) -> bool:
         return any(parameter is p for p in self._selection.chosen.values())
@@ -536,7 +561,7 @@ class watch:
     def gradients(self, root: Root, weights: Tensor | None = None) -> dict[str, GradFactors | Tensor]:
         """From where the backward begins; ``weights`` [B] are those of a backward that has run, by `train`."""
         assert self._mode is not None
-        with torch.inference_mode(False), torch.enable_grad(), requiring_grad(self._selection.chosen.values()):
+        with _gradient_mode(), requiring_grad(self._selection.chosen.values()):
             return _Backward(self, self._mode, root, weights).run()
 
 
@@ -651,9 +676,10 @@ class _Backward:
         if self.trained:
             found = [self.mode.captured.get((edge.node, edge.output_nr)) for edge in edges]
         else:
-            plain = all(all(isinstance(s, Rows) for s in item.states) for item in work)
-            simple = plain and all(rules.bind(item.entry) is not None for item in work)
-            keep = self.watched._retain or not simple or bool(unseen) or self._must_prove() or self.watched._create_graph
+            keep = self.watched._retain or bool(unseen) or self._must_prove() or self.watched._create_graph
+            keep = keep or not all(
+                rules.bind(item.entry) is not None and all(isinstance(s, Rows) for s in item.states) for item in work
+            )
             found = self._backward(edges, self.root.gradient, keep, create_graph=self.watched._create_graph)
         position = 0
         for item in work:
