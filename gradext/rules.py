@@ -307,7 +307,8 @@ def _bound(entry: Entry) -> Call | None:
     if call is None or id(call.input) in entry.values or not _is_ordinary(call.input):
         return None
     given = {id(parameter) for parameter in call.parameters.values()}
-    return call if given >= entry.values.keys() else None
+    real = not any(t.is_complex() for t in (*call.parameters.values(), *entry.outputs))
+    return call if real and given >= entry.values.keys() else None
 
 
 def _is_ordinary(input: Tensor) -> bool:
@@ -542,7 +543,7 @@ def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch:
 
     def place(t: Tensor, left: bool) -> int | None:
         dim = first.dim if left else first.dim - (out.ndim - t.ndim)
-        return dim if 0 <= dim < t.ndim and t.shape[dim] == size else None
+        return dim if 0 <= dim < t.ndim and t.shape[dim] == size and t.layout is torch.strided else None
 
     places = [
         [place(t, left) if isinstance(t, Tensor) else None for t in leaves] for left in (True, False)

@@ -59,6 +59,9 @@ _TRANSPOSES = {"t", "T", "mT", "transpose", "swapaxes", "adjoint", "__get__"}
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
 
+_DERIVATIVES = {torch.autograd.grad, Tensor.backward}
+_APPLY = torch.autograd.Function.apply.__func__.__code__
+
 _locks = WeakIdKeyDictionary()
 _locks_guard = threading.Lock()
 _tokens = iter(range(1, 1 << 62))
@@ -98,10 +101,20 @@ class _Mode(TorchFunctionMode):
         self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
         self.handles = 0  # of hooks of its own
         self.captured: dict[tuple[Node, int], Tensor] = {}
+        self.hidden: dict[str, str] = {}  # parameter -> the custom autograd function whose forward uses it
+        self.differentiated = 0  # how many entries the forward has taken derivatives through, with their graph
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _PASSED or not torch.is_grad_enabled() or _inside_transform():
+        if func in _PASSED:
+            if func in _DERIVATIVES and kwargs.get("create_graph"):
+                self.differentiated = len(self.entries)
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            if not self.replay:
+                self._note_hidden(args, kwargs)
+            return func(*args, **kwargs)
+        if _inside_transform():
             return func(*args, **kwargs)
         if func in _COMPOSED:
             return self._look_inside(func, args, kwargs)
@@ -179,6 +192,16 @@ class _Mode(TorchFunctionMode):
         for tensor in tensors:
             if id(tensor) not in self.values:
                 tensor._gradext_mark = self.token
+
+    def _note_hidden(self, args: tuple, kwargs: dict) -> None:
+        """What the forward of a custom autograd function does with a parameter leaves no graph."""
+        values: list[_Value] = []
+        self._scan((*args, *kwargs.values()), values, [])
+        names = {name for value in values for name in value.names}
+        if names - self.hidden.keys():
+            function = _custom_function()
+            if function is not None:
+                self.hidden |= dict.fromkeys(names, function)
 
     # --- calls with values --------------------------------------------------------------------------------------------
 
@@ -316,9 +339,20 @@ class _Mode(TorchFunctionMode):
 def _edge_of(output: Tensor) -> GradientEdge:
     # An in-place activation on a view rewrites the history of the view, but not that of its base.
     base = output._base
-    if base is not None and base.numel() == output.numel() and base.requires_grad:
-        return get_gradient_edge(base)
+    if base is not None and base.requires_grad and base.numel() == output.numel():
+        if base.is_contiguous() and output.is_contiguous():  # the same numbers in the same order
+            return get_gradient_edge(base)
     return get_gradient_edge(output)
+
+
+def _custom_function() -> str | None:
+    """The name of the custom autograd function whose forward is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")
+        frame = frame.f_back
+    return None
 
 
 def _inside_transform() -> bool:
@@ -606,6 +640,32 @@ def _as_factors(gradient: GradFactors | Tensor) -> GradFactors:
     return GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
 
 
+def kept_apart(factors: LayerFactors) -> LayerFactors:
+    """Factors outlive the call: what somebody else holds too (an input, a buffer, a model's memory) is copied."""
+    parts = [t for f in factors.values() for t in f.tensors()]
+    holders: dict[int, int] = {}
+    for t in parts:
+        holders[memory(t)] = holders.get(memory(t), 0) + 1
+    copies: dict[int, Tensor] = {}
+
+    def own(t: Tensor) -> Tensor:
+        if id(t) in copies:
+            return copies[id(t)]
+        storage = t.untyped_storage()
+        shared = torch._C._storage_Use_Count(storage._cdata) > holders[memory(t)] + 1
+        copies[id(t)] = t.clone() if shared else t
+        return copies[id(t)]
+
+    result = type(factors)((name, f._map(own)) for name, f in factors.items())
+    result.coverage = factors.coverage
+    return result
+
+
+def memory(tensor: Tensor) -> int:
+    """The address of the tensor's storage, by which it is found out who shares it."""
+    return tensor.untyped_storage().data_ptr()
+
+
 # --- the partial backward ---------------------------------------------------------------------------------------------
 
 
@@ -623,28 +683,75 @@ class _Backward:
 
     def run(self) -> dict[str, GradFactors | Tensor]:
         structure = self._structure() if self.batch else Structure(0)
-        if any(kind == "CheckpointFunctionBackward" for kind in structure.kinds):
-            raise CaptureError(
-                "the model uses reentrant checkpoints, which hide their graph, so that parameters in them cannot be "
-                "seen; pass use_reentrant=False to torch.utils.checkpoint (gradient_checkpointing_kwargs="
-                "{'use_reentrant': False} in transformers)"
-            )
+        self._refuse_hidden(structure)
+        differentiated = self.mode.entries[: self.mode.differentiated]
         live = [entry for entry in self.mode.entries if any(structure.of(edge) is not None for edge in entry.edges)]
         unseen = [name for i, name in self.ids.items() if i in structure.leaves]
-        work = [_Live.of(entry, structure) for entry in live]
+        work = [_Live.of(entry, structure) for entry in live if entry not in differentiated]
+        # The losses may depend on these through a backward pass too, which only the whole graph knows.
+        twice = [_Live.of(entry, structure) for entry in differentiated] if structure.states else []
         for item in work if self.trained else ():
             item.entry.spent = True
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
         watched_graph = self.watched._create_graph
+        totals = self._totals(work) if self.watched._hooked else {}
         for item in work:
             if item not in lost:
+                if item.entry.overwritten() and rules.bind(item.entry) is not None:
+                    raise CaptureError(
+                        f"{item.names(self.mode)}: the input of {item} was modified in place after the call had used it, "
+                        "so that the gradient can no longer be computed; make that operation out of place"
+                    )
                 rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, watched_graph)
-                self._take(rule, [self._own(share) for share in found])
-        if lost or unseen:
-            self._by_backwards(lost, unseen)
+                found = [self._own(share) for share in found]
+                self._compare(item, found, totals)
+                self._take(rule, found)
+        if lost or unseen or twice:
+            self._by_backwards(lost + twice, unseen)
         return self._to_parameters()
+
+    def _totals(self, work: list[_Live]) -> dict[int, Tensor]:
+        """Where hooks were registered: autograd's own gradients of what stands for the values, by id."""
+        given = list({id(x): x for item in work for x in rules._given(item.entry) if not x.is_complex()}.values())
+        if not given or self.trained or self.watched._create_graph:
+            return {}
+        found = self._backward_to(given, self.root.gradient)
+        return {id(x): g.to_dense() if g.is_sparse else g for x, g in zip(given, found, strict=True) if g is not None}
+
+    def _compare(self, item: _Live, shares: list[Share], totals: dict[int, Tensor]) -> None:
+        """Refuse what a hook on a node has made of a gradient in a way that cannot be seen."""
+        by_value = {id(value): totals.get(i) for i, value in item.entry.values.items()}
+        for share in shares:
+            total = by_value.get(id(share.value))
+            if total is None or share.rows is not None:
+                continue
+            gradient = share.gradient
+            own = gradient.sum() if isinstance(gradient, GradFactors) else gradient.sum(0)
+            difference = (own.reshape(total.shape).to(total.dtype) - total).abs().max() if total.numel() else 0
+            if difference > torch.finfo(total.dtype).eps ** 0.5 * (total.abs().max() + own.abs().max()):
+                raise CaptureError(
+                    f"{item.names(self.mode)}: a hook on a node of the graph changes the gradient of {item} in a way that "
+                    "cannot be followed; register hooks on tensors, or leave the parameter out with exclude="
+                )
+
+    def _refuse_hidden(self, structure: Structure) -> None:
+        seen = {self.ids[i] for i in structure.leaves if i in self.ids}
+        hidden = {n: f for n, f in self.mode.hidden.items() if n not in seen and f"{f}Backward" in structure.kinds}
+        if not hidden:
+            return
+        if "CheckpointFunction" in hidden.values():
+            advice = (
+                "these are reentrant checkpoints: pass use_reentrant=False to torch.utils.checkpoint "
+                "(gradient_checkpointing_kwargs={'use_reentrant': False} in transformers)"
+            )
+        else:
+            advice = "pass the parameters to the function as arguments, or leave them out with exclude="
+        raise CaptureError(
+            f"{_listed(hidden)}: used inside {', '.join(sorted(set(hidden.values())))}, a custom autograd function that hides its "
+            f"graph, so that the gradient cannot be found; {advice}"
+        )
 
     def _structure(self) -> Structure:
         capturing = self.root.gradient.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -680,6 +787,7 @@ class _Backward:
             keep = keep or not all(
                 rules.bind(item.entry) is not None and all(isinstance(s, Rows) for s in item.states) for item in work
             )
+            keep = keep or bool(self.mode.differentiated)
             found = self._backward(edges, self.root.gradient, keep, create_graph=self.watched._create_graph)
         position = 0
         for item in work:
@@ -717,7 +825,11 @@ class _Backward:
             for item in work
             if self._must_prove() or any(isinstance(state, Unproved) for state in item.states)
         ]
-        lost = [item for item in work if any(isinstance(state, Shared) for state in item.states)]
+        lost = [
+            item
+            for item in work
+            if any(isinstance(state, Shared) for state in item.states)
+        ]
         doubtful = [item for item in doubtful if item not in lost]
         for item in work:
             if item not in lost and item not in doubtful:
@@ -818,16 +930,14 @@ class _Backward:
                 "that its gradient takes one backward a sample; call watch.factors(losses) before the training step's "
                 "backward"
             )
-        reasons = [(item.names(self.mode), item.reason()) for item in lost] + [({name}, None) for name in unseen]
+        reasons = [(item.names(self.mode), item.reason()) for item in lost] + [(name, None) for name in unseen]
         if self.watched._fallback == "error":
             raise UnsupportedLayerError("; ".join(_explained(names, reason) for names, reason in reasons) + _ADVICE)
-        ends = list({(e.node, e.output_nr): e for item in lost for e in item.edges}.values())
         given = [x for item in lost for x in rules._given(item.entry)]
         leaves = [self.selection.chosen[name] for name in unseen]
         judged = [item for item in lost if self.watched._mixing == "error" and item.holds_samples(self.batch)]
         gradients = self._each_sample(given + leaves, [edge for item in judged for edge in item.edges], judged)
         self._refuse_one_for_all(unseen, gradients[len(given) :])
-        del ends
         position = 0
         for item in lost:
             mine = rules._given(item.entry)
@@ -872,11 +982,10 @@ class _Backward:
                 position += 1
                 if hit is not None and hit.numel() and int(hit.max()) > 1:
                     raise CaptureError(
-                        f"{', '.join(sorted(item.names(self.mode)))}: samples mix: at {item.entry.name} the loss of a "
-                        f"sample depends on rows of others (at {item.reason()}), so that per-sample gradients in the "
-                        "sense of privacy or attribution do not exist; call model.eval() where batch normalisation is "
-                        'in training mode, detach what the samples share, or pass mixing="allow" for ∂ losses[b] as it '
-                        "stands"
+                        f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others "
+                        f"(at {self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution "
+                        "do not exist; detach what the samples share, tell ragged rows by segments=, or pass "
+                        'mixing="allow" for ∂ losses[b] as it stands'
                     )
         return found
 
@@ -889,6 +998,19 @@ class _Backward:
                 )
         finally:
             self.mode.replay = False
+
+    def _culprit(self, item: _Live) -> str:
+        reason = item.reason()
+        if "BatchNorm" in reason:
+            found = [
+                f"{name or 'the model'} ({type(module).__name__})"
+                for name, module in self.watched._model.named_modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and (module.training or module.running_mean is None)
+            ]
+            if found:
+                return f"{', '.join(found[:4])}, which normalises with the statistics of the batch: call model.eval()"
+        return reason
 
     def _refuse_one_for_all(self, unseen: list[str], gradients: list[Tensor]) -> None:
         """Refuse a custom function of the losses that gives one sample the gradient of all."""
@@ -1065,8 +1187,8 @@ class _Live:
             found.append(state)
         return _Live(entry, outputs, [entry.edges[k] for k in kept], found, [], [])
 
-    def names(self, mode: _Mode) -> set[str]:
-        return {name for value in self.entry.values.values() for name in mode.values[id(value)].names}
+    def names(self, mode: _Mode) -> str:
+        return _listed({name for value in self.entry.values.values() for name in mode.values[id(value)].names})
 
     def reason(self) -> str:
         for state in self.states:
@@ -1088,11 +1210,15 @@ _ADVICE = (
 )
 
 
-def _explained(names: set[str], reason: str | None) -> str:
-    shown = ", ".join(sorted(names))
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _explained(names: str, reason: str | None) -> str:
     if reason is None:
-        return f"{shown} is used where gradext cannot see it (a custom autograd function, scripted or compiled code)"
-    return f"{shown}: which rows are whose cannot be told (at {reason})"
+        return f"{names} is used where gradext cannot see it (a custom autograd function, scripted or compiled code)"
+    return f"{names}: which rows are whose cannot be told (at {reason})"
 
 
 def _user_level() -> int:
