@@ -55,7 +55,6 @@ _PASSED = {
     *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
-_TRANSPOSES = {"t", "T", "mT", "transpose", "swapaxes", "adjoint", "__get__"}
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
 
@@ -642,7 +641,7 @@ def _as_factors(gradient: GradFactors | Tensor) -> GradFactors:
 
 def kept_apart(factors: LayerFactors) -> LayerFactors:
     """Factors outlive the call: what somebody else holds too (an input, a buffer, a model's memory) is copied."""
-    parts = [t for f in factors.values() for t in f.tensors()]
+    parts = [t for f in factors.values() for t in f._tensors()]
     holders: dict[int, int] = {}
     for t in parts:
         holders[memory(t)] = holders.get(memory(t), 0) + 1
@@ -854,7 +853,7 @@ class _Backward:
             return share
         scale, gradient, rows = self.weights.reciprocal(), share.gradient, share.rows
         if isinstance(gradient, GradFactors):
-            return share._replace(gradient=gradient.scaled(scale))
+            return share._replace(gradient=gradient.weighted(scale))
         own, dim = scale.to(gradient.dtype), 0
         if rows is not None and self.batch > 1:
             dim = rows.dim
@@ -1133,31 +1132,35 @@ class _Backward:
 
 def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -> GradFactors | None:
     """The factors for ``source`` of which ``maker`` made ``value``; None where they have no such form."""
-    name, func = maker.name, maker.func
+    name, func, shape = maker.name, maker.func, tuple(source.shape)
     if name in _CASTS and value.shape == source.shape:
         return gradient
-    plain = gradient.weight_shape is None
-    if source.ndim == 2 and value.shape == source.T.shape and plain:
-        if name in ("t", "T", "mT") or func in (Tensor.T.__get__, Tensor.mT.__get__):
-            return gradient.transposed()
-        if name in ("transpose", "swapaxes", "permute", "numpy_T", "adjoint") and not source.is_complex():
-            dims = maker.args[1] if isinstance(maker.args[1], (tuple, list)) else maker.args[1:]
-            if {d % 2 for d in dims} == {0, 1} and (name != "permute" or [d % 2 for d in dims] == [1, 0]):
-                return gradient.transposed()
+    if gradient.weight_shape is None and tuple(gradient.shape[1:]) != tuple(value.shape):
+        return None
+    dims: list[int] | None = None
+    if name in ("t", "T", "mT", "adjoint", "H") or func in _TRANSPOSED:
+        dims = [-2, -1] if source.ndim >= 2 else []
+        if source.ndim > 2 and func not in (Tensor.mT.__get__, Tensor.adjoint):
             return None
-    if plain and value.shape[1:] == source.shape[1:] and source.ndim == 2:
-        if func is Tensor.__getitem__ and type(maker.args[1]) is slice:
-            start, _, step = maker.args[1].indices(source.shape[0])
-            return gradient.in_rows(start, source.shape[0]) if step == 1 else None
-        if name in ("split", "chunk", "split_with_sizes", "tensor_split"):
-            start = 0
-            for part in maker.outputs:
-                if part is value:
-                    return gradient.in_rows(start, source.shape[0])
-                start += part.shape[0]
-    if name in _SAME_NUMBERS and type(gradient) is GradFactors and plain:
-        return GradFactors(gradient.activation, gradient.delta, tuple(source.shape))
+    elif name in ("transpose", "swapaxes", "swapdims"):
+        dims = list(maker.args[1:3]) if len(maker.args) == 3 else None
+    if dims is not None and not source.is_complex():
+        return gradient.transposed(*dims) if dims else gradient
+    if func is Tensor.__getitem__ and type(maker.args[1]) is slice and value.shape[1:] == source.shape[1:]:
+        start, _, step = maker.args[1].indices(shape[0])
+        return gradient.placed(start, shape[0]) if step == 1 else None
+    if name in ("split", "chunk", "split_with_sizes", "tensor_split") and value.shape[1:] == source.shape[1:]:
+        start = 0
+        for part in maker.outputs:
+            if part is value:
+                return gradient.placed(start, shape[0])
+            start += part.shape[0]
+    if name in _SAME_NUMBERS:
+        return gradient.reshaped(shape)
     return None
+
+
+_TRANSPOSED = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__}
 
 
 @dataclass(eq=False)
