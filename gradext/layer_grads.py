@@ -15,7 +15,7 @@ from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
 from .selection import LayerChoice
-from .watch import _as_factors, _tensors_of, kept_apart, watch
+from .watch import Apart, _as_factors, _tensors_of, kept_apart, watch
 
 
 def batch_layer_grads(
@@ -89,11 +89,12 @@ def batch_layer_grads(
     }
     written = dict(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
     grads = LayerGrads()
+    apart = Apart(found)
     for name, gradient in found.items():
         if name in written:
             grads[name] = written[name]
         elif isinstance(gradient, Tensor):
-            grads[name] = given[name].copy_(gradient) if name in given else _own(gradient, kinds[name])
+            grads[name] = given[name].copy_(gradient) if name in given else apart(gradient.to(kinds[name]))
         else:
             grads[name] = gradient.materialize(out=given.get(name), dtype=kinds[name], backend=backend)
     grads.coverage = watched.coverage
@@ -258,10 +259,6 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
             f"but got {type(output).__name__}; pass a loss that takes the output as it is"
         )
     return output
-
-
-def _own(gradient: Tensor, kind: torch.dtype) -> Tensor:
-    return gradient.to(kind)
 
 
 def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:

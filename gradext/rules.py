@@ -445,6 +445,7 @@ def general(
     entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
 ) -> list[Share]:
     sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
+    sliceable = sliceable and not entry.kwargs.get("scale_grad_by_freq") and True not in entry.args[4:]
     if batch > 1 and sliceable and not create_graph:
         again = contextlib.nullcontext()
         if entry.autocast:

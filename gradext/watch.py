@@ -325,6 +325,11 @@ class _Mode(TorchFunctionMode):
             return [t for part in result for t in self._with_gradient(part)]
         return []
 
+    def held(self) -> list[Tensor]:
+        """The tensors that the entries hold, but for those that come from outside."""
+        found = [t for entry in self.entries for t in (*_tensors_of([entry.args, entry.kwargs]), *entry.outputs)]
+        return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
+
     def _look_inside(self, func, args, kwargs):
         """Run a function of torch's that is written in Python so that the calls it makes are seen one by one."""
         # Its own first step would ask the modes, this one among them, to take over the whole of it again.
@@ -552,20 +557,18 @@ class watch:
         found = self._gradients_of(losses)
         result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
         result.coverage = self.coverage
-        return result
+        return kept_apart(result, self._mode.held())
 
     def grads(self, losses: Tensor | None = None) -> LayerGrads:
         """The gradients themselves, {parameter name: [B, *parameter.shape]}."""
         found = self._gradients_of(losses)
-        result = LayerGrads(
-            (name, gradient if isinstance(gradient, Tensor) else gradient.materialize(dtype=self._dtype(name)))
-            for name, gradient in found.items()
-        )
+        apart, result = Apart(found), LayerGrads()
+        for name, gradient in found.items():
+            kind = self._selection.chosen[name].dtype
+            written = isinstance(gradient, Tensor)
+            result[name] = apart(gradient.to(kind)) if written else gradient.materialize(dtype=kind)
         result.coverage = self.coverage
         return result
-
-    def _dtype(self, name: str) -> torch.dtype:
-        return self._selection.chosen[name].dtype
 
     def _gradients_of(self, losses: Tensor | None) -> dict[str, GradFactors | Tensor]:
         mode = self._mode
@@ -639,11 +642,14 @@ def _as_factors(gradient: GradFactors | Tensor) -> GradFactors:
     return GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
 
 
-def kept_apart(factors: LayerFactors) -> LayerFactors:
-    """Factors outlive the call: what somebody else holds too (an input, a buffer, a model's memory) is copied."""
+def kept_apart(factors: LayerFactors, held: Iterable[Tensor] = ()) -> LayerFactors:
+    """Factors outlive the call: what somebody else holds too (an input, a buffer, a model's memory) is copied.
+
+    ``held``: other tensors that are known to share memory with them, and stay as they are.
+    """
     parts = [t for f in factors.values() for t in f._tensors()]
     holders: dict[int, int] = {}
-    for t in parts:
+    for t in {id(t): t for t in (*parts, *held)}.values():
         holders[memory(t)] = holders.get(memory(t), 0) + 1
     copies: dict[int, Tensor] = {}
 
@@ -658,6 +664,19 @@ def kept_apart(factors: LayerFactors) -> LayerFactors:
     result = type(factors)((name, f._map(own)) for name, f in factors.items())
     result.coverage = factors.coverage
     return result
+
+
+class Apart:
+    """Results with memory of their own: a bias's gradient is a delta, which autograd may have given others too."""
+
+    def __init__(self, found: dict[str, GradFactors | Tensor]) -> None:
+        self.taken = {memory(t) for f in found.values() if isinstance(f, GradFactors) for t in f._tensors()}
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if memory(gradient) in self.taken or 0 in gradient.stride():
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        self.taken.add(memory(gradient))
+        return gradient
 
 
 def memory(tensor: Tensor) -> int:
@@ -683,6 +702,8 @@ class _Backward:
     def run(self) -> dict[str, GradFactors | Tensor]:
         structure = self._structure() if self.batch else Structure(0)
         self._refuse_hidden(structure)
+        # Hooks get the deltas themselves, and may keep them.
+        self.exposed = self.watched._hooked or "BackwardHookFunctionBackward" in structure.kinds
         differentiated = self.mode.entries[: self.mode.differentiated]
         live = [entry for entry in self.mode.entries if any(structure.of(edge) is not None for edge in entry.edges)]
         unseen = [name for i, name in self.ids.items() if i in structure.leaves]
@@ -737,7 +758,12 @@ class _Backward:
 
     def _refuse_hidden(self, structure: Structure) -> None:
         seen = {self.ids[i] for i in structure.leaves if i in self.ids}
-        hidden = {n: f for n, f in self.mode.hidden.items() if n not in seen and f"{f}Backward" in structure.kinds}
+        # A checkpoint of what needs no gradient leaves no node, though it may need one where all parameters are chosen.
+        hidden = {
+            name: function
+            for name, function in self.mode.hidden.items()
+            if name not in seen and (f"{function}Backward" in structure.kinds or function == "CheckpointFunction")
+        }
         if not hidden:
             return
         if "CheckpointFunction" in hidden.values():
@@ -792,6 +818,8 @@ class _Backward:
         for item in work:
             part = found[position : position + len(item.edges)]
             position += len(item.edges)
+            if self.exposed:
+                part = [None if delta is None else delta.clone() for delta in part]
             item.deltas = [
                 o.new_zeros(o.shape) if delta is None else delta.reshape(o.shape)
                 for o, delta in zip(item.outputs, part, strict=True)
