@@ -31,6 +31,7 @@ class Case:
     libraries: tuple[str, ...]
     dtype: torch.dtype = torch.float64
     checkpoint: bool = False  # transformers' gradient checkpointing, without reentrance
+    refused: str = ""  # a part of the message of the error that is expected
     quick: bool = False
 
 
