@@ -117,8 +117,9 @@ def render(verdicts: dict[str, Verdict], ms: dict[str, dict[str, float | str]], 
         f" `vmap(grad)` does not run, or is wrong, on {sum(isinstance(m['vmap'], str) for m in ms.values())}",
         "",
         "Error: the largest relative error of a parameter of a sample, in lower precision of its whole gradient."
-        f" Rules: how many parameters each rule served. Times: medians of one call for {B} samples in fp32 (bf16 where the"
-        " model's name says so), all parameters; the last two columns are times as fast as `vmap(grad)` and as a loop of single backwards, larger than 1 where"
+        " Rules: how many parameters each rule served."
+        f" Times: medians of one call for {B} samples, all parameters, in fp32 (bf16 where the model's name says so);"
+        " the last two columns are times as fast as `vmap(grad)` and as a loop of single backwards, larger than 1 where"
         " gradext is ahead. Models of this size measure the cost of each call more than arithmetic.",
         "",
         f"Made at {source['commit']}, with {', '.join(versions)}, on {source['machine']}.",
