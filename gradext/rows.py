@@ -535,7 +535,7 @@ def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Weights) -> Tensor:
     """
     batch = len(weights.values)
     owners = rows.owners_of(delta.shape[rows.dim], batch, delta.device)
-    delta, part = delta.movedim(rows.dim, 0).flatten(1), part.movedim(rows.dim, 0).flatten(1)
+    delta, part = (t.movedim(rows.dim, 0).reshape(t.shape[rows.dim], -1) for t in (delta, part))
     own = weights.values.to(delta.dtype)
     difference = (part - delta * own[owners].unsqueeze(1)).abs()
     largest = delta.abs().nan_to_num(0, 0).amax(1) if delta.shape[1] else delta.real.new_zeros(len(delta))

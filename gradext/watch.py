@@ -39,7 +39,7 @@ from . import rules
 from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors, LayerFactors, LayerGrads
 from .losses import Root
-from .rows import Rows, Shared, Structure, Unproved
+from .rows import Rows, Shared, State, Structure, Unproved
 from .rules import Entry, Share
 from .selection import Coverage, LayerChoice, Selection, select
 
@@ -56,6 +56,9 @@ _PASSED = {
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
+# Functions that take of their second tensor its type or its shape alone.
+_LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
@@ -78,7 +81,13 @@ class _Value:
 
     tensor: Tensor  # held, so that no other tensor gets its id
     names: frozenset[str]  # the chosen parameters that it depends on; none for a parameter that was not chosen
-    maker: Entry | None = None
+    made: Entry | None = None  # the call that gave it
+    version: int = 0
+
+    @property
+    def maker(self) -> Entry | None:
+        """The call that gave it; None where that is not known, or it was changed in place since."""
+        return self.made if self.made is not None and self.tensor._version == self.version else None
 
 
 class _Mode(TorchFunctionMode):
@@ -115,7 +124,7 @@ class _Mode(TorchFunctionMode):
                 values, others = [], []
                 self._scan((*args, *kwargs.values()), values, others)
                 self._note_hidden(values)
-                self._mark(result, others, args)
+                self._mark(func, result, others, args)
             return result
         if _inside_transform():
             return func(*args, **kwargs)
@@ -128,18 +137,18 @@ class _Mode(TorchFunctionMode):
             self._scan(kwargs.values(), values, others)
         if not values:
             result = func(*args, **kwargs)
-            self._mark(result, others, args)
+            self._mark(func, result, others, args)
             if self.train:
                 self._note_losses(result)
             return result
         if self.opaque:
             return func(*args, **kwargs)
-        if not any(map(self._is_sample, others)):
+        if getattr(func, "__name__", "") in _LIKE or not any(map(self._is_sample, others)):
             return self._derive(func, args, kwargs, values)
         if any(value.names for value in values):
             return self._enter(func, args, kwargs)
         result = self._call(func, args, kwargs)
-        self._mark(result, others, args)
+        self._mark(func, result, others, args)
         if self.train:
             self._note_losses(result)
         return result
@@ -150,6 +159,8 @@ class _Mode(TorchFunctionMode):
         for item in items:
             if isinstance(item, Tensor):
                 value = self.values.get(id(item))
+                if value is None and item.requires_grad and getattr(item, "_gradext_mark", None) != self.token:
+                    value = self._adopted(item)
                 if value is None:
                     others.append(item)
                 else:
@@ -158,6 +169,31 @@ class _Mode(TorchFunctionMode):
                 self._scan(item, values, others)
             elif type(item) is dict:
                 self._scan(item.values(), values, others)
+
+    def _adopted(self, tensor: Tensor) -> _Value | None:
+        """The value that something unseen has made of parameters alone: custom functions, an earlier forward."""
+        seen, stack, names = set(), [tensor.grad_fn], []
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                value = self.values.get(id(leaf))
+                if value is None:
+                    names = []
+                    break
+                names += value.names
+            elif node in self.ends:
+                names = []
+                break
+            stack += [below for below, _ in node.next_functions]
+        if not names:
+            tensor._gradext_mark = self.token
+            return None
+        self.values[id(tensor)] = value = _Value(tensor, frozenset(names))
+        return value
 
     def _is_sample(self, tensor: Tensor) -> bool:
         if tensor.requires_grad:
@@ -169,10 +205,17 @@ class _Mode(TorchFunctionMode):
             return False
         return id(tensor) not in self.owned()  # from outside: the caller's, unless the model holds it
 
-    def _mark(self, result, others: Iterable[Tensor], args: tuple) -> None:
-        """Remember of a result without a gradient whether it depends on samples."""
+    def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
+        """Remember of a result whether it depends on samples."""
+        name = getattr(func, "__name__", "")
+        if name in _LIKE:
+            others = others[:1]
+        elif name in _NEW:
+            others = ()
         if isinstance(result, Tensor):
             if result.requires_grad:
+                if id(result) not in self.values:
+                    result._gradext_mark = self.token
                 return
             plain = [result]
         else:
@@ -240,7 +283,7 @@ class _Mode(TorchFunctionMode):
             results = (args[0],)
         made = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
         if not made:
-            self._mark(result, (), args)
+            self._mark(func, result, (), args)
             return result
         names = frozenset().union(*(value.names for value in values))
         own = {id(v.tensor): v.tensor for v in values if v.names}
@@ -251,7 +294,7 @@ class _Mode(TorchFunctionMode):
             if id(tensor) in self.values and not maker.in_place:
                 continue  # given back as it is
             # In place, only its own history says how it was made.
-            self.values[id(tensor)] = _Value(tensor, names, None if maker.in_place else maker)
+            self.values[id(tensor)] = _Value(tensor, names, None if maker.in_place else maker, tensor._version)
         return result
 
     def _enter(self, func, args, kwargs):
@@ -266,9 +309,11 @@ class _Mode(TorchFunctionMode):
             kwargs = dict(zip(kwargs, self._replaced(list(kwargs.values()), stand_ins), strict=True))
         result = func(*args, **kwargs)
         outputs = self._with_gradient(result if result is not None else args[0])
+        for output in outputs:
+            output._gradext_mark = self.token
         if not outputs or self.replay:
             if not outputs:
-                self._mark(result, [t for t in args if isinstance(t, Tensor)], args)
+                self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
             return result
         versions = [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in entry_values]
         entry = Entry(func, args, kwargs, entry_values, outputs, [_edge_of(t) for t in outputs], versions)
@@ -343,12 +388,34 @@ class _Mode(TorchFunctionMode):
 
 
 def _edge_of(output: Tensor) -> GradientEdge:
-    # An in-place activation on a view rewrites the history of the view, but not that of its base.
+    # A later in-place operation on a view, or on another of its base, rewrites the view's history, but not the base's.
     base = output._base
-    if base is not None and base.requires_grad and base.numel() == output.numel():
-        if base.is_contiguous() and output.is_contiguous():  # the same numbers in the same order
-            return get_gradient_edge(base)
-    return get_gradient_edge(output)
+    return get_gradient_edge(output if base is None or not base.requires_grad else base)
+
+
+def _seen_from(output: Tensor, delta: Tensor) -> Tensor:
+    """The delta of an output, from that of its base."""
+    base = output._base
+    if delta.shape == output.shape and (base is None or base.stride() == output.stride()):
+        return delta
+    if base is None or base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        return delta.reshape(output.shape)
+    if delta.stride() != base.stride():
+        delta = torch.empty_strided(base.shape, base.stride(), dtype=delta.dtype, device=delta.device).copy_(delta)
+    offset = output.storage_offset() - base.storage_offset()
+    return delta.as_strided(output.shape, output.stride(), delta.storage_offset() + offset)
+
+
+def _rows_from(output: Tensor, state: State, batch: int) -> State:
+    """Where the samples lie in an output, from where they lie in its base."""
+    base = output._base
+    if base is None or not isinstance(state, Rows):
+        return state
+    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        return row_rules._reshaped(state, tuple(base.shape), tuple(output.shape), batch)
+    same = base.stride(state.dim), base.shape[state.dim]
+    dims = [d for d in range(output.ndim) if (output.stride(d), output.shape[d]) == same]
+    return state.at(dims[0]) if len(dims) == 1 else Unproved("a view")
 
 
 def _custom_function() -> str | None:
@@ -832,7 +899,7 @@ class _Backward:
             if self.exposed:
                 part = [None if delta is None else delta.clone() for delta in part]
             item.deltas = [
-                o.new_zeros(o.shape) if delta is None else delta.reshape(o.shape)
+                o.new_zeros(o.shape) if delta is None else _seen_from(o, delta)
                 for o, delta in zip(item.outputs, part, strict=True)
             ]
 
@@ -911,7 +978,10 @@ class _Backward:
                 part = found[position : position + len(item.edges)]
                 position += len(item.edges)
                 parts.append(
-                    [torch.zeros_like(d) if p is None else p.reshape(d.shape) for d, p in zip(item.deltas, part, strict=True)]
+                    [
+                        o.new_zeros(o.shape) if p is None else _seen_from(o, p)
+                        for o, p in zip(item.outputs, part, strict=True)
+                    ]
                 )
             return parts
 
@@ -1222,11 +1292,7 @@ class _Live:
         outputs = list(entry.outputs)
         found = []
         for k, output in zip(kept, outputs, strict=True):
-            edge, state = entry.edges[k], states[k]
-            shape = tuple(edge.node._input_metadata[edge.output_nr].shape)
-            if isinstance(state, Rows) and shape != tuple(output.shape):  # of the view's base
-                state = row_rules._reshaped(state, shape, tuple(output.shape), structure.batch)
-            found.append(state)
+            found.append(_rows_from(output, states[k], structure.batch))
         return _Live(entry, outputs, [entry.edges[k] for k in kept], found, [], [])
 
     def names(self, mode: _Mode) -> str:
