@@ -539,8 +539,8 @@ def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Weights) -> Tensor:
     own = weights.values.to(delta.dtype)
     difference = (part - delta * own[owners].unsqueeze(1)).abs()
     largest = delta.abs().nan_to_num(0, 0).amax(1) if delta.shape[1] else delta.real.new_zeros(len(delta))
-    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax")
-    return ~(difference > (scale * own)[owners].unsqueeze(1) * weights.tolerance).any()
+    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax") * weights.values.to(largest.dtype)
+    return ~(difference > scale[owners].unsqueeze(1) * weights.tolerance).any()
 
 
 def verdicts(flags: Iterable[Tensor]) -> list[bool]:

@@ -46,7 +46,6 @@ class Entry:
     call: Call | None = None  # as `bind` reads it, where it has
     bound: bool = False
     spent: bool = False  # its graph is freed
-    may_mix: bool = False  # whether samples may depend on each other inside the call
 
     @property
     def name(self) -> str:
@@ -456,12 +455,6 @@ def general(
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
             return found
-        if entry.name in _OVER_ROWS and not entry.may_mix and not _is_random(entry):
-            raise CaptureError(
-                f"{entry.name}: samples mix: a sample's rows come out otherwise without those of others (batch "
-                "normalisation in training mode, a sequence along the samples' dimension); call model.eval(), see that "
-                'the samples lie where the layer expects them (batch_first), or pass mixing="allow"'
-            )
     if entry.spent:
         entry = _again(entry)
     given = _given(entry)
@@ -476,14 +469,21 @@ def general(
     ]
 
 
-# Functions that take some dimension as a whole, of which it has to be known that it is not the samples'.
-_OVER_ROWS = {"batch_norm", "lstm", "gru", "rnn_tanh", "rnn_relu"}
-
-
-def _is_random(entry: Entry) -> bool:
-    """Whether a recurrent function draws a dropout: (..., dropout, training, ...) among its arguments."""
-    pairs = zip(entry.args, entry.args[1:], strict=False)
-    return any(isinstance(a, float) and a > 0 and b is True for a, b in pairs)
+def mixes(entry: Entry, rows: Sequence[Rows]) -> bool:
+    """Whether the call itself makes samples depend on each other: what its output's rows alone do not show."""
+    if entry.name == "batch_norm":
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+        given = dict(zip(names, entry.args, strict=False)) | entry.kwargs
+        return bool(given.get("training", False))
+    if entry.name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        data, batch_first = entry.args[0], entry.args[-1] is True
+        if data.ndim != 3:  # packed
+            return False
+        for output, where in zip(entry.outputs, rows, strict=True):
+            is_state = output.shape[:2] != data.shape[:2]
+            if where.dim != (0 if batch_first and not is_state else 1):
+                return True
+    return False
 
 
 def _again(entry: Entry) -> Entry:

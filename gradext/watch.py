@@ -786,8 +786,6 @@ class _Backward:
         twice = [_Live.of(entry, structure) for entry in differentiated] if structure.states else []
         for item in work if self.trained else ():
             item.entry.spent = True
-        for item in work:
-            item.entry.may_mix = self.watched._mixing == "allow"
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
@@ -795,6 +793,8 @@ class _Backward:
         totals = self._totals(work) if self.watched._hooked else {}
         for item in work:
             if item not in lost:
+                if self.watched._mixing == "error" and self.batch > 1 and rules.mixes(item.entry, item.rows):
+                    self._refuse_mixing(item)
                 if item.entry.overwritten() and rules.bind(item.entry) is not None:
                     raise CaptureError(
                         f"{item.names(self.mode)}: the input of {item} was modified in place after the call had used it, "
@@ -1089,12 +1089,7 @@ class _Backward:
                 hit = hits[position]
                 position += 1
                 if hit is not None and hit.numel() and int(hit.max()) > 1:
-                    raise CaptureError(
-                        f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others "
-                        f"(at {self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution "
-                        "do not exist; detach what the samples share, tell ragged rows by segments=, or pass "
-                        'mixing="allow" for ∂ losses[b] as it stands'
-                    )
+                    self._refuse_mixing(item)
         return found
 
     def _backward_to(self, inputs, gradient: Tensor) -> list[Tensor | None]:
@@ -1107,9 +1102,17 @@ class _Backward:
         finally:
             self.mode.replay = False
 
+    def _refuse_mixing(self, item: _Live) -> None:
+        raise CaptureError(
+            f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others (at "
+            f"{self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution do not exist; "
+            "detach what the samples share, see that the samples lie where each layer expects them (batch_first), tell "
+            'ragged rows by segments=, or pass mixing="allow" for ∂ losses[b] as it stands'
+        )
+
     def _culprit(self, item: _Live) -> str:
         reason = item.reason()
-        if "BatchNorm" in reason:
+        if "BatchNorm" in reason or reason == "batch_norm":
             found = [
                 f"{name or 'the model'} ({type(module).__name__})"
                 for name, module in self.watched._model.named_modules()
