@@ -597,6 +597,23 @@ def test_layers_of_every_kind_together():
     assert all(torch.equal(grads[name], layers[name].materialize()) for name in layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_many_layers_of_one_position(dtype):
+    """Looked at together; one at a time where a number is out of range, or zero."""
+    products = [product(4, 1, 3 + k, 5, seed=k).factors.to(dtype) for k in range(3)]
+    layers = LayerFactors(
+        {str(k): factors for k, factors in enumerate(products)}, bias=gradients(4, 6).factors.to(torch.float32)
+    )
+    for size in 1.0, 1e20, 0.0:
+        layers["1"].activation[2] *= size
+        layers["1"].delta[2] *= 1 / size if size else 1
+        flat = torch.cat([factors.to(D64).materialize().flatten(1) for factors in layers.values()], dim=1)
+        torch.testing.assert_close(layers.norm().double(), flat.norm(dim=1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(layers.sq_norm().double(), flat.square().sum(1), rtol=1e-5, atol=0)
+    mixed = LayerFactors({**layers, "wide": product(4, 1, 2, 2).factors})
+    assert mixed.norm().dtype == D64
+
+
 def test_layers_norm_is_differentiable():
     cases = {name: case(2) for name, case in CASES.items()}
     inputs = [t.requires_grad_() for case in cases.values() for t in case.tensors if t.numel()]
