@@ -83,7 +83,10 @@ def gradients(model) -> dict[str, Tensor]:
     """What the parameters have in .grad, which is cleared."""
     found = {}
     for name, parameter in model.named_parameters():
-        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        grad = parameter.grad
+        found[name] = (
+            torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad.clone()
+        )
         parameter.grad = None
     return found
 
@@ -109,14 +112,18 @@ def backward_by_backward(case: dict) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in found]) for name in found[0]}
 
 
-def assert_right(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
-    largest = max((value.abs().max().item() for value in expected.values() if value.numel()), default=0.0)
+def assert_right(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance=1e-9, largest=None) -> None:
+    largest = _largest(expected) if largest is None else largest
     for name, value in found.items():
         want = expected[name]
         assert value.shape == want.shape, name
         if want.numel():
             error, scale = (value - want).abs().max().item(), want.abs().max().item()
             assert error <= tolerance * scale + 1e-12 * largest, f"{name}: error {error:.2e} at a scale of {scale:.2e}"
+
+
+def _largest(tensors: Mapping[str, Tensor]) -> float:
+    return max((value.abs().max().item() for value in tensors.values() if value.numel()), default=0.0)
 
 
 def by_grads(case: dict) -> Mapping[str, Tensor]:
@@ -128,7 +135,7 @@ def by_factors(case: dict) -> Mapping[str, Tensor]:
     keys = {"loss": case["loss"], "target": case["target"], **case["options"]}
     factors = gradext.batch_layer_factors(case["model"], case["x"], **keys)
     found = {name: f.materialize() for name, f in factors.items()}
-    norms = sum(value.flatten(1).abs().square().sum(1) for value in found.values())
+    norms = sum(value.reshape(len(value), -1).abs().square().sum(1) for value in found.values())
     torch.testing.assert_close(factors.norm().square(), norms, rtol=1e-9, atol=1e-12)
     return found
 
@@ -194,7 +201,7 @@ def _judge(make_case: Callable[[], dict]) -> None:
             elif case["trains"]:
                 losses_of(case).sum().backward()
                 total = {name: value.sum(0) for name, value in expected.items()}
-                assert_right(gradients(model), total, case["tolerance"])
+                assert_right(gradients(model), total, case["tolerance"], _largest(expected))
     assert all(refused) if refused else case["outcome"] != "refused"
 
 
