@@ -3,12 +3,13 @@ with them (norms, cosines, classifiers, projections, Fisher scores) without writ
 
 from ._version import __version__
 from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayerError
-from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors
+from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors, LayerGrads
 from .graphs import make_graphed_layer_grads
 from .layer_grads import batch_layer_factors, batch_layer_grads
-from .layers import register_layer
+from .rules import register_layer
 from .statistics import GradStatistics
 from .streaming import iter_layer_grads
+from .watch import watch
 
 __all__ = [
     "BackendError",
@@ -18,6 +19,7 @@ __all__ = [
     "GradFactors",
     "GradStatistics",
     "LayerFactors",
+    "LayerGrads",
     "NonFiniteError",
     "UnsupportedLayerError",
     "__version__",
@@ -26,4 +28,5 @@ __all__ = [
     "iter_layer_grads",
     "make_graphed_layer_grads",
     "register_layer",
+    "watch",
 ]

@@ -155,6 +155,13 @@ class GradFactors:
         return GradFactors(torch.cat(activations), torch.cat(deltas), parts[0].weight_shape)
 
     @staticmethod
+    def add(parts):
+        kinds = {type(p) for p in parts}
+        if kinds == {GradFactors} and all(p.weight_shape is None for p in parts):
+            return GradFactors.stack_positions(parts)
+        return GradFactors.of(functools.reduce(torch.add, [p.materialize() for p in parts]))
+
+    @staticmethod
     def stack_positions(parts: Sequence[GradFactors]) -> GradFactors:
         """The sum of several gradients of each sample: the uses of one weight, every use a further position."""
         if len(parts) == 1:
@@ -974,3 +981,7 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+class LayerGrads(dict):
+    coverage = None

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import SampleRows
 from .factors import LayerFactors
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
-from .losses import PerSampleLoss, per_sample_loss, resolve
+from .losses import PerSampleLoss
 
 
 def make_graphed_layer_grads(
@@ -35,8 +34,8 @@ def make_graphed_layer_grads(
 
     What Python decides is decided at the recording: hooks, a callable ``loss``, ``reduce``, branches on values,
     autocast, the training mode. Dropout draws anew at each replay, from the GPU's default generator. The checks that
-    would wait for the GPU (``check``, ``check_finite``, samples that mix) and the choice of ``loss="auto"`` are made
-    once, on the sample.
+    would wait for the GPU (``check_finite``, targets outside [0, 1]) are made once, on the sample. Models of which the
+    graph alone does not tell whose rows are whose cannot be recorded.
 
     Args:
         model: on a GPU, in the mode that it is to run in.
@@ -114,7 +113,6 @@ class GraphedLayerGrads:
         target: Tensor | None = None,
         reduce: Callable[[LayerFactors], object] | None = None,
         loss: str | PerSampleLoss = "auto",
-        check: str | None = None,
         check_finite: bool = False,
         **options: Any,
     ) -> None:
@@ -123,22 +121,14 @@ class GraphedLayerGrads:
         self._x, self._target = _StaticInput("x", as_call(sample_x)), _StaticInput("target", target)
         args, kwargs = self._x.value
         x, target = kwargs or args, self._target.value
-        choice: dict[str, Any] = {
-            name: options[name] for name in ("layers", "include_bias", "fallback") if name in options
-        }
-        if loss == "auto":
-            loss = _resolve(model, x, target, choice)
-        # What waits for the GPU to judge the values cannot be recorded.
-        rows = SampleRows()
-        with rows.shared():
-            batch_layer_factors(model, x, target=target, loss=loss, check=check, check_finite=check_finite, **choice)
 
         def call() -> object:
-            with rows.shared():
-                if reduce is None:
-                    return batch_layer_grads(model, x, target=target, loss=loss, **options)
-                return reduce(batch_layer_factors(model, x, target=target, loss=loss, **options))
+            if reduce is None:
+                return batch_layer_grads(model, x, target=target, loss=loss, **options)
+            return reduce(batch_layer_factors(model, x, target=target, loss=loss, **options))
 
+        # What waits for the GPU to judge the values cannot be recorded: it is judged once, on the sample.
+        batch_layer_factors(model, x, target=target, loss=loss, check_finite=check_finite, **_choices(options))
         self._recorder = recorder
         self._results = recorder.capture(call)
         self._assumptions = _Assumptions(model)
@@ -151,16 +141,9 @@ class GraphedLayerGrads:
         return self._results
 
 
-def _resolve(model: nn.Module, x: Any, target: Tensor | None, choice: dict[str, Any]) -> str:
-    """The loss that ``"auto"`` means, which the model's output and its graph decide."""
-    found = []
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        found.append(resolve("auto", output, target))
-        return per_sample_loss(found[-1], output, target)
-
-    batch_layer_factors(model, x, loss=loss, target=target, **choice)
-    return found[-1]
+def _choices(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that `batch_layer_factors` takes too."""
+    return {name: value for name, value in options.items() if name not in ("out", "dtype", "backend")}
 
 
 class _StaticInput:

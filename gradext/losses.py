@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from .borrowing import without_autocast
-
 _aten = torch.ops.aten
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -92,7 +90,7 @@ class Root(NamedTuple):
 def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, create_graph: bool = False) -> Root:
     """The root for ``loss``, a name of `LOSSES`, ``"auto"`` or a callable.
 
-    ``"auto"`` is reconstruction: `bce` where the output ends in a sigmoid and the target lies in [0, 1], else `mse`.
+    ``"auto"`` is reconstruction: `bce` where the output ends in a sigmoid, else `mse`.
     Where the gradient of the loss has a closed form, it begins there and the loss is never evaluated: at the sigmoid's
     input for binary cross entropy, ``p - t``, which stays exact where the sigmoid saturates, and else at the output,
     ``2 (output - t)`` for the squared error, ``softmax(output) - one-hot`` for the cross entropy with classes. With
@@ -112,20 +110,6 @@ def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, 
         before, place = node.next_functions[0]
         return Root(None if before is None else GradientEdge(before, place), gradient)
     return Root(_edge(output), gradient)
-
-
-class Beginning(NamedTuple):
-    """Where the backward of Σ_b loss_b begins in a chain of layers."""
-
-    before_sigmoid: bool  # at the input of the sigmoid that the chain ends in; else at its output
-    gradient: Tensor
-
-
-def closed_form_beginning(loss: str, output: Tensor, target: Tensor, ends_in_sigmoid: bool) -> Beginning | None:
-    """What `backward_root` gives, for an output without a graph; None where the loss has to be differentiated."""
-    loss, target = _checked_target(loss, output, target, ends_in_sigmoid)
-    gradient = _closed_form(loss, output, target, ends_in_sigmoid)
-    return None if gradient is None else Beginning(loss == "bce", gradient)
 
 
 def _closed_form(loss: str, output: Tensor, target: Tensor, sigmoid: bool) -> Tensor | None:
@@ -177,13 +161,8 @@ def _checked_values(values: Tensor, batch: int | None) -> Tensor:
     return values
 
 
-def _checked_target(
-    loss: str, output: Tensor, target: Tensor, ends_in_sigmoid: bool | None = None
-) -> tuple[str, Tensor]:
-    """The name of the loss with "auto" resolved, and the target in the output's shape.
-
-    ``ends_in_sigmoid``: whether the output does; None: its graph tells.
-    """
+def _checked_target(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
+    """The name of the loss with "auto" resolved, and the target in the output's shape."""
     if loss != "auto" and loss not in LOSSES:
         raise ValueError(f"loss: expected 'auto', one of {sorted(LOSSES)} or a callable, but got {loss!r}")
     if not isinstance(target, Tensor):
@@ -199,23 +178,28 @@ def _checked_target(
         )
     if target.shape != output.shape:
         # Image-shaped targets of flat models (and the reverse) are the same numbers in the same order.
-        if target.shape[:1] != output.shape[:1] or target.numel() != output.numel():
+        flat = min(target.ndim, output.ndim) <= 2
+        if target.shape[:1] != output.shape[:1] or target.numel() != output.numel() or not flat:
             raise ValueError(
-                f"target: expected the model output's shape {tuple(output.shape)} (or as many elements a sample), "
+                f"target: expected the model output's shape {tuple(output.shape)} (or one of both flat, [B, elements]), "
                 f"but got {tuple(target.shape)}; pass target= if the model does not reconstruct its input"
             )
         target = target.reshape(output.shape)
-    if loss == "auto":
-        if ends_in_sigmoid is None:
-            ends_in_sigmoid = _ends_in_sigmoid(output)
-        loss = "bce" if ends_in_sigmoid and _in_unit_interval(target) else "mse"
-    elif loss in ("bce", "bce_logits") and target.device.type == "cpu" and not _in_unit_interval(target):
+    asked = loss
+    if loss == "auto":  # by the model alone: no sample's values decide over another's gradient
+        loss = "bce" if _ends_in_sigmoid(output) else "mse"
+    if loss in ("bce", "bce_logits") and target.device.type == "cpu" and target.numel():
         # Only on the CPU: on a GPU the check would stall the stream.
-        low, high = target.min().item(), target.max().item()
-        raise ValueError(
-            f"target: expected values in [0, 1] for loss={loss!r}, but they span [{low:g}, {high:g}] (NaN included); "
-            "scale the data, or use loss='mse'"
-        )
+        inside = ((target >= 0) & (target <= 1)).reshape(len(target), -1).all(1)
+        if not inside.all():
+            wrong = (~inside).nonzero().flatten().tolist()
+            shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+            because = " (the model ends in a sigmoid)" if asked == "auto" else ""
+            raise ValueError(
+                f"target: expected values in [0, 1] for loss={asked!r}{because}, but those of samples {shown} span "
+                f"[{target[wrong].min().item():g}, {target[wrong].max().item():g}] (NaN included); scale the data, or "
+                "use loss='mse'"
+            )
     return loss, target
 
 
@@ -229,16 +213,8 @@ def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> T
     output = output.float() if half else output
     if target.is_floating_point():
         target = target.to(output.dtype)
-    return without_autocast(output.device.type, loss, output, target)
-
-
-def _in_unit_interval(values: Tensor) -> bool:
-    if values.numel() == 0:
-        return True
-    low, high = torch.aminmax(values.detach())
-    if values.is_cuda:
-        low, high = torch.stack((low, high)).cpu()  # at once, to wait for the GPU only once
-    return low.item() >= 0 and high.item() <= 1  # NaN propagates and fails both comparisons
+    with torch.autocast(output.device.type, enabled=False):
+        return loss(output, target)
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .backends.reference import EPILOGUES, accumulation_type, apply_epilogue, widen
-from .borrowing import without_autocast
 
 # Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
 __all__ = ["DTYPES", "dot", "epilogue_delta", "gram", "linear", "outer", "outer_group", "sq_norm"]
@@ -29,6 +28,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("gradext", "DEF")
 _kernels: dict[tuple[str, str], Callable] = {}  # (operator, overload) -> what the dispatcher calls in the end
+
+
+def without_autocast(device_type: str, function: Callable[..., Any], *arguments: object) -> Any:
+    """``function(*arguments)``, whose operators give the types that they say."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
+    with torch.autocast(device_type, enabled=False):
+        return function(*arguments)
 
 
 def _call(operator: str, overload: str, *tensors: Tensor, **options):

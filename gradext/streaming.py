@@ -1,8 +1,8 @@
-"""Gradients over a whole data set in chunks of samples that fit into a given memory."""
+"""Gradients over a whole data set, batch by batch, or in chunks of samples that fit into a given memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .factors import LayerFactors
-from .functional import Samples
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
 
 Reduced = TypeVar("Reduced")
@@ -22,6 +21,7 @@ def iter_layer_grads(
     batches: Iterable,
     *,
     memory_budget: int = ...,
+    cut: Sequence[int | str] | None = ...,
     reduce: None = None,
     paired: bool = ...,
     progress: bool = ...,
@@ -33,6 +33,7 @@ def iter_layer_grads(
     batches: Iterable,
     *,
     memory_budget: int = ...,
+    cut: Sequence[int | str] | None = ...,
     reduce: Callable[[LayerFactors], Reduced],
     paired: bool = ...,
     progress: bool = ...,
@@ -43,22 +44,26 @@ def iter_layer_grads(
     batches: Iterable,
     *,
     memory_budget: int = 1 << 30,
+    cut: Sequence[int | str] | None = None,
     reduce: Callable[[LayerFactors], Any] | None = None,
     paired: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> Iterator[Any]:
-    """`batch_layer_grads` over ``batches`` of any size, cut into chunks that need at most ``memory_budget`` bytes.
+    """`batch_layer_grads` over ``batches``, cut into chunks that need at most ``memory_budget`` bytes.
 
     Yields for each chunk, in order, the gradients {name: [b, *parameter.shape]}; or, with ``reduce``, what it returns
-    for the chunk's `LayerFactors` (norms, scores, a running sum; ``lambda factors: factors`` for the factors). The peak
-    does not depend on the size of the caller's batches: what a sample needs (its share of the graph, of the factors and
-    of the results) is measured once, on the first one. Convolutions unfold 4 MB at a time besides, 64 on a GPU.
+    for the chunk's `LayerFactors` (norms, scores, a running sum; ``lambda factors: factors`` for the factors). What a
+    sample needs (its share of the graph, of the factors and of the results) is measured once, on the first one, so that
+    the peak does not depend on the size of the caller's batches. Convolutions unfold 4 MB at a time besides, 64 on a
+    GPU.
 
     Args:
-        batches: of model inputs, each as ``x`` of `batch_layer_grads`; with ``paired``, pairs (x, target). A sample is
-            a row of every tensor that has as many rows as the first.
+        batches: of model inputs, each as ``x`` of `batch_layer_grads`; with ``paired``, pairs (x, target).
         memory_budget: bytes beyond the model and the batch itself.
+        cut: which inputs have their samples in the first dimension and are cut there: positions of positional inputs,
+            names of keyword inputs, and ``"target"``. Default: a batch that is one tensor, and a target that is one,
+            are cut; of batches of several inputs each is taken whole.
         reduce: see above; without it the gradients' memory is reused, so that each chunk overwrites the one before:
             clone what must stay.
         progress: show a progress bar on standard error.
@@ -83,39 +88,83 @@ def iter_layer_grads(
     with tqdm(disable=not progress, unit=" samples", desc="gradients") as bar:
         for batch in batches:
             x, target = batch if paired else (batch, None)
-            args, kwargs = as_call(x)
-            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
-            if not tensors:
-                raise TypeError(
-                    f"batches: expected a tensor [B, ...], or a tuple or dict that holds one, in each batch, but got "
-                    f"{type(x).__name__}"
-                )
-            count = tensors[0].shape[0]
-            if count == 0:
+            parts = _Parts(x, target, cut)
+            if parts.count == 0:
                 continue
-            samples = Samples((kwargs or args, target), count)  # of mappings of every type
-            if size is None:
-                size = max(1, memory_budget // _bytes_per_sample(model, samples, memory_budget, reduce, options))
-            for start in range(0, count, size):
-                chunk, of_chunk = samples.with_rows([rows[start : start + size] for rows in samples.rows])
+            if parts.count is None:
+                chunks = [(x, target)]
+            else:
+                if size is None:
+                    size = max(1, memory_budget // _bytes_per_sample(model, parts, memory_budget, reduce, options))
+                chunks = (parts.of(slice(start, start + size)) for start in range(0, parts.count, size))
+            for chunk, of_chunk in chunks:
                 if reduce is not None:
-                    yield reduce(batch_layer_factors(model, chunk, target=of_chunk, **options))
-                else:
-                    rows = min(size, count - start)
-                    out = {name: buffer[:rows] for name, buffer in buffers.items()}
-                    fits = out and all(len(value) == rows for value in out.values())
-                    grads = batch_layer_grads(model, chunk, target=of_chunk, out=out if fits else None, **options)
-                    if not fits:
-                        buffers = grads
-                    yield grads
-                bar.update(min(size, count - start))
+                    factors = batch_layer_factors(model, chunk, target=of_chunk, **options)
+                    bar.update(len(next(iter(factors.values()))))
+                    yield reduce(factors)
+                    continue
+                rows = parts.rows_of(chunk)
+                out = {name: buffer[:rows] for name, buffer in buffers.items()} if rows is not None else {}
+                fits = out and all(len(value) == rows for value in out.values())
+                grads = batch_layer_grads(model, chunk, target=of_chunk, out=out if fits else None, **options)
+                if not fits:
+                    buffers = dict(grads)
+                bar.update(len(next(iter(grads.values()))))
+                yield grads
+
+
+class _Parts:
+    """A batch's inputs and target, and which of them are cut."""
+
+    def __init__(self, x: Any, target: Any, cut: Sequence[int | str] | None) -> None:
+        self.x, self.target = x, target
+        self.named = isinstance(x, Mapping)
+        args, kwargs = as_call(x)
+        self.inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        if not self.inputs:
+            raise TypeError(f"batches: expected inputs in each batch, but got {type(x).__name__}")
+        if cut is None:
+            places: list[int | str] = [0] if isinstance(x, Tensor) else []
+            if places and isinstance(target, Tensor):
+                places.append("target")
+        else:
+            places = list(cut)
+        self.cut: dict[int | str, Tensor] = {}
+        for place in places:
+            value = target if place == "target" else self.inputs.get(place)
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                raise ValueError(
+                    f"cut: expected names or positions of inputs that are tensors [B, ...], but {place!r} is "
+                    f"{type(value).__name__}; there are {', '.join(map(repr, [*self.inputs, 'target']))}"
+                )
+            self.cut[place] = value
+        counts = {len(value) for value in self.cut.values()}
+        if len(counts) > 1:
+            sizes = ", ".join(f"{place!r}: {len(value)}" for place, value in self.cut.items())
+            raise ValueError(f"cut: expected as many samples in every input that is cut, but got {sizes}")
+        self.count = counts.pop() if counts else None
+
+    def of(self, rows: slice) -> tuple[Any, Any]:
+        inputs = {place: self.cut[place][rows] if place in self.cut else v for place, v in self.inputs.items()}
+        target = self.cut["target"][rows] if "target" in self.cut else self.target
+        if isinstance(self.x, Tensor):
+            return inputs[0], target
+        return (inputs if self.named else tuple(inputs.values())), target
+
+    def rows_of(self, chunk: Any) -> int | None:
+        if self.count is None:
+            return None
+        place = next(iter(self.cut))
+        if place == "target":
+            return None
+        return len(chunk if isinstance(chunk, Tensor) else chunk[place])
 
 
 def _bytes_per_sample(
-    model: nn.Module, samples: Samples, memory_budget: int, reduce: Callable | None, options: Mapping[str, Any]
+    model: nn.Module, parts: _Parts, memory_budget: int, reduce: Callable | None, options: Mapping[str, Any]
 ) -> int:
     """What one more sample needs: what its graph saves, its factors, and its gradients if they are formed."""
-    x, target = samples.with_rows([rows[:1].clone() for rows in samples.rows])
+    x, target = parts.of(slice(0, 1))
     model_memory = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 

@@ -204,9 +204,9 @@ def speed_table(model: VAE, x: Tensor, batch: int = 256, repeats: int = 5) -> st
     routes: dict[str, Callable[[], Tensor]] = {
         "single-sample loop": lambda: loop_layer_grads(model, x, bce, [name])[name],
         "torch.func vmap(grad)": lambda: vmap_layer_grads(model, x, bce, [name])[name],
-        "gradext.batch_layer_grads": lambda: batch_layer_grads(model, x, layers="last")[name],
-        "gradext.batch_layer_grads(out=)": lambda: batch_layer_grads(model, x, layers="last", out=out)[name],
-        "gradext factors, norms only": lambda: batch_layer_factors(model, x, layers="last").norm(),
+        "gradext.batch_layer_grads": lambda: batch_layer_grads(model, x, layers=name)[name],
+        "gradext.batch_layer_grads(out=)": lambda: batch_layer_grads(model, x, layers=name, out=out)[name],
+        "gradext factors, norms only": lambda: batch_layer_factors(model, x, layers=name).norm(),
     }
     expected = routes["single-sample loop"]()
     for route, call in routes.items():

@@ -11,20 +11,21 @@ from torch import Tensor, nn
 
 from ..layer_grads import batch_layer_factors
 from .detector import NoveltyDetector, Rows
-from .representations import RECONSTRUCTION_LOSSES, Characterization, factors_of, in_order, parts_of
+from .representations import RECONSTRUCTION_LOSSES, Characterization, factors_of, in_order, layer_names, parts_of
 
 ROWS_AT_A_TIME = 256
 
 
 def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
-    """Each decoder layer's share of the squared gradient norm, ``‖G_l‖² / Σ_k ‖G_k‖²``: name -> [N].
+    """Each decoder weight's share of the squared gradient norm, ``‖G_l‖² / Σ_k ‖G_k‖²``: name -> [N].
 
-    Layers are those that `gradext.batch_layer_factors` takes by default; where all gradients are zero so are shares.
+    Where all gradients are zero so are shares.
     """
     samples = _samples(detector, X)
+    names = layer_names(detector.model_, samples[:1], None, detector.loss_)
     parts: list[dict[str, Tensor]] = []
     for batch in samples.split(ROWS_AT_A_TIME):
-        factors = factors_of(detector.model_, batch, detector.loss_, None)
+        factors = factors_of(detector.model_, batch, detector.loss_, names)
         parts.append({name: f.sq_norm().detach() for name, f in factors.items()})
     squares = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     total = functools.reduce(torch.add, squares.values())

@@ -52,10 +52,5 @@ def _sum_over_parameters(
 ) -> Tensor:
     """``of`` each selected parameter's gradients, added up -> [B]."""
     names = list(detector._selected_params())
-    layers = sorted({name.rpartition(".")[0] for name in names})
-    biases = any(not name.endswith(".weight") for name in names)
-    factors = batch_layer_factors(
-        detector.model, x, loss=loss, layers=layers, include_bias=biases, fallback="vmap", target=x
-    )
-    found = [of(factors[name.removesuffix(".weight")]) for name in names]
-    return functools.reduce(torch.add, found).detach()
+    factors = batch_layer_factors(detector.model, x, loss=loss, layers=names, target=x)
+    return functools.reduce(torch.add, [of(factors[name]) for name in names]).detach()

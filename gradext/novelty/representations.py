@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..factors import GradFactors, LayerFactors
 from ..layer_grads import batch_layer_factors
-from ..layers import LayerChoice
+from ..selection import LayerChoice, select
 from .models import latent_loss
 
 
@@ -104,8 +104,8 @@ def characterize(
 
     A model without a latent distribution returns the reconstruction alone. ``loss``: of `RECONSTRUCTION_LOSSES`.
 
-    ``layer`` chooses as in `gradext.batch_layer_grads`, and ``("first", "last")`` both of these: the paper takes the
-    first layer of the decoder for novel classes, the last for novel conditions. The model runs in evaluation mode and
+    ``layer`` chooses as in `layer_names`, and ``("first", "last")`` both of these: the paper takes the first layer of
+    the decoder for novel classes, the last for novel conditions. The model runs in evaluation mode and
     is left as it was; results are on its device. Memory O(N (D + L + O + I)): no gradient is written. Raises ValueError
     for an empty ``x``.
 
@@ -155,23 +155,34 @@ def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) 
 
 
 def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
-    """The layers' names in the order of the choice, read off samples ``x``: what runs first is known by running."""
-    named, modules = continued_bce if loss == "bce" else loss, dict(model.named_modules())
+    """The weights' names in the order of the choice, read off samples ``x``: what runs first is known by running.
+
+    A choice is ``"first"`` or ``"last"`` of the decoder's weight matrices (of the model's, where it has no decoder) in
+    order of execution, None for all of these, ``"all"`` for those of the whole model, or anything that
+    `gradext.batch_layer_grads` takes for ``layers=``, of which the weight matrices count. Raises ValueError where
+    there are none.
+    """
+    named = continued_bce if loss == "bce" else loss
     names: dict[str, None] = {}
     choices: Iterable[LayerChoice] = layer if isinstance(layer, (list, tuple)) else [layer]
     for choice in choices:
-        for key in batch_layer_factors(model, x, loss=named, layers=choice):
-            while key not in modules:  # one of several weights of a layer
-                key = key.rpartition(".")[0]
-            if not any(key.startswith(f"{name}.") for name in names):  # such a weight too, in a module of its own
-                names[key] = None
+        wanted: LayerChoice = choice
+        if choice is None or (isinstance(choice, str) and choice in ("first", "last")):
+            wanted = "decoder" if isinstance(getattr(model, "decoder", None), nn.Module) else None
+        elif isinstance(choice, str) and choice == "all":
+            wanted = None
+        weights = [name for name, p in select(model, wanted).chosen.items() if p.ndim >= 2]
+        if not weights:
+            raise ValueError(f"layer: expected layers with weight matrices, but {choice!r} has none")
+        factors = batch_layer_factors(model, x, loss=named, layers=weights)
+        used = [name for name in factors if factors.coverage.rules[name] != "unused"] or list(factors)
+        names |= dict.fromkeys(used[:1] if choice == "first" else used[-1:] if choice == "last" else used)
     return list(names)
 
 
 def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:
-    """The same in the order of the layers' names; one layer may have several weights."""
-    keys = [key for name in layers for key in factors if key == name or key.startswith(f"{name}.")]
-    return LayerFactors((key, factors[key]) for key in keys)
+    """The same in the order of the weights' names."""
+    return LayerFactors((name, factors[name]) for name in layers)
 
 
 def distort(x: Tensor, *, std: float = 0.1, clip: bool = False, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layer_grads import batch_layer_factors
-from ..layers import LayerChoice
+from ..selection import LayerChoice
 from .batches import rows_at_a_time
 from .representations import reconstruction_loss
 from .writing import atomic_write, clear_leftovers

@@ -1,0 +1,531 @@
+"""Which rows of a tensor belong to which sample: read from the graph, else proved by a second backward.
+
+Row b of the losses is sample b's. Walking the graph back from there, each node's kind and shapes say where the samples
+lie in its inputs. What no rule here knows is *unproved*: those tensors are tried by a second backward from losses of
+other weights. Nothing here knows about parameters, modules or rules of gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+
+class Rows(NamedTuple):
+    """The samples lie in dimension ``dim``, of size pre · B · post: index i belongs to sample ``(i // post) % B``.
+
+    With ``owners`` [size of dim], index i belongs to sample ``owners[i]``, and ``pre`` and ``post`` mean nothing.
+    """
+
+    dim: int
+    pre: int = 1
+    post: int = 1
+    owners: Tensor | None = None
+
+    def at(self, dim: int) -> Rows:
+        return self._replace(dim=dim)
+
+    def owners_of(self, size: int, batch: int, device: torch.device) -> Tensor:
+        """The sample of each index [size]."""
+        if self.owners is not None:
+            return self.owners
+        return torch.arange(size, device=device) // self.post % batch
+
+
+class Shared(NamedTuple):
+    """Every element takes part in the losses of several samples."""
+
+
+class Unproved(NamedTuple):
+    """The graph does not tell; ``reason`` names the node where the samples were lost."""
+
+    reason: str
+    hint: Rows | None = None
+
+
+State = Rows | Shared | Unproved
+SHARED = Shared()
+
+
+@dataclass(eq=False)
+class Structure:
+    """What the graph of the losses tells."""
+
+    batch: int
+    states: dict[tuple[Node, int], State] = field(default_factory=dict)  # of each output of a node's function
+    leaves: dict[int, Tensor] = field(default_factory=dict)  # reached, by id
+    checks: list[Tensor] = field(default_factory=list)  # booleans on the device that the states depend on
+    kinds: set[str] = field(default_factory=set)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+
+    def of(self, edge: GradientEdge) -> State | None:
+        """None where the losses do not depend on the edge's tensor."""
+        return self.states.get((edge.node, edge.output_nr))
+
+
+def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], checked: bool = True) -> Structure:
+    """Walk the graph from ``root``, whose first dimension holds the samples, to its leaves and to ``ends``.
+
+    With ``checked`` states may depend on values, which `Structure.checks` gathers; without, these are unproved.
+    """
+    found = Structure(batch)
+    if root is None:
+        return found
+    found.states[(root.node, root.output_nr)] = Rows(0)
+    for node in _in_order(root.node, ends):
+        name = node.name()
+        found.kinds.add(name)
+        found.dtypes.update(kind.dtype for kind in node._input_metadata)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.leaves[id(leaf)] = leaf
+            continue
+        if batch == 1:  # all that the loss depends on is the one sample's
+            for below, place in node.next_functions:
+                if below is not None:
+                    found.states[(below, place)] = Rows(0)
+            continue
+        outputs = [found.states.get((node, k)) for k in range(len(node._input_metadata))]
+        states = _input_states(node, name, outputs, found, checked)
+        for (below, place), state in zip(node.next_functions, states, strict=True):
+            if below is not None and state is not None:
+                key = (below, place)
+                former = found.states.get(key)
+                found.states[key] = state if former is None else _merged(former, state, name)
+    return found
+
+
+def _in_order(root: Node, ends: set[Node]) -> list[Node]:
+    """The nodes, each after all that its function's outputs go to."""
+    uses: dict[Node, int] = {root: 0}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        for below, _ in () if node in ends else node.next_functions:
+            if below is not None:
+                if below not in uses:
+                    uses[below] = 0
+                    stack.append(below)
+                uses[below] += 1
+    order, ready = [], [root]
+    while ready:
+        node = ready.pop()
+        order.append(node)
+        for below, _ in () if node in ends else node.next_functions:
+            if below is not None:
+                uses[below] -= 1
+                if not uses[below]:
+                    ready.append(below)
+    return order
+
+
+def _merged(a: State, b: State, name: str) -> State:
+    """The state of a tensor with several uses."""
+    if a is b:
+        return a
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        if a[:3] == b[:3] and a.owners is None and b.owners is None:
+            return a
+    elif isinstance(a, Shared) and isinstance(b, Shared):
+        return a
+    reasons = [state.reason for state in (a, b) if isinstance(state, Unproved)] or [name]
+    hints = [s.hint if isinstance(s, Unproved) else s for s in (a, b) if not isinstance(s, Shared)]
+    return Unproved(reasons[0], next((hint for hint in hints if hint is not None), None))
+
+
+# --- what each kind of node does -------------------------------------------------------------------------------------
+
+_POINTWISE = set(
+    """Abs Acos Acosh Add Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy
+    BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Copy Copysign Cos Cosh Div Elu Erf Erfc Erfinv
+    Exp Exp2 Expand Expm1 Floor Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh Huber HuberLoss Hypot LeakyRelu
+    Lerp Lgamma LiftFresh Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill Maximum Minimum Mish
+    MseLoss Mul NanToNum NativeDropout Neg Polar Pow PreluKernel RRelu RreluWithNoise Real Reciprocal Relu Remainder
+    Round Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss Softplus Softshrink Special Sqrt Square Sub Tan
+    Tanh Threshold ToCopy Trunc Where Xlogy FusedDropout CopyBackwards ViewAs Positive ToDense Angle Conj ConjPhysical
+    Complex ViewAsReal ViewAsComplex GluJvp SpecialXlog1Py SpecialEntr SpecialExpit SpecialErfcx Digamma""".split()
+)
+_SAME_ORDER = set("View UnsafeView ReshapeAlias Reshape Unsqueeze Squeeze Flatten Unflatten Contiguous".split())
+_REDUCTIONS = set(
+    """Sum Mean Var Std Norm LinalgVectorNorm Amax Amin Logsumexp Max Min Prod Median Nanmedian Nansum Kthvalue Mode
+    VarMean StdMean""".split()
+)
+_ALONG = set(
+    "Softmax LogSoftmax SafeSoftmax MaskedSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Sort Topk Flip Roll Glu Renorm"
+    .split()
+)
+# Each image by itself, each channel by itself.
+_BY_CHANNEL = set(
+    """MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
+    AdaptiveMaxPool2D AdaptiveMaxPool3D MkldnnMaxPool2D MkldnnAdaptiveAvgPool2D FractionalMaxPool2D MaxUnpool2D
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D
+    UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D UpsampleBilinear2DAa UpsampleBicubic2DAa
+    ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D""".split()
+)
+_BY_IMAGE = set("NativeGroupNorm GridSampler2D GridSampler3D Im2Col Col2Im PixelShuffle PixelUnshuffle".split())
+
+_OFFSET = 1 << 63
+
+
+def _signed(value: int, ndim: int) -> int:
+    return (value - 2 * _OFFSET if value >= _OFFSET else value) % max(1, ndim)
+
+
+def _input_states(
+    node: Node, name: str, outputs: list[State | None], found: Structure, checked: bool
+) -> Sequence[State | None]:
+    inputs = node.next_functions
+    known = [state for state in outputs if state is not None]
+    if all(isinstance(state, Shared) for state in known):
+        return [SHARED] * len(inputs)
+    unproved = next((state for state in known if isinstance(state, Unproved)), None)
+    if unproved is not None:
+        return [unproved._replace(hint=None)] * len(inputs)
+    shapes = [None if below is None else tuple(below._input_metadata[k].shape) for below, k in inputs]
+    kind = name.rstrip("0123456789").removesuffix("Backward")
+    states = None
+    for k, state in enumerate(outputs):
+        if state is None:
+            continue
+        here = _states_of(node, kind, k, state, tuple(node._input_metadata[k].shape), shapes, found, checked)
+        if here is None:
+            return [Unproved(name, state if isinstance(state, Rows) else None)] * len(inputs)
+        here = [Unproved(name) if s is _LOST else s for s in here]
+        if states is None:
+            states = here
+        else:
+            states = [a if b is None else b if a is None else _merged(a, b, name) for a, b in zip(states, here)]
+    return states if states is not None else [None] * len(inputs)
+
+
+_LOST = Unproved("")
+
+
+def _states_of(node, kind, k, state, shape, shapes, found: Structure, checked: bool):
+    """The states of the inputs for that of output ``k``; None where the kind is not known."""
+    if isinstance(state, Shared):
+        return [SHARED] * len(shapes)
+    d, batch = state.dim, found.batch
+    rank = len(shape)
+    if kind in _POINTWISE:
+        return [_aligned(state, shape, s) for s in shapes]
+    if kind in _SAME_ORDER:
+        return [_reshaped(state, shape, shapes[0], batch)]
+    if kind in ("T", "Numpy_T"):
+        return [state.at(rank - 1 - d)]
+    if kind == "Transpose":
+        a, b = _signed(node._saved_dim0, rank), _signed(node._saved_dim1, rank)
+        return [state.at(b if d == a else a if d == b else d)]
+    if kind == "Permute":
+        return [state.at(_signed(node._saved_dims[d], rank))]
+    if kind == "Movedim":
+        return None
+    if kind in _REDUCTIONS and shapes[0] is not None:
+        before = len(shapes[0])
+        if before == rank:  # keepdim
+            return [state] if shapes[0][d] == shape[d] else None
+        saved = getattr(node, "_saved_dim", None)
+        saved = (saved,) if isinstance(saved, int) else saved
+        if not saved:
+            return None
+        reduced = {_signed(dim, before) for dim in saved}
+        return [state.at([dim for dim in range(before) if dim not in reduced][d])]
+    if kind in _ALONG:
+        saved = getattr(node, "_saved_dims", None) or getattr(node, "_saved_dim", None)
+        along = {_signed(dim, rank) for dim in ((saved,) if isinstance(saved, int) else saved)}
+        return [_LOST if d in along else state]
+    if kind in ("Mm", "Bmm"):
+        return _product(state, rank, shapes, 0)
+    if kind in ("Addmm", "Baddbmm", "Addbmm"):
+        return [_aligned(state, shape, shapes[0]), *_product(state, rank, shapes[1:], 0)]
+    if kind == "Mv":
+        return [state, SHARED]
+    if kind == "Convolution":
+        return [state if d == 0 else _LOST, SHARED if d == 0 else _LOST, SHARED if d == 0 else _LOST]
+    if kind in ("NativeLayerNorm", "FusedRmsNorm", "RmsNorm"):
+        inner = len(node._saved_normalized_shape)
+        if k > 0 or d >= rank - inner:
+            return None
+        return [state, *[SHARED] * (len(shapes) - 1)]
+    if kind in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"):
+        training = getattr(node, "_saved_training", True)
+        if training and d == 1 or not training and d == 0:  # statistics are of a channel
+            return [state, *[state.at(0) if d == 1 else SHARED] * (len(shapes) - 1)]
+        return None
+    if kind in _BY_CHANNEL or kind in _BY_IMAGE:
+        if d == 0 and rank > 2 or d == 1 and kind in _BY_CHANNEL:
+            return [state if s is not None and len(s) == rank else SHARED for s in shapes]
+        return None
+    if kind == "ConstantPadNd" or kind == "Unfold" or kind.startswith("Fft"):
+        return [state] if shapes[0][d] == shape[d] else None
+    if kind.startswith("ScaledDotProduct"):
+        if d > 1 or rank != 4 or (d == 1 and len({s[1] for s in shapes[:3] if s}) > 1):
+            return None
+        return [state] * 3 + [_aligned(state, shape, s) for s in shapes[3:]]
+    if kind in ("Embedding", "EmbeddingDenseBackward"):
+        return [SHARED]
+    if kind == "NllLoss":
+        return [state, *[None] * (len(shapes) - 1)]
+    if kind in ("NllLoss2D", "NllLoss2d"):
+        return [state if d == 0 else state.at(d + 1), *[None] * (len(shapes) - 1)]
+    if kind == "CtcLoss" or kind == "CudnnCtcLoss":
+        return [state.at(1) if shapes[0] is not None and len(shapes[0]) == 3 else _LOST]
+    if kind == "MkldnnRnnLayer":
+        return [state.at(len(s) - 2) if s and j in (0, 5, 6) else SHARED for j, s in enumerate(shapes)]
+    if kind in ("Cdist", "EuclideanDist", "CdistForward"):
+        if d < rank - 2:
+            return [state if s and len(s) == rank else _LOST for s in shapes]
+        return [state if d == rank - 2 else SHARED, state.at(rank - 2) if d == rank - 1 else SHARED][: len(shapes)]
+    if kind == "BackwardHookFunction":
+        return [state if j == k else None for j in range(len(shapes))]
+    return _indexed(node, kind, k, state, shape, shapes, found, checked)
+
+
+def _indexed(node, kind, k, state, shape, shapes, found: Structure, checked: bool):
+    """As `_states_of`, of what takes or places parts of a tensor."""
+    d, batch, rank = state.dim, found.batch, len(shape)
+    if kind == "Select":
+        dim = _signed(node._saved_dim, rank + 1)
+        return [state.at(d if d < dim else d + 1)]
+    if kind == "Slice":
+        dim = _signed(node._saved_dim, rank)
+        if dim != d:
+            return [state]
+        start = node._saved_start or 0
+        start = start - 2 * _OFFSET if start >= _OFFSET else start
+        start = start + shapes[0][d] if start < 0 else start
+        return [_part(state, start, shapes[0][d], batch) if node._saved_step == 1 else _LOST]
+    if kind in ("Split", "SplitWithSizes", "Chunk"):
+        dim = _signed(node._saved_dim, rank)
+        if dim != d:
+            return [state]
+        start = sum(node._input_metadata[j].shape[dim] for j in range(k))
+        return [_part(state, start, shapes[0][d], batch)]
+    if kind == "Unbind":
+        dim = _signed(node._saved_dim, rank + 1)
+        return [state.at(d if d < dim else d + 1)]
+    if kind == "Cat":
+        dim = _signed(node._saved_dim, rank)
+        if dim != d:
+            return [state] * len(shapes)
+        start, states = 0, []
+        for s in shapes:
+            if s is None:  # of unknown size
+                return None
+            states.append(_cut(state, start, s[dim], batch))
+            start += s[dim]
+        return states
+    if kind == "Stack":
+        dim = _signed(node._saved_dim, rank)
+        return None if dim == d else [state.at(d if d < dim else d - 1)] * len(shapes)
+    if kind == "Repeat":
+        times = node._saved_repeats[d]
+        inner = d - (rank - len(shapes[0]))
+        if times == 1:
+            return [_aligned(state, shape, shapes[0])]
+        if inner < 0 or shapes[0][inner] == 1:
+            return [SHARED]
+        regular = state.owners is None and state.pre % times == 0
+        return [Rows(inner, state.pre // times, state.post) if regular else _LOST]
+    if kind == "Gather":
+        dim = _signed(node._saved_dim, rank)
+        return [state if dim != d and shapes[0][d] == shape[d] else _LOST]
+    if kind in ("Scatter", "ScatterAdd", "ScatterReduce"):
+        dim = _signed(node._saved_dim, rank)
+        return None if dim == d else [state if s is None or s[d] == shape[d] else _LOST for s in shapes]
+    if not checked:
+        return None
+    if kind == "IndexAdd":
+        dim = _signed(node._saved_dim, rank)
+        if dim != d:
+            return [state] * len(shapes)
+        index = node._saved_index
+        owners = state.owners_of(shape[d], batch, index.device)[index]
+        return [state, Rows(d, owners=owners)][: len(shapes)]
+    if kind == "IndexSelect":
+        dim = _signed(node._saved_dim, rank)
+        return [_taken(state, dim, [node._saved_index], shape, shapes[0], found)]
+    if kind == "Index":
+        indices = list(node._saved_indices)
+        used = [j for j, index in enumerate(indices) if index is not None]
+        if not used or used != list(range(used[0], used[-1] + 1)):
+            return None
+        return [_taken(state, used[0], indices[used[0] : used[-1] + 1], shape, shapes[0], found)]
+    return None
+
+
+def _aligned(state: Rows, shape: tuple[int, ...], other: tuple[int, ...] | None) -> State | None:
+    """Of an operand that is broadcast to ``shape``."""
+    if other is None:
+        return None
+    dim = state.dim - (len(shape) - len(other))
+    if dim < 0 or other[dim] != shape[state.dim]:
+        return SHARED
+    return state.at(dim)
+
+
+def _reshaped(state: Rows, shape: tuple[int, ...], before: tuple[int, ...], batch: int) -> State:
+    """Where the samples lie in a tensor of the same elements in the same order."""
+    outer, inner = math.prod(shape[: state.dim]), math.prod(shape[state.dim + 1 :])
+    if state.owners is not None:
+        for dim, size in enumerate(before):
+            if size == shape[state.dim] and math.prod(before[:dim]) == outer and math.prod(before[dim + 1 :]) == inner:
+                return state.at(dim)
+        return _LOST
+    outer, inner = outer * state.pre, inner * state.post
+    behind = 1
+    for dim in reversed(range(len(before))):
+        if behind and inner % behind == 0:
+            post = inner // behind
+            pre, rest = divmod(before[dim], batch * post) if post else (0, 1)
+            if rest == 0 and pre and math.prod(before[:dim]) * pre == outer:
+                return Rows(dim, pre, post)
+        behind *= before[dim]
+    return _LOST
+
+
+def _product(state: Rows, rank: int, shapes, first: int) -> list[State]:
+    """Of the two matrices of a product, or of two batches of them."""
+    if state.dim == rank - 2:
+        return [state, SHARED]
+    if state.dim == rank - 1:
+        return [SHARED, state]
+    return [state, state]
+
+
+def _part(state: Rows, start: int, size: int, batch: int) -> State:
+    """Of the whole, where a part of its dimension from ``start`` on has ``state``."""
+    period = batch * state.post
+    if state.owners is not None or start % period or size % period:
+        return _LOST
+    return Rows(state.dim, size // period, state.post)
+
+
+def _cut(state: Rows, start: int, size: int, batch: int) -> State:
+    """Of a part of the dimension, where the whole has ``state``."""
+    if state.owners is not None:
+        return state._replace(owners=state.owners[start : start + size])
+    return _part(state, start, size, batch)
+
+
+def _taken(state: Rows, first: int, indices, shape, before, found: Structure) -> State:
+    """Of a tensor whose dimensions from ``first`` on were indexed by tensors that were broadcast together."""
+    block = len(torch.broadcast_shapes(*(index.shape for index in indices)))
+    d = state.dim
+    if d < first:
+        return state
+    if d >= first + block:
+        return state.at(d - block + len(indices))
+    # The samples lie in what was taken: the first index tells of which rows.
+    index, size = indices[0], before[first]
+    dim = d - first - (block - index.ndim)  # the samples' dimension in the index
+    if dim < 0 or index.shape[dim] != shape[d] or size % found.batch:
+        return _LOST
+    owners = state.owners_of(shape[d], found.batch, index.device)
+    n = size // found.batch
+    expected = owners.reshape(-1, *[1] * (index.ndim - 1 - dim))
+    index = torch.where(index < 0, index + size, index)
+    found.checks.append((index // n == expected).all())
+    return Rows(first, 1, n)
+
+
+# --- samples brought to the front ------------------------------------------------------------------------------------
+
+
+def by_sample(x: Tensor, rows: Rows, batch: int) -> Tensor:
+    """[..., pre · B · post, ...] -> [B, ..., pre, post, ...], without the last two where they are one."""
+    if rows.owners is not None:
+        return _padded(x, rows, batch)
+    if rows.pre == rows.post == 1:
+        return x if rows.dim == 0 else x.movedim(rows.dim, 0)
+    if rows.dim == 0 and rows.pre == 1:
+        return x.unflatten(0, (batch, rows.post))
+    if rows.post == 1:
+        return x.unflatten(rows.dim, (rows.pre, batch)).movedim(rows.dim + 1, 0)
+    return x.unflatten(rows.dim, (rows.pre, batch, rows.post)).movedim(rows.dim + 1, 0)
+
+
+def _padded(x: Tensor, rows: Rows, batch: int) -> Tensor:
+    """Ragged rows -> [B, n, ...], n the most that a sample has; zeros fill up."""
+    order, counts = rows.owners.argsort(stable=True), rows.owners.bincount(minlength=batch)
+    most = int(counts.max()) if len(order) else 0
+    starts = counts.cumsum(0) - counts
+    owner = rows.owners[order]
+    place = torch.arange(len(order), device=x.device) - starts[owner]
+    moved = x.movedim(rows.dim, 0)
+    result = x.new_zeros(batch, most, *moved.shape[1:])
+    result = result.index_put((owner, place), moved[order])
+    return result
+
+
+def own_rows(x: Tensor, rows: Rows, batch: int) -> Tensor:
+    """[B, *x.shape]: of each sample ``x`` with zeros in the rows of others."""
+    owners = rows.owners_of(x.shape[rows.dim], batch, x.device)
+    mask = owners == torch.arange(batch, device=x.device).unsqueeze(1)
+    mask = mask.reshape(batch, *[1] * rows.dim, -1, *[1] * (x.ndim - rows.dim - 1))
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+# --- the proof -------------------------------------------------------------------------------------------------------
+
+
+def candidates(shape: Sequence[int], batch: int, hint: Rows | None = None) -> list[Rows]:
+    """The ways in which a tensor of ``shape`` can hold the samples, the usual ones first."""
+    found = [] if hint is None else [hint]
+    for dim, size in enumerate(shape):
+        if size and size % batch == 0:
+            n = size // batch
+            found += [Rows(dim, 1, n)] + ([Rows(dim, n, 1)] if n > 1 else [])
+    return list(dict.fromkeys(found)) if all(rows.owners is None for rows in found) else found
+
+
+class Weights(NamedTuple):
+    """Weights of the losses for a proof, and how far a right delta may be from its multiple, in proportion."""
+
+    values: Tensor  # [B]
+    tolerance: float
+
+
+def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> Weights:
+    """[B] different positive weights, in no order that a model might have; ``dtypes`` are those of the graph.
+
+    Powers of two, by which even rounding errors are multiplied exactly, as long as there are enough of them.
+    """
+    kinds = {like.dtype, *(dtype for dtype in dtypes if dtype.is_floating_point)}
+    eps = max(torch.finfo(dtype).eps for dtype in kinds)
+    most = 6 if torch.float16 in kinds else 30
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch), device="cpu")
+    levels = 2 * most + 1
+    mantissa = 1 + (order // levels) / (1 + (batch - 1) // levels)
+    values = ((order % levels) - most).double().exp2() * mantissa
+    return Weights(values.to(device=like.device, dtype=like.dtype), 64 * eps if batch <= levels else eps**0.5)
+
+
+def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Weights) -> Tensor:
+    """Whether each sample's rows of ``part`` are those of ``delta`` times its weight: a boolean on the device.
+
+    Each sample is judged by its own largest number; NaN tells nothing.
+    """
+    batch = len(weights.values)
+    owners = rows.owners_of(delta.shape[rows.dim], batch, delta.device)
+    delta, part = delta.movedim(rows.dim, 0).flatten(1), part.movedim(rows.dim, 0).flatten(1)
+    own = weights.values.to(delta.dtype)
+    difference = (part - delta * own[owners].unsqueeze(1)).abs()
+    largest = delta.abs().nan_to_num(0, 0).amax(1) if delta.shape[1] else delta.real.new_zeros(len(delta))
+    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax")
+    return ~(difference > (scale * own)[owners].unsqueeze(1) * weights.tolerance).any()
+
+
+def verdicts(flags: Iterable[Tensor]) -> list[bool]:
+    """Several booleans on a device by one read of it."""
+    flags = list(flags)
+    return torch.stack(flags).tolist() if flags else []
+
+
+Backward = Callable[[Tensor], list[Tensor]]

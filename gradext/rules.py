@@ -1,0 +1,676 @@
+"""From one watched call to the per-sample gradient of each value of parameters among its arguments.
+
+An `Entry` is a call of a torch function where values of parameters meet samples. Its gradient comes from
+
+1. a fast rule, where the function has one: `bind` reads the call, and gives `GradFactors` or one reduction;
+2. the general rule: a vmapped vjp of that one call, each sample with its own slices of the arguments;
+3. where nothing can be sliced: the graph that the call itself has left, by cotangents of one sample's rows at a time.
+
+Nothing here knows about modules, models or how calls are seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from .errors import CaptureError
+from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
+from .rows import Rows, by_sample, own_rows
+
+# Elements of cotangents, for masked rows, at a time.
+_MASKED_ELEMENTS = 1 << 24
+
+
+@dataclass(eq=False)
+class Entry:
+    """One call of a torch function with values of parameters among its arguments."""
+
+    func: Callable
+    args: tuple
+    kwargs: dict
+    values: dict[int, Tensor]  # by id of what the function was given: the value of parameters that it stands for
+    outputs: list[Tensor]  # those with a gradient
+    edges: list[GradientEdge]
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
+    autocast: tuple | None = None
+    call: Call | None = None  # already read: a layer with a rule of its user's own
+
+    @property
+    def name(self) -> str:
+        return getattr(self.func, "__name__", None) or str(self.func)
+
+    @property
+    def in_place(self) -> bool:
+        name = self.name
+        return name == "__setitem__" or name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
+
+    def overwritten(self) -> bool:
+        return any(tensor._version != version for tensor, version in self.versions)
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
+
+
+class Call(NamedTuple):
+    """A call of a function that has a fast rule, as the rule reads it."""
+
+    rule: str
+    input: Tensor
+    parameters: dict[str, Tensor]  # by role, the rule's own name of an argument
+    rows: int  # leading dimensions of input and output that can hold samples and their positions
+    gradient: Callable[[str, Tensor, Tensor], GradFactors | Tensor]  # (role, input, delta) [B, ...]; see `positions`
+    positions: bool = True  # whether any number of dimensions of positions may follow the samples; else none may
+
+
+class Share(NamedTuple):
+    """The gradient of one value: of every sample [B, *shape]; with ``rows``, the value's own rows are the samples'."""
+
+    value: Tensor
+    gradient: GradFactors | Tensor
+    rows: Rows | None = None
+
+
+# --- fast rules ------------------------------------------------------------------------------------------------------
+
+
+def _linear(entry, input, weight, bias=None) -> Call | None:
+    """``y = x Wᵀ + b`` with W [O, I], x [..., I], y [..., O]: factors δ and x; Σ over positions of δ for the bias."""
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # a bias may be broadcast
+        return None
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return Call("linear", input, parameters, input.ndim - 1, linear_gradient)
+
+
+def linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+    """x [B, ..., I], δ [B, ..., O]."""
+    if role == "bias":
+        return _sum_to(delta, (delta.shape[-1],))
+    input = input if input.dtype is delta.dtype else input.to(delta.dtype)
+    return GradFactors(_positions(input), _positions(delta))
+
+
+def _turned_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+    found = linear_gradient(role, input, delta)
+    return found.transposed() if isinstance(found, GradFactors) else found
+
+
+def _matmul(entry: Entry, first, second) -> Call | None:
+    """``x W`` with W [I, O], and ``W x`` with W [O, I] and x [..., I, T] of at least three dimensions."""
+    if id(second) in entry.values:
+        if second.ndim != 2 or first.ndim < 1:
+            return None
+        return Call("linear", first, {"weight": second}, first.ndim - 1, _turned_gradient)
+    if first.ndim != 2 or second.ndim < 3:
+        return None
+
+    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors:
+        return linear_gradient("weight", input.mT, delta.mT)
+
+    return Call("linear", second, {"weight": first}, second.ndim - 2, gradient)
+
+
+def _rmatmul(entry: Entry, second, first) -> Call | None:
+    return _matmul(entry, first, second)
+
+
+def _addmm(entry: Entry, bias, input, weight, *, beta=1, alpha=1) -> Call | None:
+    """``b + x W`` with W [I, O]."""
+    if beta != 1 or alpha != 1 or weight.ndim != 2 or bias.shape != weight.shape[1:]:
+        return None
+    return Call("linear", input, {"weight": weight, "bias": bias}, input.ndim - 1, _turned_gradient)
+
+
+def _convolution(transposed: bool):
+    """The weight's gradient is Σ_t δ_t u_tᵀ over the output positions t, u_t the input's window there.
+
+    The transposed ones exchange the roles: Σ_t x_t v_tᵀ over the input's positions, v_t the window of δ.
+    """
+
+    def bind(entry, input, weight, bias=None, stride=1, padding=0, *rest, **named) -> Call | None:
+        if transposed:
+            options = dict(zip(("output_padding", "groups", "dilation"), rest)) | named
+        else:
+            options = dict(zip(("dilation", "groups"), rest)) | named
+        dilation, groups = options.get("dilation", 1), options.get("groups", 1)
+        dimensions = weight.ndim - 2
+        if input.ndim != dimensions + 2:  # one image without a batch dimension
+            return None
+        kernel = tuple(weight.shape[2:])
+        stride, dilation = per_dimension(stride, dimensions), per_dimension(dilation, dimensions)
+        if padding == "same":
+            extra = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            pads = tuple((n // 2, n - n // 2) for n in extra)
+        else:
+            pads = tuple((n, n) for n in per_dimension(0 if padding == "valid" else padding, dimensions))
+        parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        windows, shape = Windows(kernel, stride, dilation, pads), tuple(weight.shape)
+
+        def gradient(role, input, delta):
+            if role == "bias":
+                return delta.flatten(2).sum(2)
+            image, plain = (delta, input.to(delta.dtype)) if transposed else (input.to(delta.dtype), delta)
+            return ConvFactors(image, plain, windows, groups, shape)
+
+        return Call("convolution", input, parameters, 1, gradient, positions=False)
+
+    return bind
+
+
+def _embedding(
+    entry, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+) -> Call | None:
+    """``y = W[index]`` with W [V, D], index [...], y [..., D]: δ goes to the rows that were looked up."""
+    if scale_grad_by_freq:  # by what is in the whole batch
+        return None
+    rows = weight.shape[0]
+    padding = None if padding_idx is None or padding_idx == -1 and entry.func is torch.embedding else padding_idx % rows
+
+    def gradient(role, index, delta):
+        delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
+        B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
+        return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
+
+    return Call("embedding", input, {"weight": weight}, input.ndim, gradient)
+
+
+def _aten_embedding(entry, weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False) -> Call | None:
+    return _embedding(entry, indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+
+
+def _rows_of_table(entry, table, index) -> Call | None:
+    """``W[index]`` with an integer index: an embedding."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or table.ndim != 2:
+        return None
+    call = _embedding(entry, index, table)
+
+    def gradient(role, index, delta):
+        return call.gradient(role, torch.where(index < 0, index + table.shape[0], index), delta)
+
+    return call._replace(gradient=gradient)
+
+
+def _layer_norm(entry, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
+    rows = input.ndim - len(normalized_shape)
+    return _norm(F.layer_norm, input, weight, bias, rows, True, normalized_shape=normalized_shape, eps=eps)
+
+
+def _rms_norm(entry, input, normalized_shape, weight=None, eps=None) -> Call:
+    rows = input.ndim - len(normalized_shape)
+    return _norm(F.rms_norm, input, weight, None, rows, True, normalized_shape=normalized_shape, eps=eps)
+
+
+def _group_norm(entry, input, num_groups, weight=None, bias=None, eps=1e-5) -> Call:
+    return _norm(F.group_norm, input, weight, bias, 1, False, num_groups=num_groups, eps=eps)
+
+
+def _batch_norm(
+    entry, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+) -> Call | None:
+    if training:
+        return None
+    options = {"running_mean": running_mean, "running_var": running_var, "eps": eps}
+    return _norm(F.batch_norm, input, weight, bias, 1, False, **options)
+
+
+def _instance_norm(
+    entry,
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+) -> Call:
+    # Statistics of the input are the sample's own, and the running ones are only updated then, by the call itself.
+    running = {} if use_input_stats else {"running_mean": running_mean, "running_var": running_var}
+    options = {"use_input_stats": use_input_stats, "eps": eps, **running}
+    return _norm(F.instance_norm, input, weight, bias, 1, False, **options)
+
+
+def _norm(func, input, weight, bias, rows, positions, **options) -> Call:
+    """``y = x̂ ⊙ w + b``: Σ over a sample's positions of δ ⊙ x̂, and of δ."""
+    parameters = {role: p for role, p in (("weight", weight), ("bias", bias)) if p is not None}
+    shapes = {role: tuple(p.shape) for role, p in parameters.items()}
+
+    def gradient(role, input, delta):
+        if role == "weight":
+            delta = delta * func(input, **options).to(delta.dtype)
+        # Channels lie behind the samples, normalised dimensions at the end.
+        return _sum_to(delta, shapes[role]) if positions else delta.flatten(2).sum(2) if delta.ndim > 2 else delta
+
+    return Call("normalisation", input, parameters, rows, gradient, positions)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """[B, ..., I] -> [B, (T,) I]."""
+    return x if x.ndim == 2 else x.flatten(1, -2)
+
+
+def _sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B, ..., *shape] -> [B, *shape], summed over what lies between."""
+    inner = x.ndim - len(shape) - 1
+    return x if inner == 0 else x.flatten(1, inner).sum(1)
+
+
+def per_dimension(value, dimensions: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * dimensions if len(value) == 1 else value
+
+
+_FAST: dict[Callable, Callable[..., Call | None]] = {
+    F.linear: _linear,
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
+    Tensor.__rmatmul__: _rmatmul,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution(False)),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution(True)),
+    F.embedding: _embedding,
+    torch.embedding: _aten_embedding,
+    Tensor.__getitem__: _rows_of_table,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}
+
+
+def bind(entry: Entry) -> Call | None:
+    """The call as a fast rule reads it; None where there is none."""
+    if entry.call is not None:
+        return entry.call
+    rule = _FAST.get(entry.func)
+    if rule is None:
+        return None
+    try:
+        call = rule(entry, *entry.args, **entry.kwargs)
+    except (TypeError, AttributeError):  # spelt in a way that the rule does not know
+        return None
+    if call is None or id(call.input) in entry.values or not _is_ordinary(call.input):
+        return None
+    given = {id(parameter) for parameter in call.parameters.values()}
+    return call if given >= entry.values.keys() else None
+
+
+def _is_ordinary(input: Tensor) -> bool:
+    """Whether the rules' products, of dense real numbers, hold for it."""
+    return input.layout is torch.strided and not (input.is_complex() or input.is_nested)
+
+
+# --- products and sums with broadcasting -----------------------------------------------------------------------------
+
+_ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
+_SUB = {"sub", "subtract", "__sub__", "sub_", "__isub__"}
+_RSUB = {"rsub", "__rsub__"}
+_MUL = {"mul", "multiply", "__mul__", "__rmul__"}
+_EXPAND = {"expand", "expand_as", "broadcast_to"}
+_ELEMENTWISE = _ADD | _SUB | _RSUB | _MUL
+
+
+def _elementwise(entry: Entry, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
+    """One reduction of δ, or of δ ⊙ the other operand, for each value."""
+    name = entry.name
+    operands = entry.args[:2]
+    if name in _EXPAND:
+        return [_reduced(delta, entry.args[0], entry, rows, batch)]
+    if len(operands) != 2 or entry.kwargs.keys() - {"alpha"} or not all(isinstance(o, Tensor) for o in operands):
+        return None
+    if entry.kwargs.get("alpha", 1) != 1 or any(o.is_complex() or o.layout is not torch.strided for o in operands):
+        return None
+    found = []
+    for k, operand in enumerate(operands):
+        if id(operand) not in entry.values:
+            continue
+        weighted = delta
+        if name in _MUL:
+            other = operands[1 - k]
+            weighted = delta * other
+        share = _reduced(weighted, operand, entry, rows, batch)
+        negative = k == 1 if name in _SUB else k == 0 if name in _RSUB else False
+        found.append(share._replace(gradient=-share.gradient) if negative else share)
+    return found
+
+
+def _reduced(delta: Tensor, operand: Tensor, entry: Entry, rows: Rows, batch: int) -> Share:
+    """δ summed over the dimensions along which ``operand`` was broadcast, but for the samples'."""
+    shape = tuple(operand.shape)
+    lead = delta.ndim - len(shape)
+    spread = [k for k in range(delta.ndim) if k < lead or (shape[k - lead] == 1 and delta.shape[k] != 1)]
+    value = entry.values[id(operand)]
+    if rows.dim not in spread:  # the operand has rows of its own for each sample
+        own = rows.at(rows.dim - lead)
+        summed = delta.sum(spread, dtype=delta.dtype) if spread else delta
+        return Share(value, summed.reshape(shape).to(operand.dtype), own)
+    ordered = by_sample(delta, rows, batch)  # [B, the others in their order, pre and post in the samples' place]
+    extra = ordered.ndim - delta.ndim  # 0 or 1 or 2: dimensions left of the samples' own
+    if rows.owners is not None:
+        extra = 1
+    axes = []
+    for k in range(delta.ndim):
+        if k < rows.dim:
+            place = [1 + k]
+        elif k == rows.dim:
+            place = list(range(1 + k, 1 + k + extra))
+        else:
+            place = [k + extra]
+        axes += place if k in spread else []
+    summed = ordered.sum(axes, dtype=delta.dtype) if axes else ordered
+    return Share(value, summed.reshape(batch, *shape).to(operand.dtype))
+
+
+# --- the general rule ------------------------------------------------------------------------------------------------
+
+
+def shares(
+    entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool = False
+) -> tuple[str, list[Share]]:
+    """The gradients of an entry's values, and the name of the rule: ``deltas`` [*output.shape] of each output."""
+    with torch.set_grad_enabled(create_graph):
+        return _shares(entry, deltas, rows, batch, create_graph)
+
+
+def _shares(entry, deltas, rows, batch: int, create_graph: bool) -> tuple[str, list[Share]]:
+    call = bind(entry)
+    if call is not None and not entry.overwritten():
+        if not create_graph:
+            call = call._replace(input=call.input.detach())
+        found = _by_rule(entry, call, deltas[0], rows[0], batch)
+        if found is not None:
+            return call.rule, found
+    elif call is not None and entry.overwritten():
+        raise CaptureError(
+            f"{entry.name}: its input was modified in place after the call had used it, so that the gradient can no "
+            "longer be computed; make that operation out of place"
+        )
+    if len(deltas) == 1 and (entry.name in _ELEMENTWISE or entry.name in _EXPAND):
+        found = _elementwise(entry, deltas[0], rows[0], batch)
+        if found is not None:
+            return "elementwise", found
+    return "general", general(entry, deltas, rows, batch, create_graph)
+
+
+def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
+    input = call.input
+    if batch == 1:
+        if call.rows < 1 or not call.positions and delta.shape[0] != 1:
+            input, delta = input.unsqueeze(0), delta.unsqueeze(0)
+            if not call.positions:
+                return None
+        elif call.positions and delta.shape[0] != 1:
+            input, delta = input.unsqueeze(0), delta.unsqueeze(0)
+    elif rows.dim >= call.rows:
+        return None
+    else:
+        input, delta = by_sample(input, rows, batch), by_sample(delta, rows, batch)
+    grouped = not call.positions and (rows.pre * rows.post > 1 or rows.owners is not None) and batch > 1
+    if grouped:
+        input, delta = input.flatten(0, 1), delta.flatten(0, 1)
+        if rows.pre > 1 and rows.post > 1:
+            input, delta = input.flatten(0, 1), delta.flatten(0, 1)
+    found = []
+    for role, parameter in call.parameters.items():
+        value = entry.values.get(id(parameter))
+        if value is None:
+            continue
+        gradient = call.gradient(role, input, delta)
+        if grouped:
+            if isinstance(gradient, Tensor):
+                gradient = gradient.unflatten(0, (batch, -1)).sum(1)
+            else:
+                gradient = gradient.regrouped(batch)
+        found.append(Share(value, gradient))
+    return found
+
+
+def general(
+    entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
+) -> list[Share]:
+    sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
+    if batch > 1 and sliceable and not create_graph:
+        again = contextlib.nullcontext()
+        if entry.autocast:
+            again = torch.autocast(entry.autocast[0], dtype=entry.autocast[1])
+        with again:
+            found = _sliced(entry, deltas, rows, batch)
+        if found is not None:
+            return found
+    given = _given(entry)
+    outputs, cotangents = zip(*((o, d) for o, d in zip(entry.outputs, deltas, strict=True)), strict=True)
+    if batch == 1:
+        gradients = batched_grad(outputs, given, [c.unsqueeze(0) for c in cotangents], create_graph)
+    else:
+        gradients = _masked(outputs, given, cotangents, rows, batch, create_graph)
+    return [
+        Share(entry.values[id(x)], x.new_zeros(batch, *x.shape) if g is None else g)
+        for x, g in zip(given, gradients, strict=True)
+    ]
+
+
+def _given(entry: Entry) -> list[Tensor]:
+    """What stands for the values among the arguments, each once."""
+    leaves = pytree.tree_leaves((entry.args, entry.kwargs))
+    return list({id(x): x for x in leaves if isinstance(x, Tensor) and id(x) in entry.values}.values())
+
+
+def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) -> list[Tensor | None]:
+    """By the graph that the call has left, from cotangents that are zero but for one sample's rows."""
+    step = max(1, _MASKED_ELEMENTS // max(1, sum(c.numel() for c in cotangents) + sum(x.numel() for x in given)))
+    masks = [own_rows(c, r, batch) for c, r in zip(cotangents, rows, strict=True)]
+    parts = [
+        batched_grad(outputs, given, [mask[b : b + step] for mask in masks], create_graph)
+        for b in range(0, batch, step)
+    ]
+    return [None if parts[0][k] is None else torch.cat([part[k] for part in parts]) for k in range(len(given))]
+
+
+def batched_grad(
+    outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` for each of n cotangents [n, *output.shape] -> [n, *input.shape], the graph retained."""
+    if len(cotangents[0]) > 1 and not create_graph:
+        try:
+            found = torch.autograd.grad(
+                outputs, inputs, tuple(cotangents), retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+            return [None if g is None else g.to_dense() if g.is_sparse else g for g in found]
+        except (RuntimeError, NotImplementedError, ValueError):
+            pass  # torch cannot vectorise some node: one after the other
+    rows = [
+        torch.autograd.grad(outputs, inputs, [c[b] for c in cotangents], True, create_graph, allow_unused=True)
+        for b in range(len(cotangents[0]))
+    ]
+    dense = [[None if g is None else g.to_dense() if g.is_sparse else g for g in row] for row in rows]
+    stacked = []
+    for k, x in enumerate(inputs):
+        known = [row[k] for row in dense]
+        if all(g is None for g in known):
+            stacked.append(None)
+        else:
+            like = next(g for g in known if g is not None)
+            stacked.append(torch.stack([torch.zeros_like(like) if g is None else g for g in known]))
+    return stacked
+
+
+def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int) -> list[Share] | None:
+    """A vmapped vjp of the call over the samples' slices of its arguments; None where it is no function of these."""
+    leaves, structure = pytree.tree_flatten((entry.args, entry.kwargs))
+    first, out = rows[0], entry.outputs[0]
+    size = out.shape[first.dim]
+
+    def place(t: Tensor, left: bool) -> int | None:
+        dim = first.dim if left else first.dim - (out.ndim - t.ndim)
+        return dim if 0 <= dim < t.ndim and t.shape[dim] == size else None
+
+    places = [
+        [place(t, left) if isinstance(t, Tensor) else None for t in leaves] for left in (True, False)
+    ]
+    is_value = [isinstance(t, Tensor) and id(t) in entry.values for t in leaves]
+    tried = set()
+    for own_values in (False, True):
+        for dims in places:
+            chosen = tuple(d if own_values or not is_value[k] else None for k, d in enumerate(dims))
+            if chosen in tried or not any(d is not None for d in chosen):
+                continue
+            tried.add(chosen)
+            found = _vmapped(entry, leaves, structure, is_value, chosen, deltas, rows, batch)
+            if found is not None:
+                return found
+    return None
+
+
+def _vmapped(entry, leaves, structure, is_value, dims, deltas, rows, batch: int) -> list[Share] | None:
+    first = rows[0]
+
+    def cut(t: Tensor, dim: int) -> Tensor:
+        """[..., pre · B · post, ...] -> [B, ..., pre · post, ...]."""
+        return t.unflatten(dim, (first.pre, batch, first.post)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
+
+    slices = {k: cut(leaves[k].detach(), d) for k, d in enumerate(dims) if d is not None and not is_value[k]}
+    own = {k: cut(leaves[k].detach(), d) for k, d in enumerate(dims) if d is not None and is_value[k]}
+    whole = {k: leaves[k].detach() for k in range(len(leaves)) if is_value[k] and k not in own}
+    cotangents = [cut(d, r.dim) for d, r in zip(deltas, rows, strict=True)]
+    expected = [cut(o.detach(), r.dim) for o, r in zip(entry.outputs, rows, strict=True)]
+
+    def run(values: dict[int, Tensor], samples: dict[int, Tensor]) -> tuple[Tensor, ...]:
+        new = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+        for k, t in (*samples.items(), *values.items()):
+            new[k] = t
+        args, kwargs = pytree.tree_unflatten(new, structure)
+        result = entry.func(*args, **kwargs)
+        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+        return tuple(tensors[: len(entry.outputs)])
+
+    def one(own, samples, cotangent):
+        outputs, back = torch.func.vjp(lambda values: run(values, samples), whole | own)
+        return outputs, back(tuple(cotangent))[0]
+
+    try:
+        outputs, gradients = torch.func.vmap(one)(own, slices, cotangents)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
+        try:  # what torch cannot vectorise: the same, one sample after the other
+            parts = [
+                one({k: t[b] for k, t in own.items()}, {k: t[b] for k, t in slices.items()}, [c[b] for c in cotangents])
+                for b in range(batch)
+            ]
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
+            return None
+        outputs = tuple(torch.stack([part[0][k] for part in parts]) for k in range(len(entry.outputs)))
+        gradients = {k: torch.stack([part[1][k] for part in parts]) for k in parts[0][1]}
+    # The slices were taken by shape. That the call treats each sample by itself shows in what it gives.
+    if any(o.shape != e.shape or not _close(o, e) for o, e in zip(outputs, expected, strict=True)):
+        return None
+    found = []
+    for k, gradient in gradients.items():
+        value = entry.values[id(leaves[k])]
+        if k in own:
+            d = dims[k]
+            shape = leaves[k].shape
+            back = gradient.unflatten(d + 1, (first.pre, first.post)).movedim(0, d + 1).reshape(shape)
+            found.append(Share(value, back, first.at(d)))
+        else:
+            found.append(Share(value, gradient))
+    return found
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    """Whether each sample's rows are equal up to rounding, in proportion to its own largest number."""
+    if got.numel() == 0:
+        return True
+    got, expected = got.flatten(1), expected.flatten(1)
+    bound = expected.abs().nan_to_num(0, 0).amax(1, keepdim=True) * torch.finfo(expected.dtype).eps ** 0.5
+    return not ((got - expected).abs() > bound).any().item()
+
+
+# --- layers of the user's own ----------------------------------------------------------------------------------------
+
+LayerGradients = Callable[[nn.Module, Tensor, Tensor], "dict[str, GradFactors | Tensor]"]
+_registered: dict[type[nn.Module], LayerGradients] = {}
+
+
+def register_layer(*types: type[nn.Module]) -> Callable[[LayerGradients], LayerGradients]:
+    """Give a layer type of your own a faster rule: decorates ``(layer, input, delta) -> {parameter name: gradient}``.
+
+    Every layer is covered without it, by the general rule; a rule of your own may use what only you know of it.
+    ``input`` [B, ...] is the layer's first argument, ``delta`` [B, ...] the gradient of Σ_b loss_b with respect to its
+    output (one tensor). The gradient of each parameter, by its name in the layer, is a tensor [B, *parameter.shape] or
+    a `GradFactors`. The rule holds for the types themselves, not for those derived from them, and stands for all that
+    happens inside such a layer. Raises TypeError for what is no module type.
+
+    >>> import torch, gradext
+    >>> class Scale(torch.nn.Module):
+    ...     def __init__(self, features):
+    ...         super().__init__()
+    ...         self.scale = torch.nn.Parameter(torch.ones(features))
+    ...     def forward(self, x):
+    ...         return x * self.scale
+    >>> @gradext.register_layer(Scale)
+    ... def scale_gradients(layer, input, delta):
+    ...     return {"scale": input * delta}
+    >>> model = torch.nn.Sequential(Scale(6), torch.nn.Linear(6, 6, bias=False))
+    >>> {name: tuple(g.shape) for name, g in gradext.batch_layer_grads(model, torch.rand(5, 6)).items()}
+    {'0.scale': (5, 6), '1.weight': (5, 6, 6)}
+    """
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"register_layer: expected types derived from torch.nn.Module, but got {kind!r}")
+
+    def register(gradients: LayerGradients) -> LayerGradients:
+        _registered.update(dict.fromkeys(types, gradients))
+        return gradients
+
+    return register
+
+
+def registered(module: nn.Module) -> LayerGradients | None:
+    return _registered.get(type(module))
+
+
+def registered_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The outermost modules with a rule of their user's own, by name."""
+    if not _registered:
+        return []
+    inside: set[int] = set()
+    found = []
+    for name, module in model.named_modules():
+        if id(module) not in inside and registered(module):
+            inside.update(map(id, module.modules()))
+            found.append((name, module))
+    return found
+
+
+def registered_call(name: str, module: nn.Module, input: Tensor, given: dict[str, Tensor]) -> Call:
+    """``given``: by their names in the module, what stands for its parameters."""
+    rule = _registered[type(module)]
+    shapes = {role: tuple(p.shape) for role, p in given.items()}
+    found: dict[int, dict] = {}
+
+    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+        gradients = found.get(id(delta))
+        if gradients is None:
+            gradients = found[id(delta)] = rule(module, input, delta)
+        result = gradients.get(role) if isinstance(gradients, dict) else None
+        shape, came = (delta.shape[0], *shapes[role]), None
+        if isinstance(result, GradFactors):
+            came = (len(result), *(result.weight_shape or result.shape[1:]))
+        elif isinstance(result, Tensor):
+            came = tuple(result.shape)
+        if came != shape or result is None:
+            raise ValueError(
+                f"layer {name!r}: expected the rule registered for {type(module).__name__} to give the gradient of "
+                f"{role!r} as a tensor or GradFactors of shape {shape}, but got {came or type(gradients).__name__}"
+            )
+        return result
+
+    return Call("registered", input, given, 1, gradient, positions=False)

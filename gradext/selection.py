@@ -1,0 +1,199 @@
+"""Which parameters are meant by ``layers=`` and ``exclude=``, by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CaptureError, UnsupportedLayerError
+
+LayerChoice = None | str | type | nn.Module | Tensor | Callable[[str, Tensor], bool] | Iterable[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The parameters of a model that were chosen, and of the others why not."""
+
+    chosen: dict[str, nn.Parameter]
+    others: dict[str, nn.Parameter]
+    left_out: dict[str, str]  # name -> reason
+
+
+@dataclass
+class Coverage:
+    """What a result holds and what not.
+
+    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a sample"``,
+    ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it is not there.
+    """
+
+    rules: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        for what, found in (("covered", self.rules), ("left out", self.left_out)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in found.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, names in reasons.items():
+                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                lines.append(f"{what} ({reason}): {shown}")
+        return "\n".join(lines) or "no parameters"
+
+
+def select(model: nn.Module, layers: LayerChoice = None, exclude: LayerChoice = None) -> Selection:
+    """Resolve ``layers=`` and ``exclude=``.
+
+    Raises ValueError for names that the model does not have (all of them at once), UnsupportedLayerError for chosen
+    parameters without a gradient.
+    """
+    named = dict(model.named_parameters())
+    if not named:
+        raise CaptureError(f"model: expected a module with parameters, but {type(model).__name__} has none")
+    reasons = {name: reason for name, p in named.items() if (reason := _without_gradient(p))}
+    frozen = {name for name, p in named.items() if name not in reasons and not p.requires_grad}
+    able = [name for name in named if name not in reasons]
+    if layers is None or (isinstance(layers, str) and layers == "trainable"):
+        wanted = {name for name in able if name not in frozen}
+        if layers is None and not wanted:
+            wanted = set(able)
+    else:
+        wanted = _matching(model, named, layers, "layers")
+        refused = {name: reasons[name] for name in named if name in wanted & reasons.keys()}
+        if refused and not wanted - refused.keys():
+            raise UnsupportedLayerError(
+                "layers: expected parameters that have a gradient, but "
+                + "; ".join(f"{name} is {reason}" for name, reason in refused.items())
+            )
+    unwanted = set() if exclude is None else _matching(model, named, exclude, "exclude")
+    chosen = {name: p for name, p in named.items() if name in wanted - unwanted and name not in reasons}
+    if not chosen:
+        raise ValueError(
+            f"layers: expected at least one parameter, but layers={_shown(layers)} and exclude={_shown(exclude)} leave "
+            "none" + (f"; all are {', '.join(sorted(set(reasons.values())))}" if len(reasons) == len(named) else "")
+        )
+    left_out = dict(reasons)
+    for name in able:
+        if name not in chosen:
+            if name in unwanted:
+                left_out[name] = "excluded"
+            else:
+                left_out[name] = "frozen" if name in frozen and layers is None else "not in layers="
+    sharded = [name for name, p in chosen.items() if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor")]
+    if sharded:
+        raise UnsupportedLayerError(
+            f"{', '.join(sharded)}: expected whole parameters, but these are sharded (DTensor, FSDP2): their gradients "
+            "are exchanged between processes; gather them (full_tensor, FSDP.summon_full_params), or use DDP"
+        )
+    inference = [name for name, p in chosen.items() if p.is_inference()]
+    if inference:
+        raise RuntimeError(
+            f"{', '.join(inference)}: expected parameters that autograd can use, but they were made under "
+            "torch.inference_mode(); make the model outside of it, or replace them by their .clone()"
+        )
+    return Selection(chosen, {name: p for name, p in named.items() if name not in chosen}, left_out)
+
+
+def _without_gradient(parameter: Tensor) -> str | None:
+    """Why a parameter has no gradient, or None."""
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        raise CaptureError(
+            "model: expected initialised parameters, but a lazy module has not run yet; call the model once, under "
+            "torch.no_grad(), before asking for gradients"
+        )
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return f"of type {parameter.dtype}, which has no gradient"
+    kind = type(parameter)
+    wraps = getattr(kind, "__tensor_flatten__", None)
+    if wraps is not None and kind.__name__ != "DTensor" and not parameter.requires_grad:
+        return f"quantised or wrapped ({kind.__name__})"
+    inner = getattr(parameter, "data", parameter)
+    if getattr(type(inner), "__tensor_flatten__", None) is not None and type(inner).__name__ != "DTensor":
+        return f"quantised or wrapped ({type(inner).__name__})"
+    return None
+
+
+def _shown(choice: object) -> str:
+    text = repr(choice)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _matching(model: nn.Module, named: Mapping[str, Tensor], choice: Any, argument: str) -> set[str]:
+    """The names of the parameters that ``choice`` means; raises for all that mean none."""
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in named.items()}  # a tied parameter goes by its first name
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: set[str] = set()
+    unknown: list[str] = []
+    items = choice if isinstance(choice, (list, tuple, set, frozenset)) else [choice]
+    for item in items:
+        names = _names(item, named, everything, modules)
+        if names is None:
+            unknown.append(_unknown(item, everything, modules))
+        else:
+            found |= {first[id(everything[name])] for name in names}
+    if unknown:
+        raise ValueError(f"{argument}: " + "; ".join(unknown))
+    return found
+
+
+def _names(item: Any, named, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> list[str] | None:
+    """The names in ``everything`` that one item means, None for nothing."""
+    if isinstance(item, Tensor):
+        return [name for name, p in everything.items() if p is item] or None
+    if isinstance(item, nn.Module):
+        own = {id(p) for p in item.parameters()}
+        return [name for name, p in everything.items() if id(p) in own] or None
+    if isinstance(item, type):
+        if not issubclass(item, nn.Module):
+            raise TypeError(f"layers: expected a module type, but got {item.__name__}")
+        own = {id(p) for m in modules.values() if isinstance(m, item) for p in m.parameters()}
+        return [name for name, p in everything.items() if id(p) in own] or None
+    if isinstance(item, str):
+        if item == "trainable":
+            return [name for name, p in everything.items() if p.requires_grad] or None
+        if item in everything:
+            return [item]
+        if item in modules:
+            start = f"{item}." if item else ""
+            return [name for name in everything if name.startswith(start)] or None
+        if any(sign in item for sign in "*?["):
+            matched = [name for name in everything if fnmatch.fnmatchcase(name, item)]
+            prefixes = tuple(f"{name}." for name in modules if name and fnmatch.fnmatchcase(name, item))
+            matched += [name for name in everything if prefixes and name.startswith(prefixes)]
+            return matched or None
+        return None
+    if callable(item):
+        return [name for name, p in named.items() if item(name, p)] or None
+    raise TypeError(
+        "layers: expected parameter or module names, patterns, modules, parameters, module types, 'trainable' or a "
+        f"predicate (name, parameter), but got {type(item).__name__}"
+    )
+
+
+def _unknown(item: Any, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> str:
+    if isinstance(item, str):
+        if item in modules:
+            return f"the module {item!r} ({type(modules[item]).__name__}) has no parameters"
+        names = [*everything, *(name for name in modules if name)]
+        near = difflib.get_close_matches(item, names, n=3, cutoff=0.4)
+        near += [n for n in names if item and (n.endswith(f".{item}") or f".{item}." in n)][: 3 - len(near)]
+        pattern = f"; a pattern such as '*.{item}' means all of that name" if any(f".{item}" in n for n in names) else ""
+        return (
+            f"the model has no parameter, module or match of {item!r}; nearest names: "
+            f"{', '.join(dict.fromkeys(near or names[:4]))}{pattern}"
+        )
+    if isinstance(item, Tensor):
+        return f"the tensor of shape {tuple(item.shape)} is not a parameter of the model"
+    if isinstance(item, nn.Module):
+        return f"the module {type(item).__name__} is not part of the model, or has no parameters"
+    if isinstance(item, type):
+        return f"the model has no {item.__name__} with parameters"
+    return f"the predicate {getattr(item, '__name__', item)!r} matches no parameter"

@@ -1,0 +1,1065 @@
+"""`watch`: per-sample gradients of every parameter, from the user's own forward and one partial backward.
+
+A `TorchFunctionMode` sees every torch function and tells three kinds of tensors apart: parameters and *values* of
+parameters alone (``W.t()``, ``1 + w``, ``W + B @ A``, ``table[index]``), samples, and constants. A function of values
+and constants gives a new value, which stays attached to the parameters. A call where a value meets samples is an
+*entry*: it is given the value detached, so that no gradient of weights is computed, and its output's gradient, the
+delta, is taken from one backward of the losses. `rules` turns an entry into per-sample gradients of its values, and a
+batched vjp carries these back to the parameters.
+
+What the mode does not see (custom autograd functions, scripted code) leaves a path in the graph from the losses to the
+parameter itself. Its share is ∂ losses[b] along that path: one backward of the same graph a sample. Nothing is ever run
+again with other inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import rows as row_rules
+from . import rules
+from .errors import CaptureError, UnsupportedLayerError
+from .factors import GradFactors, LayerFactors, LayerGrads
+from .losses import Root
+from .rows import Rows, Shared, Structure, Unproved
+from .rules import Entry, Share
+from .selection import Coverage, LayerChoice, Selection, select
+
+# Functions of torch's that are written in Python and call others with parameters: each of these is seen by itself.
+_COMPOSED = {F.multi_head_attention_forward}
+# Functions whose result never depends on a parameter differentiably, or that are meant for the parameter itself: the
+# most frequent, passed on at once.
+_PASSED = {
+    *(getattr(Tensor, name).__get__ for name in ("data", "device", "dtype", "grad", "is_cuda", "is_leaf", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("is_nested", "ndim", "requires_grad", "shape", "grad_fn", "_base")),
+    *(Tensor.__len__, Tensor.dim, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
+    *(Tensor.size, Tensor.stride, torch.is_floating_point, torch.is_tensor, torch.numel, Tensor.__hash__),
+    *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
+    *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
+}
+_TRANSPOSES = {"t", "T", "mT", "transpose", "swapaxes", "adjoint", "__get__"}
+_CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
+_SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
+
+_locks = WeakIdKeyDictionary()
+_locks_guard = threading.Lock()
+_tokens = iter(range(1, 1 << 62))
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """Calls on one model take turns: its parameters' flags and buffers are changed for their time."""
+    with _locks_guard:
+        return _locks.setdefault(model, threading.RLock())
+
+
+@dataclass(eq=False)
+class _Value:
+    """A parameter, or a value of parameters alone."""
+
+    tensor: Tensor  # held, so that no other tensor gets its id
+    names: frozenset[str]  # the chosen parameters that it depends on; none for a parameter that was not chosen
+    maker: Entry | None = None
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, selection: Selection, attached: bool, train: bool, owned: Callable[[], set[int]]) -> None:
+        super().__init__()
+        self.attached = attached  # values stay in the graph: for training, or for derivatives of the deltas
+        self.train = train
+        self.values: dict[int, _Value] = {
+            id(p): _Value(p, frozenset([name])) for name, p in selection.chosen.items()
+        }
+        if not train:
+            self.values |= {id(p): _Value(p, frozenset()) for p in selection.others.values()}
+        self.entries: list[Entry] = []
+        self.ends: set[Node] = set()  # where values are attached: the graph of the parameters begins
+        self.token = next(_tokens)  # on tensors that depend on samples; its negative on constants made meanwhile
+        self.owned = owned
+        self.told = False  # whether the inputs were marked
+        self.replay = False  # in a backward that runs a checkpointed forward again
+        self.opaque = 0  # depth of layers with a rule of their user's own
+        self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
+        self.handles = 0  # of hooks of its own
+        self.captured: dict[tuple[Node, int], Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _PASSED or not torch.is_grad_enabled() or _inside_transform():
+            return func(*args, **kwargs)
+        if func in _COMPOSED:
+            return self._look_inside(func, args, kwargs)
+        values: list[_Value] = []
+        others: list[Tensor] = []
+        self._scan(args, values, others)
+        if kwargs:
+            self._scan(kwargs.values(), values, others)
+        if not values:
+            result = func(*args, **kwargs)
+            self._mark(result, others, args)
+            if self.train:
+                self._note_losses(result)
+            return result
+        chosen = any(value.names for value in values)
+        if not chosen or self.opaque:
+            result = self._call(func, args, kwargs, {}, detach=not self.opaque)
+            if self.opaque:
+                return result
+            self._mark(result, others, args)
+            return result
+        if any(map(self._is_sample, others)):
+            return self._enter(func, args, kwargs)
+        return self._derive(func, args, kwargs, values)
+
+    # --- telling tensors apart ----------------------------------------------------------------------------------------
+
+    def _scan(self, items, values: list[_Value], others: list[Tensor]) -> None:
+        for item in items:
+            if isinstance(item, Tensor):
+                value = self.values.get(id(item))
+                if value is None:
+                    others.append(item)
+                else:
+                    values.append(value)
+            elif type(item) in (list, tuple):
+                self._scan(item, values, others)
+            elif type(item) is dict:
+                self._scan(item.values(), values, others)
+
+    def _is_sample(self, tensor: Tensor) -> bool:
+        if tensor.requires_grad:
+            return True
+        mark = getattr(tensor, "_gradext_mark", None)
+        if mark == self.token:
+            return True
+        if mark == -self.token or self.told:
+            return False
+        return id(tensor) not in self.owned()  # from outside: the caller's, unless the model holds it
+
+    def _mark(self, result, others: Iterable[Tensor], args: tuple) -> None:
+        """Remember of a result without a gradient whether it depends on samples."""
+        results = result if type(result) in (list, tuple) else (result,)
+        plain = [t for t in results if isinstance(t, Tensor) and not t.requires_grad]
+        if not plain and result is not None:
+            return
+        mark = self.token if any(map(self._is_sample, others)) else -self.token
+        for tensor in plain:
+            # Results that are arguments (in place) may come from outside.
+            if mark == self.token or not hasattr(tensor, "_gradext_mark"):
+                with contextlib.suppress(AttributeError, RuntimeError):
+                    tensor._gradext_mark = mark
+        if result is None and mark == self.token and args and isinstance(args[0], Tensor):  # __setitem__
+            args[0]._gradext_mark = mark
+
+    def mark_inputs(self, tensors: Iterable[Tensor]) -> None:
+        self.told = True
+        for tensor in tensors:
+            if id(tensor) not in self.values:
+                tensor._gradext_mark = self.token
+
+    # --- calls with values --------------------------------------------------------------------------------------------
+
+    def _call(self, func, args, kwargs, stand_ins: dict[int, Tensor], detach: bool = True):
+        """``func`` with ``stand_ins`` in place of the values, and parameters that were not chosen detached."""
+        with_stand_ins = functools.partial(self._replaced, stand_ins=stand_ins, detach=detach)
+        return func(*with_stand_ins(args), **(dict(zip(kwargs, with_stand_ins(list(kwargs.values())))) if kwargs else {}))
+
+    def _replaced(self, items, stand_ins: dict[int, Tensor], detach: bool):
+        changed = None
+        for k, item in enumerate(items):
+            if type(item) in (list, tuple):
+                new = self._replaced(item, stand_ins, detach)
+            elif isinstance(item, Tensor):
+                new = stand_ins.get(id(item), item)
+                if new is item and detach and item.requires_grad:
+                    value = self.values.get(id(item))
+                    if value is not None and not value.names:
+                        new = item.detach()
+            else:
+                continue
+            if new is not item:
+                changed = list(items) if changed is None else changed
+                changed[k] = new
+        return items if changed is None else type(items)(changed)
+
+    def _derive(self, func, args, kwargs, values: list[_Value]):
+        """A function of values and constants gives a value."""
+        result = self._call(func, args, kwargs, {})
+        results = result if type(result) in (list, tuple) else (result,)
+        if isinstance(result, tuple) and type(result) is not tuple:  # a named one
+            results = tuple(result)
+        if result is None and args and isinstance(args[0], Tensor):  # __setitem__
+            results = (args[0],)
+        made = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+        if not made:
+            self._mark(result, (), args)
+            return result
+        names = frozenset().union(*(value.names for value in values))
+        own = {id(v.tensor): v.tensor for v in values if v.names}
+        maker = Entry(func, args, kwargs, own, made, [])
+        for tensor in made:
+            if id(tensor) in self.values and tensor.is_leaf:
+                continue  # the parameter itself: an assignment to it
+            former = self.values.get(id(tensor))
+            changed = former is not None or maker.in_place  # in place: its own history says how it was made
+            self.values[id(tensor)] = _Value(tensor, names, None if changed else maker)
+        return result
+
+    def _enter(self, func, args, kwargs):
+        """An entry: values meet samples."""
+        stand_ins: dict[int, Tensor] = {}
+        entry_values: dict[int, Tensor] = {}
+        self._stand_in(args, stand_ins, entry_values)
+        if kwargs:
+            self._stand_in(kwargs.values(), stand_ins, entry_values)
+        args = self._replaced(args, stand_ins, True)
+        kwargs = dict(zip(kwargs, self._replaced(list(kwargs.values()), stand_ins, True))) if kwargs else kwargs
+        result = func(*args, **kwargs)
+        outputs = self._with_gradient(result if result is not None else args[0])
+        if not outputs or self.replay:
+            if not outputs:
+                self._mark(result, [t for t in args if isinstance(t, Tensor)], args)
+            return result
+        versions = [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in entry_values]
+        entry = Entry(func, args, kwargs, entry_values, outputs, [_edge_of(t) for t in outputs], versions)
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                entry.autocast = (kind, torch.get_autocast_dtype(kind))
+        if entry.in_place:
+            entry.versions = []
+        self._record(entry)
+        if self.train:
+            self._note_losses(result)
+        return result
+
+    def _record(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        if self.train:
+            for edge in entry.edges:
+                self._capture(edge)
+
+    def _capture(self, edge: GradientEdge) -> None:
+        def keep(grads, key=(edge.node, edge.output_nr)):
+            if grads[key[1]] is not None:
+                self.captured[key] = grads[key[1]].detach()
+
+        edge.node.register_prehook(keep)
+        self.handles += 1
+
+    def _note_losses(self, result) -> None:
+        if isinstance(result, Tensor) and result.ndim == 1 and result.requires_grad and not self.replay:
+            self.one_dimensional.append(result)
+            self._capture(get_gradient_edge(result))
+
+    def _stand_in(self, items, stand_ins: dict[int, Tensor], entry_values: dict[int, Tensor]) -> None:
+        for item in items:
+            if type(item) in (list, tuple):
+                self._stand_in(item, stand_ins, entry_values)
+            elif isinstance(item, Tensor) and id(item) not in stand_ins:
+                value = self.values.get(id(item))
+                if value is not None and value.names:
+                    new = self.stand_in(item)
+                    stand_ins[id(item)] = new
+                    entry_values[id(new)] = item
+
+    def stand_in(self, value: Tensor) -> Tensor:
+        """What one call gets in place of a value."""
+        if not self.attached:
+            return value.detach().requires_grad_()
+        new = value.view_as(value)
+        self.ends.add(new.grad_fn)
+        return new
+
+    def _with_gradient(self, result) -> list[Tensor]:
+        if isinstance(result, Tensor):
+            return [result] if result.requires_grad else []
+        if isinstance(result, (list, tuple)):
+            return [t for part in result for t in self._with_gradient(part)]
+        return []
+
+    def _look_inside(self, func, args, kwargs):
+        """Run a function of torch's that is written in Python so that the calls it makes are seen one by one."""
+        # Its own first step would ask the modes, this one among them, to take over the whole of it again.
+        names = {**func.__globals__, "has_torch_function": lambda arguments: False}
+        inside = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        inside.__kwdefaults__ = func.__kwdefaults__
+        with self:
+            return inside(*args, **kwargs)
+
+
+def _edge_of(output: Tensor) -> GradientEdge:
+    # An in-place activation on a view rewrites the history of the view, but not that of its base.
+    base = output._base
+    if base is not None and base.numel() == output.numel() and base.requires_grad:
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
+
+
+def _inside_transform() -> bool:
+    # Torch has no public way to ask; both names are the same in every version that the package supports.
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextlib.contextmanager
+def requiring_grad(parameters: Iterable[Tensor]):
+    """The parameters require grad: a use that the mode misses leaves a trace. Restores the flags on exit."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+class watch:
+    """Per-sample gradients of whatever runs inside: ``with gradext.watch(model) as watch: losses = ...``.
+
+    Any forward, any loss, any inputs: the user's own code. Then `factors` and `grads` give, for each parameter, row b as
+    ∂ losses[b] / ∂ parameter of this very run, with its dropout, its routing and its constants. B is the length of the
+    losses, in whatever dimension the model has its samples.
+
+    Args:
+        model: the module whose parameters are meant; it may be called, or parts of it, any number of times.
+        layers, exclude: which parameters, see `gradext.batch_layer_grads`.
+        train: watch a training step: the losses keep their graph to the parameters, and after the user's own
+            ``losses.mean().backward()`` ``watch.factors()`` gives the factors of that very backward, for each sample's
+            own loss, without a second forward or backward. Samples whose loss had weight 0 in it come out as NaN.
+        fallback: None: uses of parameters that cannot be seen are added by one backward a sample, with one warning;
+            ``"error"`` raises instead.
+        mixing: ``"error"`` refuses samples whose losses depend on other samples' rows beyond constants; ``"allow"``
+            gives their exact gradients, by one backward a sample.
+        segments: for ragged rows, the sample of each row: integers [N] in 0..B-1.
+        inputs: the tensors that hold samples (nested); by default all that come from outside of the model.
+        create_graph: results can be differentiated with respect to the parameters.
+
+    Raises:
+        CaptureError: samples that mix, an input overwritten in place, a reentrant checkpoint.
+        UnsupportedLayerError: with ``fallback="error"``, a use of a parameter that cannot be seen.
+
+    >>> import torch, gradext
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    >>> x, y = torch.rand(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    >>> with gradext.watch(model, train=True) as watch:
+    ...     losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    >>> losses.mean().backward()
+    >>> watch.factors().norm().shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerChoice = None,
+        exclude: LayerChoice = None,
+        train: bool = False,
+        fallback: str | None = None,
+        mixing: str = "error",
+        segments: Tensor | None = None,
+        inputs: Any = None,
+        create_graph: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
+        if fallback not in (None, "error"):
+            raise ValueError(f"fallback: expected None or 'error', but got {fallback!r}")
+        if mixing not in ("error", "allow"):
+            raise ValueError(f"mixing: expected 'error' or 'allow', but got {mixing!r}")
+        if segments is not None and (
+            not isinstance(segments, Tensor) or segments.ndim != 1 or segments.is_floating_point()
+        ):
+            raise ValueError(
+                "segments: expected the sample of each row, a one-dimensional tensor of integers, but got "
+                + (f"shape {tuple(segments.shape)}, {segments.dtype}" if isinstance(segments, Tensor) else repr(segments))
+            )
+        if train and create_graph:
+            raise ValueError("create_graph: expected False with train=True; use watch(model, create_graph=True)")
+        self._model, self._train, self._create_graph = model, train, create_graph
+        self._fallback, self._mixing, self._segments, self._inputs = fallback, mixing, segments, inputs
+        self._selection = select(model, layers, exclude)
+        self._mode: _Mode | None = None
+        self._context: contextlib.ExitStack | None = None
+        self._hooked = False
+        self._retain = True  # the graph of the losses, for further calls
+        self.coverage = Coverage(left_out=dict(self._selection.left_out))
+
+    # --- watching -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> watch:
+        if self._context is not None:
+            raise RuntimeError("watch: expected to be entered once at a time; make another one for another block")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_of(self._model))
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(requiring_grad(self._selection.chosen.values()))
+            self._mode = _Mode(
+                self._selection, self._train or self._create_graph, self._train, _Owned(self._model).__call__
+            )
+            if self._inputs is not None:
+                self._mode.mark_inputs(_tensors_of(self._inputs))
+            self._watch_registered(stack)
+            self._handles = RemovableHandle.next_id
+            stack.enter_context(self._mode)
+            self._context = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        context, self._context = self._context, None
+        if context is None:
+            return
+        assert self._mode is not None
+        self._hooked = RemovableHandle.next_id - self._mode.handles != self._handles
+        context.__exit__(*error)
+
+    def _watch_registered(self, stack: contextlib.ExitStack) -> None:
+        """Record layers that have a rule of their user's own as wholes."""
+        mode, thread = self._mode, threading.get_ident()
+        for name, module in rules.registered_modules(self._model):
+            own = {role: p for role, p in module.named_parameters() if self._is_chosen(p)}
+            if not own:
+                continue
+            former: list[tuple] = []
+
+            def before(module, args, kwargs, own=own, former=former):
+                if threading.get_ident() != thread or not torch.is_grad_enabled():
+                    return
+                mode.opaque += 1
+                if mode.opaque == 1:
+                    given = {role: mode.stand_in(p) for role, p in own.items()}
+                    versions = [(t, t._version) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+                    former.append((given, versions, _exchange(module, given)))
+
+            def after(module, args, kwargs, output, name=name, own=own, former=former):
+                if threading.get_ident() != thread or not torch.is_grad_enabled():
+                    return
+                mode.opaque -= 1
+                if mode.opaque:
+                    return
+                given, versions, old = former.pop()
+                _exchange(module, old)
+                inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+                if not inputs or output is None or mode.replay:  # None where the forward has failed
+                    return
+                if not isinstance(output, Tensor) or not output.requires_grad:
+                    raise CaptureError(
+                        f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters "
+                        f"from a layer with a rule of its own, but it returned {type(output).__name__}"
+                    )
+                call = rules.registered_call(name, module, inputs[0], given)
+                values = {id(t): own[role] for role, t in given.items()}
+                mode._record(
+                    Entry(_no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)], versions, call=call)
+                )
+
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+
+    def _is_chosen(self, parameter: Tensor) -> bool:
+        return any(parameter is p for p in self._selection.chosen.values())
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def factors(self, losses: Tensor | None = None) -> LayerFactors:
+        """The gradients of every chosen parameter in factored form, by the parameter's name.
+
+        losses [B]: each sample's own loss, from inside the block. After a training step's backward they may be left
+        out: the last one-dimensional result of the block is taken.
+        """
+        found = self._gradients_of(losses)
+        result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
+        result.coverage = self.coverage
+        return result
+
+    def grads(self, losses: Tensor | None = None) -> LayerGrads:
+        """The gradients themselves, {parameter name: [B, *parameter.shape]}."""
+        found = self._gradients_of(losses)
+        result = LayerGrads(
+            (name, gradient if isinstance(gradient, Tensor) else gradient.materialize(dtype=self._dtype(name)))
+            for name, gradient in found.items()
+        )
+        result.coverage = self.coverage
+        return result
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._selection.chosen[name].dtype
+
+    def _gradients_of(self, losses: Tensor | None) -> dict[str, GradFactors | Tensor]:
+        mode = self._mode
+        if mode is None or self._context is not None:
+            raise RuntimeError("watch: expected the block to have ended; ask for gradients after it")
+        if losses is None:
+            if not self._train:
+                raise ValueError("losses: expected the losses [B]; only with train=True they may be left out")
+            if not mode.one_dimensional:
+                raise ValueError(
+                    "losses: expected one loss for each sample, [B], from inside the block, but nothing there gave a "
+                    "one-dimensional tensor; use reduction='none', and pass the losses to watch.factors"
+                )
+            losses = mode.one_dimensional[-1]
+        if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point():
+            came = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"losses: expected a floating-point tensor of shape (B,), one value for each sample, but got {came}; use "
+                "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
+            )
+        edge = get_gradient_edge(losses) if losses.requires_grad else None
+        root = Root(edge, torch.ones_like(losses, requires_grad=False))
+        weights = None if edge is None else mode.captured.get((edge.node, edge.output_nr))
+        return self.gradients(root, weights)
+
+    def gradients(self, root: Root, weights: Tensor | None = None) -> dict[str, GradFactors | Tensor]:
+        """From where the backward begins; ``weights`` [B] are those of a backward that has run, by `train`."""
+        assert self._mode is not None
+        with torch.inference_mode(False), torch.enable_grad(), requiring_grad(self._selection.chosen.values()):
+            return _Backward(self, self._mode, root, weights).run()
+
+
+def _no_function(*args, **kwargs):
+    raise TypeError("a layer with a rule of its user's own is no function")
+
+
+def _exchange(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put tensors in place of parameters, by their names in the module; returns what was there."""
+    former = {}
+    for role, tensor in tensors.items():
+        owner, _, name = role.rpartition(".")
+        parameters = module.get_submodule(owner)._parameters
+        former[role] = parameters[name]
+        parameters[name] = tensor
+    return former
+
+
+class _Owned:
+    """The ids of tensors that the model holds: buffers, and plain attributes; found when first asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.ids = model, None
+
+    def __call__(self) -> set[int]:
+        if self.ids is None:
+            self.ids = set()
+            for module in self.model.modules():
+                self.ids.update(id(b) for b in module._buffers.values())
+                self.ids.update(id(v) for v in module.__dict__.values() if isinstance(v, Tensor))
+        return self.ids
+
+
+def _tensors_of(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if hasattr(value, "values") else value if isinstance(value, (list, tuple, set)) else ()
+    return [t for item in items for t in _tensors_of(item)]
+
+
+def _as_factors(gradient: GradFactors | Tensor) -> GradFactors:
+    return GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
+
+
+# --- the partial backward ---------------------------------------------------------------------------------------------
+
+
+class _Backward:
+    """From the losses and the entries of a run to the gradients of the parameters."""
+
+    def __init__(self, watched: watch, mode: _Mode, root: Root, weights: Tensor | None) -> None:
+        self.watched, self.mode, self.root, self.weights = watched, mode, root, weights
+        self.batch = root.gradient.shape[0]
+        self.selection, self.coverage = watched._selection, watched.coverage
+        self.shares: dict[int, list[Share]] = {}  # by id of the value
+        self.rules: dict[str, list[str]] = {}  # by parameter
+        self.trained = weights is not None
+        self.ids = {id(p): name for name, p in self.selection.chosen.items()}
+
+    def run(self) -> dict[str, GradFactors | Tensor]:
+        structure = self._structure() if self.batch else Structure(0)
+        if any(kind == "CheckpointFunctionBackward" for kind in structure.kinds):
+            raise CaptureError(
+                "the model uses reentrant checkpoints, which hide their graph, so that parameters in them cannot be "
+                "seen; pass use_reentrant=False to torch.utils.checkpoint (gradient_checkpointing_kwargs="
+                "{'use_reentrant': False} in transformers)"
+            )
+        live = [entry for entry in self.mode.entries if any(structure.of(edge) is not None for edge in entry.edges)]
+        unseen = [name for i, name in self.ids.items() if i in structure.leaves]
+        work = [_Live.of(entry, structure) for entry in live]
+        self._segments(work)
+        self._deltas(work, unseen)
+        lost = self._proved(work, structure.dtypes)
+        watched_graph = self.watched._create_graph
+        for item in work:
+            if item not in lost:
+                rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, watched_graph)
+                self._take(rule, found)
+        if lost or unseen:
+            self._by_backwards(lost, unseen)
+        return self._to_parameters()
+
+    def _structure(self) -> Structure:
+        capturing = self.root.gradient.is_cuda and torch.cuda.is_current_stream_capturing()
+        found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=not capturing)
+        if not all(row_rules.verdicts(found.checks)):
+            found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)
+        return found
+
+    def _segments(self, work: list[_Live]) -> None:
+        segments = self.watched._segments
+        if segments is None:
+            return
+        if len(segments) and not (0 <= int(segments.min()) and int(segments.max()) < self.batch):
+            raise ValueError(
+                f"segments: expected samples in 0..{self.batch - 1}, as there are {self.batch} losses, but they span "
+                f"{int(segments.min())}..{int(segments.max())}"
+            )
+        for item in work:
+            for k, output in enumerate(item.outputs):
+                dims = [d for d, size in enumerate(output.shape) if size == len(segments)]
+                if dims and not isinstance(item.states[k], Rows):
+                    rows = Rows(dims[0], owners=segments.to(output.device).long())
+                    item.states[k] = Unproved("segments", rows)
+
+    def _deltas(self, work: list[_Live], unseen: list[str]) -> None:
+        edges = [edge for item in work for edge in item.edges]
+        if not edges:
+            return
+        if self.trained:
+            found = [self.mode.captured.get((edge.node, edge.output_nr)) for edge in edges]
+        else:
+            plain = all(all(isinstance(s, Rows) for s in item.states) for item in work)
+            simple = plain and all(rules.bind(item.entry) is not None for item in work)
+            keep = self.watched._retain or not simple or bool(unseen) or self._must_prove() or self.watched._create_graph
+            found = self._backward(edges, self.root.gradient, keep, create_graph=self.watched._create_graph)
+        position = 0
+        for item in work:
+            part = found[position : position + len(item.edges)]
+            position += len(item.edges)
+            item.deltas = [
+                o.new_zeros(o.shape) if delta is None else delta.reshape(o.shape)
+                for o, delta in zip(item.outputs, part, strict=True)
+            ]
+
+    def _backward(self, edges, gradient: Tensor, retain: bool, create_graph: bool = False) -> list[Tensor | None]:
+        """The gradients at edges; a checkpointed forward that runs again meets the same stand-ins."""
+        mode = self.mode
+        mode.replay = True
+        try:
+            with _after_hooks(edges if self.watched._hooked else []) as hooked, mode:
+                found = torch.autograd.grad(
+                    (self.root.edge,), edges, (gradient,), retain, create_graph, allow_unused=True
+                )
+        finally:
+            mode.replay = False
+        return [hooked.get(k, delta) for k, delta in enumerate(found)]
+
+    def _must_prove(self) -> bool:
+        return self.watched._hooked and self.batch > 1
+
+    def _proved(self, work: list[_Live], dtypes: set[torch.dtype]) -> list[_Live]:
+        """Settle which rows are whose. Returns the entries of which this cannot be told."""
+        if self.batch <= 1:
+            for item in work:
+                item.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in item.outputs]
+            return []
+        doubtful = [
+            item
+            for item in work
+            if self._must_prove() or any(isinstance(state, Unproved) for state in item.states)
+        ]
+        lost = [item for item in work if any(isinstance(state, Shared) for state in item.states)]
+        doubtful = [item for item in doubtful if item not in lost]
+        for item in work:
+            if item not in lost and item not in doubtful:
+                item.rows = list(item.states)
+        if doubtful and self.trained:
+            raise CaptureError(
+                f"{doubtful[0]}: the graph does not tell which rows are whose (at {doubtful[0].reason()}), which takes a "
+                "second backward to prove; call watch.factors(losses) before the training step's backward"
+            )
+        if doubtful:
+            lost += self._by_weights(doubtful, dtypes)
+        if self.trained:
+            self._undo_weights(work, lost)
+        return lost
+
+    def _undo_weights(self, work: list[_Live], lost: list[_Live]) -> None:
+        assert self.weights is not None
+        if lost:
+            raise CaptureError(
+                f"{lost[0]}: its gradient takes one backward a sample; call watch.factors(losses) before the training "
+                "step's backward"
+            )
+        scale = self.weights.reciprocal()
+        for item in work:
+            for k, (delta, rows) in enumerate(zip(item.deltas, item.rows, strict=True)):
+                if self.batch == 1:
+                    item.deltas[k] = delta * scale.to(delta.dtype).squeeze()
+                    continue
+                owners = rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)
+                own = scale.to(delta.dtype)[owners]
+                item.deltas[k] = delta * own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
+
+    def _by_weights(self, doubtful: list[_Live], dtypes: set[torch.dtype]) -> list[_Live]:
+        """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""
+        gradient = self.root.gradient.detach()
+        edges = [edge for item in doubtful for edge in item.edges]
+
+        def weighted(weights: row_rules.Weights) -> list[list[Tensor]]:
+            found = self._backward(edges, gradient * weights.values.view(-1, *[1] * (gradient.ndim - 1)), True)
+            parts, position = [], 0
+            for item in doubtful:
+                part = found[position : position + len(item.edges)]
+                position += len(item.edges)
+                parts.append(
+                    [torch.zeros_like(d) if p is None else p.reshape(d.shape) for d, p in zip(item.deltas, part, strict=True)]
+                )
+            return parts
+
+        possible = [
+            [
+                row_rules.candidates(o.shape, self.batch, s if isinstance(s, Rows) else getattr(s, "hint", None))
+                for o, s in zip(item.outputs, item.states, strict=True)
+            ]
+            for item in doubtful
+        ]
+        trials = [row_rules.proof_weights(self.batch, gradient, dtypes)]
+        left = self._settle(doubtful, possible, [weighted(w) for w in trials], trials)
+        if left and self.watched._hooked:
+            # A hook may change gradients in proportion to nothing (clip them): then by losses that count or do not.
+            index = torch.arange(self.batch, device=gradient.device)
+            bits = range((self.batch - 1).bit_length())
+            trials = [row_rules.Weights((index >> bit & 1).to(gradient.dtype), trials[0].tolerance) for bit in bits]
+            left = self._settle(doubtful, possible, [weighted(w) for w in trials], trials)
+        return left
+
+    def _settle(self, doubtful, possible, parts, trials) -> list[_Live]:
+        flags = [
+            functools.reduce(
+                torch.logical_and,
+                [
+                    row_rules.weighs(delta.detach(), part[j][k].detach(), rows, weights)
+                    for part, weights in zip(parts, trials, strict=True)
+                ],
+            )
+            for j, item in enumerate(doubtful)
+            for k, delta in enumerate(item.deltas)
+            for rows in possible[j][k]
+        ]
+        told = iter(row_rules.verdicts(flags))
+        left = []
+        for j, item in enumerate(doubtful):
+            found = []
+            for k in range(len(item.deltas)):
+                right = [rows for rows in possible[j][k] if next(told)]
+                found.append(right[0] if right else None)
+            if all(rows is not None for rows in found):
+                item.rows = found
+            else:
+                left.append(item)
+        return left
+
+    # --- one backward a sample ----------------------------------------------------------------------------------------
+
+    def _by_backwards(self, lost: list[_Live], unseen: list[str]) -> None:
+        """∂ losses[b] of the same graph, one backward a sample, to what the rules cannot do."""
+        if self.trained:
+            raise CaptureError(
+                f"{', '.join(unseen)}: used where gradext cannot see it (a custom autograd function, scripted code), so "
+                "that its gradient takes one backward a sample; call watch.factors(losses) before the training step's "
+                "backward"
+            )
+        reasons = [(item.names(self.mode), item.reason()) for item in lost] + [({name}, None) for name in unseen]
+        if self.watched._fallback == "error":
+            raise UnsupportedLayerError("; ".join(_explained(names, reason) for names, reason in reasons) + _ADVICE)
+        ends = list({(e.node, e.output_nr): e for item in lost for e in item.edges}.values())
+        given = [x for item in lost for x in rules._given(item.entry)]
+        leaves = [self.selection.chosen[name] for name in unseen]
+        judged = [item for item in lost if self.watched._mixing == "error" and item.holds_samples(self.batch)]
+        gradients = self._each_sample(given + leaves, [edge for item in judged for edge in item.edges], judged)
+        self._refuse_one_for_all(unseen, gradients[len(given) :])
+        del ends
+        position = 0
+        for item in lost:
+            mine = rules._given(item.entry)
+            found = [
+                Share(item.entry.values[id(x)], gradients[position + k]) for k, x in enumerate(mine)
+            ]
+            position += len(mine)
+            self._take("backward a sample", found)
+        self._take(
+            "backward a sample",
+            [Share(leaf, g) for leaf, g in zip(leaves, gradients[len(given) :], strict=True)],
+        )
+        if self.watched._mixing == "error" or unseen:
+            shown = [_explained(names, reason) for names, reason in reasons[:3]]
+            more = f"; and {len(reasons) - 3} more uses" if len(reasons) > 3 else ""
+            warnings.warn(
+                f"{'; '.join(shown)}{more}. What cannot be told takes one backward a sample ({self.batch} here): exact, and "
+                "slow",
+                stacklevel=_user_level(),
+            )
+
+    def _each_sample(self, inputs: list[Tensor], edges: list[GradientEdge], judged: list[_Live]) -> list[Tensor]:
+        """The gradients [B, *x.shape] of each loss by ``inputs``; refuses samples that mix at ``edges``."""
+        gradient, batch = self.root.gradient.detach(), self.batch
+        found = [x.new_zeros(batch, *x.shape) for x in inputs]
+        hits: list[Tensor | None] = [None] * len(edges)
+        for b in range(batch):
+            own = torch.zeros_like(gradient)
+            own[b] = gradient[b]
+            row = self._backward_to([*inputs, *edges], own)
+            for k, g in enumerate(row[: len(inputs)]):
+                if g is not None:
+                    found[k][b] = g.to_dense() if g.is_sparse else g
+            for k, g in enumerate(row[len(inputs) :]):
+                if g is not None:
+                    hit = (g != 0).to(torch.int32)
+                    hits[k] = hit if hits[k] is None else hits[k] + hit
+        position = 0
+        for item in judged:
+            for _ in item.edges:
+                hit = hits[position]
+                position += 1
+                if hit is not None and hit.numel() and int(hit.max()) > 1:
+                    raise CaptureError(
+                        f"{', '.join(sorted(item.names(self.mode)))}: samples mix: at {item.entry.name} the loss of a "
+                        f"sample depends on rows of others (at {item.reason()}), so that per-sample gradients in the "
+                        "sense of privacy or attribution do not exist; call model.eval() where batch normalisation is "
+                        'in training mode, detach what the samples share, or pass mixing="allow" for ∂ losses[b] as it '
+                        "stands"
+                    )
+        return found
+
+    def _backward_to(self, inputs, gradient: Tensor) -> list[Tensor | None]:
+        self.mode.replay = True
+        try:
+            with self.mode:
+                return list(
+                    torch.autograd.grad((self.root.edge,), inputs, (gradient,), retain_graph=True, allow_unused=True)
+                )
+        finally:
+            self.mode.replay = False
+
+    def _refuse_one_for_all(self, unseen: list[str], gradients: list[Tensor]) -> None:
+        """Refuse a custom function of the losses that gives one sample the gradient of all."""
+        node = None if self.root.edge is None else self.root.edge.node
+        if node is None or self.batch < 2 or not unseen or not isinstance(node, torch.autograd.function.BackwardCFunction):
+            return
+        for name, gradient in zip(unseen, gradients, strict=True):
+            silent = (gradient.flatten(1) == 0).all(1)
+            if silent.any() and not silent.all():
+                raise CaptureError(
+                    f"{name}: {node.name().removesuffix('Backward')} gives some samples no gradient at all: its backward "
+                    "takes one number of the losses' gradient for all samples; write the losses by torch's own functions"
+                )
+
+    # --- from values to parameters ------------------------------------------------------------------------------------
+
+    def _take(self, rule: str, shares: Sequence[Share]) -> None:
+        for share in shares:
+            value = self.mode.values[id(share.value)]
+            for name in value.names:
+                self.rules.setdefault(name, []).append(rule)
+            if share.rows is not None and value.maker is not None and self.batch > 1:
+                maker = value.maker
+                if len(maker.outputs) == 1:
+                    _, found = rules.shares(
+                        maker, [share.gradient], [share.rows], self.batch, self.watched._create_graph
+                    )
+                    self._take(rule, found)
+                    continue
+            gradient = share.gradient
+            if share.rows is not None:
+                gradient = row_rules.own_rows(gradient, share.rows, self.batch) if self.batch > 1 else gradient[None]
+            self.shares.setdefault(id(share.value), []).append(Share(share.value, gradient))
+
+    def _to_parameters(self) -> dict[str, GradFactors | Tensor]:
+        parts: dict[str, list[GradFactors | Tensor]] = {}
+        for found in self.shares.values():
+            value = found[0].value
+            gradient = _sum([share.gradient for share in found])
+            value, gradient = self._carried(value, gradient)
+            if id(value) in self.ids:
+                parts.setdefault(self.ids[id(value)], []).append(gradient)
+                continue
+            names = sorted(self.mode.values[id(value)].names)
+            leaves = [self.selection.chosen[name] for name in names]
+            written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
+            written = written.reshape(self.batch, *value.shape).to(value.dtype)
+            back = rules.batched_grad((value,), leaves, (written,), self.watched._create_graph)
+            for name, leaf_gradient in zip(names, back, strict=True):
+                if leaf_gradient is not None:
+                    parts.setdefault(name, []).append(leaf_gradient)
+        result: dict[str, GradFactors | Tensor] = {}
+        for name in [*parts, *(name for name in self.selection.chosen if name not in parts)]:
+            parameter = self.selection.chosen[name]
+            if name in parts:
+                result[name] = self._hooked_gradient(parameter, _sum(parts[name]))
+                self.coverage.rules[name] = " + ".join(dict.fromkeys(self.rules.get(name, ["general"])))
+            else:
+                result[name] = parameter.new_zeros(self.batch, *parameter.shape, requires_grad=False)
+                self.coverage.rules[name] = "unused"
+        return result
+
+    def _hooked_gradient(self, parameter: Tensor, gradient: GradFactors | Tensor) -> GradFactors | Tensor:
+        """What the user's hooks on the parameter make of each sample's gradient."""
+        hooks = parameter._backward_hooks
+        if not hooks:
+            return gradient
+        written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
+        samples = []
+        for own in written:
+            for hook in list(hooks.values()):
+                changed = hook(own)
+                own = own if changed is None else changed
+            samples.append(own)
+        return torch.stack(samples) if samples else written
+
+    def _carried(self, value: Tensor, gradient: GradFactors | Tensor) -> tuple[Tensor, GradFactors | Tensor]:
+        """Factors follow a value back through transposes, slices, casts and reshapes, as far as these go."""
+        while isinstance(gradient, GradFactors) and id(value) not in self.ids:
+            maker = self.mode.values[id(value)].maker
+            source = maker.args[0] if maker is not None and maker.args else None
+            if not isinstance(source, Tensor) or id(source) not in maker.values or len(maker.values) > 1:
+                break
+            moved = _moved(maker, value, source, gradient)
+            if moved is None:
+                break
+            value, gradient = source, moved
+        return value, gradient
+
+
+def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -> GradFactors | None:
+    """The factors for ``source`` of which ``maker`` made ``value``; None where they have no such form."""
+    name, func = maker.name, maker.func
+    if name in _CASTS and value.shape == source.shape:
+        return gradient
+    plain = gradient.weight_shape is None
+    if source.ndim == 2 and value.shape == source.T.shape and plain:
+        if name in ("t", "T", "mT") or func in (Tensor.T.__get__, Tensor.mT.__get__):
+            return gradient.transposed()
+        if name in ("transpose", "swapaxes", "permute", "numpy_T", "adjoint") and not source.is_complex():
+            dims = maker.args[1] if isinstance(maker.args[1], (tuple, list)) else maker.args[1:]
+            if {d % 2 for d in dims} == {0, 1} and (name != "permute" or [d % 2 for d in dims] == [1, 0]):
+                return gradient.transposed()
+            return None
+    if plain and value.shape[1:] == source.shape[1:] and source.ndim == 2:
+        if func is Tensor.__getitem__ and type(maker.args[1]) is slice:
+            start, _, step = maker.args[1].indices(source.shape[0])
+            return gradient.in_rows(start, source.shape[0]) if step == 1 else None
+        if name in ("split", "chunk", "split_with_sizes", "tensor_split"):
+            start = 0
+            for part in maker.outputs:
+                if part is value:
+                    return gradient.in_rows(start, source.shape[0])
+                start += part.shape[0]
+    if name in _SAME_NUMBERS and type(gradient) is GradFactors and plain:
+        return GradFactors(gradient.activation, gradient.delta, tuple(source.shape))
+    return None
+
+
+@dataclass(eq=False)
+class _Live:
+    """An entry that the losses depend on, by those of its outputs that they depend on."""
+
+    entry: Entry
+    outputs: list[Tensor]
+    edges: list[GradientEdge]
+    states: list
+    deltas: list[Tensor]
+    rows: list[Rows]
+
+    @staticmethod
+    def of(entry: Entry, structure: Structure) -> _Live:
+        states = [structure.of(edge) for edge in entry.edges]
+        kept = [k for k, state in enumerate(states) if state is not None]
+        if len(kept) < len(states):  # what the losses do not depend on has no gradient
+            entry = Entry(**{**vars(entry), "outputs": [entry.outputs[k] for k in kept]})
+        outputs = list(entry.outputs)
+        found = []
+        for k, output in zip(kept, outputs, strict=True):
+            edge, state = entry.edges[k], states[k]
+            shape = tuple(edge.node._input_metadata[edge.output_nr].shape)
+            if isinstance(state, Rows) and shape != tuple(output.shape):  # of the view's base
+                state = row_rules._reshaped(state, shape, tuple(output.shape), structure.batch)
+            found.append(state)
+        return _Live(entry, outputs, [entry.edges[k] for k in kept], found, [], [])
+
+    def names(self, mode: _Mode) -> set[str]:
+        return {name for value in self.entry.values.values() for name in mode.values[id(value)].names}
+
+    def reason(self) -> str:
+        for state in self.states:
+            if isinstance(state, Unproved) and state.reason:
+                return state.reason
+        return "a sum over samples" if any(isinstance(s, Shared) for s in self.states) else self.entry.name
+
+    def holds_samples(self, batch: int) -> bool:
+        """Whether something with rows of samples is among its arguments, not only constants."""
+        tensors = [t for t in _tensors_of([self.entry.args, self.entry.kwargs]) if id(t) not in self.entry.values]
+        return any(t.requires_grad or any(size and size % batch == 0 for size in t.shape) for t in tensors)
+
+    def __str__(self) -> str:
+        return self.entry.name
+
+
+_ADVICE = (
+    '; leave it out with exclude=, use torch\'s own functions, or pass fallback=None for one backward a sample'
+)
+
+
+def _explained(names: set[str], reason: str | None) -> str:
+    shown = ", ".join(sorted(names))
+    if reason is None:
+        return f"{shown} is used where gradext cannot see it (a custom autograd function, scripted or compiled code)"
+    return f"{shown}: which rows are whose cannot be told (at {reason})"
+
+
+def _user_level() -> int:
+    """The stack level of the first frame outside of the package, for warnings."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("gradext"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _sum(parts: list[GradFactors | Tensor]) -> GradFactors | Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Tensor) for part in parts):
+        return functools.reduce(torch.add, parts)
+    return GradFactors.add([GradFactors.of(p) if isinstance(p, Tensor) else p for p in parts])
+
+
+@contextlib.contextmanager
+def _after_hooks(edges: Sequence[GradientEdge]):
+    """The gradients at edges as hooks on them leave them; torch's engine captures some of them before."""
+    found: dict[int, Tensor] = {}
+    handles = [
+        edge.node.register_prehook(lambda grads, k=k, n=edge.output_nr: found.update({k: grads[n]}))
+        for k, edge in enumerate(edges)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
