@@ -84,10 +84,9 @@ class _Mode(TorchFunctionMode):
         self.attached = attached  # values stay in the graph: for training, or for derivatives of the deltas
         self.train = train
         self.values: dict[int, _Value] = {
-            id(p): _Value(p, frozenset([name])) for name, p in selection.chosen.items()
+            **{id(p): _Value(p, frozenset([name])) for name, p in selection.chosen.items()},
+            **{id(p): _Value(p, frozenset()) for p in selection.others.values()},
         }
-        if not train:
-            self.values |= {id(p): _Value(p, frozenset()) for p in selection.others.values()}
         self.entries: list[Entry] = []
         self.ends: set[Node] = set()  # where values are attached: the graph of the parameters begins
         self.token = next(_tokens)  # on tensors that depend on samples; its negative on constants made meanwhile
@@ -116,16 +115,17 @@ class _Mode(TorchFunctionMode):
             if self.train:
                 self._note_losses(result)
             return result
-        chosen = any(value.names for value in values)
-        if not chosen or self.opaque:
-            result = self._call(func, args, kwargs, {}, detach=not self.opaque)
-            if self.opaque:
-                return result
-            self._mark(result, others, args)
-            return result
-        if any(map(self._is_sample, others)):
+        if self.opaque:
+            return func(*args, **kwargs)
+        if not any(map(self._is_sample, others)):
+            return self._derive(func, args, kwargs, values)
+        if any(value.names for value in values):
             return self._enter(func, args, kwargs)
-        return self._derive(func, args, kwargs, values)
+        result = self._call(func, args, kwargs)
+        self._mark(result, others, args)
+        if self.train:
+            self._note_losses(result)
+        return result
 
     # --- telling tensors apart ----------------------------------------------------------------------------------------
 
@@ -175,19 +175,20 @@ class _Mode(TorchFunctionMode):
 
     # --- calls with values --------------------------------------------------------------------------------------------
 
-    def _call(self, func, args, kwargs, stand_ins: dict[int, Tensor], detach: bool = True):
-        """``func`` with ``stand_ins`` in place of the values, and parameters that were not chosen detached."""
-        with_stand_ins = functools.partial(self._replaced, stand_ins=stand_ins, detach=detach)
-        return func(*with_stand_ins(args), **(dict(zip(kwargs, with_stand_ins(list(kwargs.values())))) if kwargs else {}))
+    def _call(self, func, args, kwargs):
+        """``func`` with parameters that were not chosen detached, unless their gradients are wanted too."""
+        if kwargs:
+            kwargs = dict(zip(kwargs, self._replaced(list(kwargs.values()), {}), strict=True))
+        return func(*self._replaced(args, {}), **kwargs)
 
-    def _replaced(self, items, stand_ins: dict[int, Tensor], detach: bool):
+    def _replaced(self, items, stand_ins: dict[int, Tensor]):
         changed = None
         for k, item in enumerate(items):
             if type(item) in (list, tuple):
-                new = self._replaced(item, stand_ins, detach)
+                new = self._replaced(item, stand_ins)
             elif isinstance(item, Tensor):
                 new = stand_ins.get(id(item), item)
-                if new is item and detach and item.requires_grad:
+                if new is item and not self.attached and item.requires_grad:
                     value = self.values.get(id(item))
                     if value is not None and not value.names:
                         new = item.detach()
@@ -200,7 +201,7 @@ class _Mode(TorchFunctionMode):
 
     def _derive(self, func, args, kwargs, values: list[_Value]):
         """A function of values and constants gives a value."""
-        result = self._call(func, args, kwargs, {})
+        result = self._call(func, args, kwargs)
         results = result if type(result) in (list, tuple) else (result,)
         if isinstance(result, tuple) and type(result) is not tuple:  # a named one
             results = tuple(result)
@@ -228,8 +229,9 @@ class _Mode(TorchFunctionMode):
         self._stand_in(args, stand_ins, entry_values)
         if kwargs:
             self._stand_in(kwargs.values(), stand_ins, entry_values)
-        args = self._replaced(args, stand_ins, True)
-        kwargs = dict(zip(kwargs, self._replaced(list(kwargs.values()), stand_ins, True))) if kwargs else kwargs
+        args = self._replaced(args, stand_ins)
+        if kwargs:
+            kwargs = dict(zip(kwargs, self._replaced(list(kwargs.values()), stand_ins), strict=True))
         result = func(*args, **kwargs)
         outputs = self._with_gradient(result if result is not None else args[0])
         if not outputs or self.replay:

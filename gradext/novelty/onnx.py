@@ -234,7 +234,7 @@ def _places(detector: NoveltyDetector, layers: list[nn.Module]) -> dict[int, str
     chosen = characterize(detector.model_, sample, layer=detector.layers_, loss=detector.loss_).gradients
     places = {}
     for name, factors in chosen.items():
-        module = detector.model_.get_submodule(name)
+        module = detector.model_.get_submodule(name.rpartition(".")[0])
         found = [k for k, layer in enumerate(layers) if layer is module]
         if len(found) != 1 or type(module) is not nn.Linear or factors.positions != 1:
             raise ValueError(

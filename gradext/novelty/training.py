@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layer_grads import batch_layer_factors
-from ..selection import LayerChoice
 from .batches import rows_at_a_time
-from .representations import reconstruction_loss
+from .representations import LayerChoices, layer_names, reconstruction_loss
 from .writing import atomic_write, clear_leftovers
 
 
@@ -190,14 +189,17 @@ class GradientAlignment:
     2020.
     """
 
-    def __init__(self, weight: float = 10.0, layers: LayerChoice = None) -> None:
+    def __init__(self, weight: float = 10.0, layers: LayerChoices = None) -> None:
         self.weight, self.layers = weight, layers
+        self._names: list[str] | None = None
         self.mean: dict[str, Tensor] = {}
         self.batches = 0
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         loss = lambda output, target: reconstruction_loss(output, target).sum(1)  # noqa: E731
-        factors = batch_layer_factors(model, x, loss=loss, layers=self.layers, create_graph=True)
+        if self._names is None:
+            self._names = layer_names(model, x[:1], self.layers, "bce")
+        factors = batch_layer_factors(model, x, loss=loss, layers=self._names, create_graph=True)
         value = x.new_zeros(())
         for name, gradient in factors.items():
             if name in self.mean:
