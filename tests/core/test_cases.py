@@ -550,8 +550,7 @@ STALE = {
     },
     # of the model
     "an attribute": lambda: {"model": switched(centred), "x": x_of(), "change": turn_on},
-    "an attribute, to a roll": lambda: {"model": switched(lambda h: h.roll(1, 0)), "x": x_of(), "change": turn_on},
-    "an attribute, to a sort": lambda: {"model": switched(lambda h: h.sort(0).values), "x": x_of(), "change": turn_on},
+    "an attribute, to a softmax": lambda: {"model": switched(lambda h: h.softmax(0)), "x": x_of(), "change": turn_on},
     "an attribute, to a sum so far": lambda: {
         "model": switched(lambda h: h.cumsum(0)),
         "x": x_of(),
@@ -623,11 +622,15 @@ STALE = {
         "change": lambda case: case["x"].select(0, 1).fill_(11.0),
     },
     "other rows that are asked for": lambda: {
-        "model": Net(lambda m, x, other: m.b(m.a(x) + m.a(x).tanh()[other]), a=linear(), b=linear()),
+        "model": Net(lambda m, x, other: m.b(reads(m.a(x).tanh(), other)), a=linear(), b=linear()),
         "x": (x_of(), torch.arange(B)),
         "change": lambda case: case["x"][1].copy_(torch.tensor([2, 1, 0, 3])),
     },
 }  # fmt: skip
+
+
+def reads(h, other):
+    return h + h[other]
 
 
 class Counting(nn.Module):
@@ -682,8 +685,21 @@ class Experts(nn.Module):
         return self.head(out.view_as(x))
 
 
-# A change after which the rows of a layer are other samples': right, whoever they belong to.
+# A change after which the rows of a layer are other samples': right, whoever they belong to. Where each row still counts
+# in one loss alone, nothing mixes.
 REROUTED = {
+    "rolled by one": lambda: {
+        "model": switched(lambda h: h.roll(1, 0)),
+        "x": x_of(),
+        "change": turn_on,
+        "oracle": "batch",
+    },
+    "every feature sorted over the batch": lambda: {
+        "model": switched(lambda h: h.sort(0).values),
+        "x": x_of(),
+        "change": turn_on,
+        "oracle": "batch",
+    },
     "sorted by length": lambda: {
         "model": Net(in_order(lambda m, x, length: length.argsort(descending=True)), a=linear(), b=linear()),
         "x": (x_of(), torch.tensor([9, 8, 7, 6])),
@@ -938,7 +954,7 @@ HOOKED = {
         "model": with_hook(tensor_hook(lambda g: g.flip(0)), "the output"),
         "x": x_of(B, 3, D),
         "oracle": "batch",
-        "outcome": "refused",
+        "outcome": "right or refused",
     },
 }  # fmt: skip
 
