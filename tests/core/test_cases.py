@@ -685,8 +685,8 @@ class Experts(nn.Module):
         return self.head(out.view_as(x))
 
 
-# A change after which the rows of a layer are other samples': right, whoever they belong to. Where each row still counts
-# in one loss alone, nothing mixes.
+# A change after which the rows of a layer are other samples': right, whoever they belong to. Where each row still
+# counts in one loss alone, nothing mixes.
 REROUTED = {
     "rolled by one": lambda: {
         "model": switched(lambda h: h.roll(1, 0)),

@@ -387,7 +387,7 @@ def test_parameters_of_every_kind(name, judge):
 
 
 # Positions are for all samples: as many as samples, a multiple, one.
-SIZES = [(4, 7), (4, 4), (4, 8), (3, 1), (1, 3), (1, 1), (2, 4)]
+SIZES = [(4, 7), (4, 4), (4, 8), (3, 1), (1, 3)]
 POSITIONS = {
     "a position table, by its module": lambda b, t: case(
         lambda m, i: m.a(m.e(i) + positions_of(m.p, i)),
@@ -1803,12 +1803,11 @@ def test_bfloat16_autocast():
             losses = loss(model(x), x)
         watched = watch.grads(losses)
         after = model(x)
-    assert set(found) == set(watched) == {name for name, _ in model.named_parameters()}
+    names = [name for name, _ in model.named_parameters()]
+    assert set(found) == set(watched) == set(names)
     for b in range(B):
         value = loss(model(x[b : b + 1]), None).sum()
-        for (name, p), want in zip(
-            model.named_parameters(), torch.autograd.grad(value, list(model.parameters())), strict=True
-        ):
+        for name, want in zip(names, torch.autograd.grad(value, list(model.parameters())), strict=True):
             assert found[name].dtype == torch.float32
             for gradients in (found, watched):
                 assert (gradients[name][b] - want).abs().max() <= 16 * 2**-8 * want.abs().max(), name
