@@ -296,6 +296,8 @@ def _states_of(node, kind, k, state, shape, shapes, found: Structure, checked: b
     if kind == "CtcLoss" or kind == "CudnnCtcLoss":
         return [state.at(1) if shapes[0] is not None and len(shapes[0]) == 3 else _LOST]
     if kind == "MkldnnRnnLayer":
+        if d != rank - 2:
+            return None
         return [state.at(len(s) - 2) if s and j in (0, 5, 6) else SHARED for j, s in enumerate(shapes)]
     if kind in ("Cdist", "EuclideanDist", "CdistForward"):
         if d < rank - 2:

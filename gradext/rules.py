@@ -46,6 +46,7 @@ class Entry:
     call: Call | None = None  # as `bind` reads it, where it has
     bound: bool = False
     spent: bool = False  # its graph is freed
+    may_mix: bool = False  # whether samples may depend on each other inside the call
 
     @property
     def name(self) -> str:
@@ -307,7 +308,8 @@ def _bound(entry: Entry) -> Call | None:
     if call is None or id(call.input) in entry.values or not _is_ordinary(call.input):
         return None
     given = {id(parameter) for parameter in call.parameters.values()}
-    return call if given >= entry.values.keys() else None
+    real = not any(t.is_complex() for t in (*call.parameters.values(), *entry.outputs))
+    return call if real and given >= entry.values.keys() else None
 
 
 def _is_ordinary(input: Tensor) -> bool:
@@ -444,6 +446,8 @@ def general(
     entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
 ) -> list[Share]:
     sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
+    # Whose gradient may be scaled by what is in the whole batch, which shows in no output.
+    sliceable = sliceable and entry.name not in ("embedding", "embedding_bag")
     if batch > 1 and sliceable and not create_graph:
         again = contextlib.nullcontext()
         if entry.autocast:
@@ -452,6 +456,12 @@ def general(
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
             return found
+        if entry.name in _OVER_ROWS and not entry.may_mix and not _is_random(entry):
+            raise CaptureError(
+                f"{entry.name}: samples mix: a sample's rows come out otherwise without those of others (batch "
+                "normalisation in training mode, a sequence along the samples' dimension); call model.eval(), see that "
+                'the samples lie where the layer expects them (batch_first), or pass mixing="allow"'
+            )
     if entry.spent:
         entry = _again(entry)
     given = _given(entry)
@@ -464,6 +474,16 @@ def general(
         Share(entry.values[id(x)], x.new_zeros(batch, *x.shape) if g is None else g)
         for x, g in zip(given, gradients, strict=True)
     ]
+
+
+# Functions that take some dimension as a whole, of which it has to be known that it is not the samples'.
+_OVER_ROWS = {"batch_norm", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
+def _is_random(entry: Entry) -> bool:
+    """Whether a recurrent function draws a dropout: (..., dropout, training, ...) among its arguments."""
+    pairs = zip(entry.args, entry.args[1:], strict=False)
+    return any(isinstance(a, float) and a > 0 and b is True for a, b in pairs)
 
 
 def _again(entry: Entry) -> Entry:
@@ -542,7 +562,7 @@ def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch:
 
     def place(t: Tensor, left: bool) -> int | None:
         dim = first.dim if left else first.dim - (out.ndim - t.ndim)
-        return dim if 0 <= dim < t.ndim and t.shape[dim] == size else None
+        return dim if 0 <= dim < t.ndim and t.shape[dim] == size and t.layout is torch.strided else None
 
     places = [
         [place(t, left) if isinstance(t, Tensor) else None for t in leaves] for left in (True, False)
