@@ -19,9 +19,11 @@ VOCABULARY = 11
 
 
 def squared(output, target) -> Tensor:
-    """Half the squared norm of a sample's output, whatever the target: every output element has a gradient."""
+    """Half the squared norm of a sample's (first) output, whatever the target: each of its elements has a gradient."""
     if isinstance(output, Mapping):
         return sum(squared(value, target) for value in output.values())
+    if isinstance(output, tuple):
+        return squared(output[0], target)
     weights = torch.linspace(0.5, 1.5, math.prod(output.shape[1:]), dtype=output.dtype)
     return (weights * (output.flatten(1) + 0.1) ** 2).sum(1)
 
