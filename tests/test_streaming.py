@@ -33,7 +33,7 @@ class Largest(TorchDispatchMode):
 def test_any_cut_gives_the_gradients_of_the_whole():
     model, data = network(), torch.rand(57, 20, dtype=torch.float64)
     expected = gradext.batch_layer_grads(model, data, loss=squared)
-    one = sum(p.numel() for name, p in model.named_parameters() if "weight" in name) * 8
+    one = sum(p.numel() for p in model.parameters()) * 8
     for cut in (57,), (1, 56), (20, 0, 20, 17):
         chunks = gradext.iter_layer_grads(model, data.split(cut), loss=squared, memory_budget=9 * one)
         found = [{name: value.clone() for name, value in chunk.items()} for chunk in chunks]
@@ -67,8 +67,45 @@ def test_named_inputs():
     model, x, scale = Named(), torch.rand(40, 5), torch.rand(40, 1)
     expected = gradext.batch_layer_grads(model, {"scale": scale, "x": x}, loss=squared)["a.weight"]
     for batch in {"scale": scale, "x": x}, UserDict(scale=scale, x=x):  # a tokenizer's output is of the latter type
-        chunks = gradext.iter_layer_grads(model, [batch], loss=squared, memory_budget=3000)
-        torch.testing.assert_close(torch.cat([chunk["a.weight"].clone() for chunk in chunks]), expected)
+        for cut, least in (None, 1), (("x", "scale"), 4):
+            chunks = gradext.iter_layer_grads(model, [batch], loss=squared, memory_budget=3000, cut=cut)
+            found = [chunk["a.weight"].clone() for chunk in chunks]
+            assert len(found) >= least
+            assert cut or len(found) == 1, "which inputs hold samples is the caller's to say"
+            torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_what_is_not_named_is_never_cut():
+    """A table with as many rows as there are samples is everyone's."""
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 4)
+
+        def forward(self, x, table):
+            return self.a(x) @ table[:4]
+
+    model, x, table = Looks().double(), torch.rand(12, 5).double(), torch.rand(12, 3).double()
+    expected = gradext.batch_layer_grads(model, (x, table), loss=squared)["a.weight"]
+    chunks = gradext.iter_layer_grads(model, [(x, table)], loss=squared, memory_budget=3000, cut=[0])
+    found = [chunk["a.weight"].clone() for chunk in chunks]
+    assert len(found) > 1
+    torch.testing.assert_close(torch.cat(found), expected)
+    pair = ((x, table), torch.rand(12, 2).double())
+    for cut, message in (
+        ([2], r"cut: expected names or positions .* but 2 is NoneType; there are 0, 1, 'target'"),
+        (["x"], r"but 'x' is NoneType"),
+        ([0, "target"], None),
+    ):
+        call = gradext.iter_layer_grads(model, [pair], paired=True, loss=squared, cut=cut)
+        if message is None:
+            assert len(next(call)["a.bias"]) == 12
+        else:
+            with pytest.raises(ValueError, match=message):
+                next(call)
+    with pytest.raises(ValueError, match="cut: expected as many samples in every input .* 0: 12, 1: 3"):
+        next(gradext.iter_layer_grads(model, [(x, table[:3])], loss=squared, cut=[0, 1]))
 
 
 @pytest.mark.parametrize("reduce", [None, lambda factors: factors.norm()])
@@ -100,7 +137,8 @@ def test_biases_of_layers_that_are_added_up():
 
     model, data = Sum(), torch.rand(20, 20)
     for loss in squared, lambda output, target: output.sum(1):
-        chunks = list(gradext.iter_layer_grads(model, data.split(5), loss=loss, include_bias=True))
+        chunks = list(gradext.iter_layer_grads(model, data.split(5), loss=loss))
+
         assert [chunk["b.bias"].shape for chunk in chunks] == [(5, 3)] * 4
 
 
