@@ -126,6 +126,15 @@ class GradFactors:
         """The same after ``function`` of each tensor, which keeps all dimensions but the first."""
         return GradFactors(function(self.activation), function(self.delta), self.weight_shape)
 
+    def scaled(self, weights: Tensor) -> GradFactors:
+        """The factors of ``weights[b] G[b]``, weights [B]."""
+        weights = weights.to(self.dtype)
+        if self.activation.shape[-1] < self.delta.shape[-1]:
+            activation = self.activation * weights.reshape(-1, *[1] * (self.activation.ndim - 1))
+            return GradFactors(activation, self.delta, self.weight_shape)
+        delta = self.delta * weights.reshape(-1, *[1] * (self.delta.ndim - 1))
+        return GradFactors(self.activation, delta, self.weight_shape)
+
     def compact(self) -> GradFactors:
         """The form that needs least memory and work: the gradients themselves where the factors are larger."""
         return self
@@ -562,6 +571,10 @@ class ConvFactors(GradFactors):
     def _map(self, function: Callable[[Tensor], Tensor]) -> ConvFactors:
         return ConvFactors(function(self.image), function(self.plain), self.windows, self.groups, self.weight_shape)
 
+    def scaled(self, weights: Tensor) -> ConvFactors:
+        plain = self.plain * weights.to(self.dtype).reshape(-1, *[1] * (self.plain.ndim - 1))
+        return ConvFactors(self.image, plain, self.windows, self.groups, self.weight_shape)
+
     def _refuse_groups(self) -> None:
         if self.groups != 1:
             raise ValueError(
@@ -742,6 +755,9 @@ class EmbeddingFactors(GradFactors):
     def to(self, *args: Any, **kwargs: Any) -> GradFactors:
         rows = self.delta_rows.to(*args, **kwargs)  # a change of type is meant for the values alone: it rounds an index
         return EmbeddingFactors(self.index.to(rows.device), rows, self.rows)
+
+    def scaled(self, weights: Tensor) -> EmbeddingFactors:
+        return EmbeddingFactors(self.index, self.delta_rows * weights.to(self.dtype)[:, None, None], self.rows)
 
     def in_rows(self, start: int, rows: int) -> GradFactors:
         return EmbeddingFactors(self.index + start, self.delta_rows, rows)

@@ -229,17 +229,18 @@ def buffers_kept(model: nn.Module):
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
-        if module.training
+        if module.training and module._buffers
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+        if kept:
+            with torch.no_grad():
+                for module, name, buffer, value in kept:
+                    module._buffers[name] = buffer
+                    buffer.copy_(value)
 
 
 def output_of(output: Any, loss: str | PerSampleLoss) -> Any:

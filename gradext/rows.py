@@ -78,6 +78,9 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
     if root is None:
         return found
     found.states[(root.node, root.output_nr)] = Rows(0)
+    if batch == 1:  # all that the loss depends on is the one sample's
+        _reach(root.node, ends, found)
+        return found
     for node in _in_order(root.node, ends):
         name = node.name()
         found.kinds.add(name)
@@ -85,11 +88,6 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.leaves[id(leaf)] = leaf
-            continue
-        if batch == 1:  # all that the loss depends on is the one sample's
-            for below, place in node.next_functions:
-                if below is not None:
-                    found.states[(below, place)] = Rows(0)
             continue
         outputs = [found.states.get((node, k)) for k in range(len(node._input_metadata))]
         states = _input_states(node, name, outputs, found, checked)
@@ -99,6 +97,27 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
                 former = found.states.get(key)
                 found.states[key] = state if former is None else _merged(former, state, name)
     return found
+
+
+def _reach(root: Node, ends: set[Node], found: Structure) -> None:
+    states, seen, stack = found.states, {root}, [root]
+    while stack:
+        node = stack.pop()
+        found.kinds.add(node.name())
+        for below, place in node.next_functions:
+            if below is None:
+                continue
+            states[below, place] = _FIRST
+            if below not in seen:
+                seen.add(below)
+                leaf = getattr(below, "variable", None)
+                if leaf is not None:
+                    found.leaves[id(leaf)] = leaf
+                elif below not in ends:
+                    stack.append(below)
+
+
+_FIRST = Rows(0)
 
 
 def _in_order(root: Node, ends: set[Node]) -> list[Node]:

@@ -43,7 +43,9 @@ class Entry:
     edges: list[GradientEdge]
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
     autocast: tuple | None = None
-    call: Call | None = None  # already read: a layer with a rule of its user's own
+    call: Call | None = None  # as `bind` reads it, where it has
+    bound: bool = False
+    spent: bool = False  # its graph is freed
 
     @property
     def name(self) -> str:
@@ -289,8 +291,12 @@ _FAST: dict[Callable, Callable[..., Call | None]] = {
 
 def bind(entry: Entry) -> Call | None:
     """The call as a fast rule reads it; None where there is none."""
-    if entry.call is not None:
-        return entry.call
+    if not entry.bound:
+        entry.call, entry.bound = _bound(entry), True
+    return entry.call
+
+
+def _bound(entry: Entry) -> Call | None:
     rule = _FAST.get(entry.func)
     if rule is None:
         return None
@@ -446,6 +452,8 @@ def general(
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
             return found
+    if entry.spent:
+        entry = _again(entry)
     given = _given(entry)
     outputs, cotangents = zip(*((o, d) for o, d in zip(entry.outputs, deltas, strict=True)), strict=True)
     if batch == 1:
@@ -456,6 +464,29 @@ def general(
         Share(entry.values[id(x)], x.new_zeros(batch, *x.shape) if g is None else g)
         for x, g in zip(given, gradients, strict=True)
     ]
+
+
+def _again(entry: Entry) -> Entry:
+    """The call once more on the same arguments: its own graph is freed."""
+    stand_ins = {i: value.detach().requires_grad_() for i, value in entry.values.items()}
+
+    def again(t: Tensor) -> Tensor:
+        return stand_ins[id(t)] if id(t) in stand_ins else t.detach()
+
+    args, kwargs = pytree.tree_map_only(Tensor, again, (entry.args, entry.kwargs))
+    outputs: list[Tensor] = []
+    if not entry.in_place:
+        with torch.enable_grad():
+            result = entry.func(*args, **kwargs)
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+    same = len(outputs) == len(entry.outputs)
+    if not same or not all(_close(a[None], b.detach()[None]) for a, b in zip(outputs, entry.outputs, strict=True)):
+        raise CaptureError(
+            f"{entry.name}: its gradient needs the graph of the training step, which its backward has freed; call "
+            "watch.factors(losses) before it"
+        )
+    values = {id(stand_ins[i]): value for i, value in entry.values.items()}
+    return Entry(entry.func, args, kwargs, values, outputs, [])
 
 
 def _given(entry: Entry) -> list[Tensor]:

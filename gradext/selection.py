@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import CaptureError, UnsupportedLayerError
 
@@ -48,12 +48,52 @@ class Coverage:
         return "\n".join(lines) or "no parameters"
 
 
+# Of each model, what it consisted of, and what was chosen by ``(layers, exclude)``: finding names takes longer than a
+# small model's forward.
+_selected = WeakIdKeyDictionary()
+
+
 def select(model: nn.Module, layers: LayerChoice = None, exclude: LayerChoice = None) -> Selection:
     """Resolve ``layers=`` and ``exclude=``.
 
     Raises ValueError for names that the model does not have (all of them at once), UnsupportedLayerError for chosen
     parameters without a gradient.
     """
+    if not all(choice is None or type(choice) is str for choice in (layers, exclude)):
+        return _select(model, layers, exclude)
+    contents = _contents(model)
+    former, selections = _selected.get(model, (None, {}))
+    if former != contents:
+        _selected[model] = contents, (selections := {})
+    if (layers, exclude) not in selections:
+        selections[layers, exclude] = _select(model, layers, exclude)
+    return selections[layers, exclude]
+
+
+def _contents(model: nn.Module) -> list[object]:
+    """What tells whether a model still consists of the same modules and parameters, frozen or not."""
+    contents: list[object] = []
+    seen: set[int] = set()
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        contents.append(id(module))
+        if module._parameters:
+            for name, parameter in module._parameters.items():
+                contents.append(name)
+                if parameter is not None:
+                    contents.append(id(parameter))
+                    contents.append(parameter.requires_grad)
+        if module._modules:
+            contents += module._modules.keys()
+            stack += module._modules.values()
+    return contents
+
+
+def _select(model: nn.Module, layers: LayerChoice, exclude: LayerChoice) -> Selection:
     named = dict(model.named_parameters())
     if not named:
         raise CaptureError(f"model: expected a module with parameters, but {type(model).__name__} has none")

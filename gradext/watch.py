@@ -19,13 +19,14 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -154,10 +155,16 @@ class _Mode(TorchFunctionMode):
 
     def _mark(self, result, others: Iterable[Tensor], args: tuple) -> None:
         """Remember of a result without a gradient whether it depends on samples."""
-        results = result if type(result) in (list, tuple) else (result,)
-        plain = [t for t in results if isinstance(t, Tensor) and not t.requires_grad]
-        if not plain and result is not None:
-            return
+        if isinstance(result, Tensor):
+            if result.requires_grad:
+                return
+            plain = [result]
+        else:
+            plain = [t for t in result if isinstance(t, Tensor) and not t.requires_grad] if (
+                isinstance(result, (list, tuple))
+            ) else []
+            if not plain and result is not None:
+                return
         mark = self.token if any(map(self._is_sample, others)) else -self.token
         for tensor in plain:
             # Results that are arguments (in place) may come from outside.
@@ -217,9 +224,10 @@ class _Mode(TorchFunctionMode):
         for tensor in made:
             if id(tensor) in self.values and tensor.is_leaf:
                 continue  # the parameter itself: an assignment to it
-            former = self.values.get(id(tensor))
-            changed = former is not None or maker.in_place  # in place: its own history says how it was made
-            self.values[id(tensor)] = _Value(tensor, names, None if changed else maker)
+            if id(tensor) in self.values and not maker.in_place:
+                continue  # given back as it is
+            # In place, only its own history says how it was made.
+            self.values[id(tensor)] = _Value(tensor, names, None if maker.in_place else maker)
         return result
 
     def _enter(self, func, args, kwargs):
@@ -331,6 +339,19 @@ def requiring_grad(parameters: Iterable[Tensor]):
             p.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def _gradient_mode() -> Iterator[None]:
+    """Gradients are recorded, and compiled code runs as Python."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
 class watch:
     """Per-sample gradients of whatever runs inside: ``with gradext.watch(model) as watch: losses = ...``.
 
@@ -398,7 +419,7 @@ class watch:
         self._fallback, self._mixing, self._segments, self._inputs = fallback, mixing, segments, inputs
         self._selection = select(model, layers, exclude)
         self._mode: _Mode | None = None
-        self._context: contextlib.ExitStack | None = None
+        self._context: Any = None
         self._hooked = False
         self._retain = True  # the graph of the losses, for further calls
         self.coverage = Coverage(left_out=dict(self._selection.left_out))
@@ -408,36 +429,41 @@ class watch:
     def __enter__(self) -> watch:
         if self._context is not None:
             raise RuntimeError("watch: expected to be entered once at a time; make another one for another block")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(lock_of(self._model))
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(requiring_grad(self._selection.chosen.values()))
-            self._mode = _Mode(
-                self._selection, self._train or self._create_graph, self._train, _Owned(self._model).__call__
-            )
-            if self._inputs is not None:
-                self._mode.mark_inputs(_tensors_of(self._inputs))
-            self._watch_registered(stack)
-            self._handles = RemovableHandle.next_id
-            stack.enter_context(self._mode)
-            self._context = stack.pop_all()
+        context = self._watching()
+        context.__enter__()
+        self._context = context
         return self
 
     def __exit__(self, *error) -> None:
         context, self._context = self._context, None
-        if context is None:
-            return
-        assert self._mode is not None
-        self._hooked = RemovableHandle.next_id - self._mode.handles != self._handles
-        context.__exit__(*error)
+        if context is not None:
+            context.__exit__(*error)
 
-    def _watch_registered(self, stack: contextlib.ExitStack) -> None:
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        with lock_of(self._model), _gradient_mode(), requiring_grad(self._selection.chosen.values()):
+            mode = _Mode(self._selection, self._train or self._create_graph, self._train, _Owned(self._model).__call__)
+            self._mode = mode
+            if self._inputs is not None:
+                mode.mark_inputs(_tensors_of(self._inputs))
+            handles = RemovableHandle.next_id
+            with self._registered_layers(mode), mode:
+                yield
+            self._hooked = RemovableHandle.next_id - mode.handles != handles
+
+    @contextlib.contextmanager
+    def _registered_layers(self, mode: _Mode) -> Iterator[None]:
         """Record layers that have a rule of their user's own as wholes."""
-        mode, thread = self._mode, threading.get_ident()
+        handles: list[RemovableHandle] = []
+        try:
+            self._watch_registered(mode, handles)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch_registered(self, mode: _Mode, handles: list[RemovableHandle]) -> None:
+        thread = threading.get_ident()
         for name, module in rules.registered_modules(self._model):
             own = {role: p for role, p in module.named_parameters() if self._is_chosen(p)}
             if not own:
@@ -472,11 +498,12 @@ class watch:
                 call = rules.registered_call(name, module, inputs[0], given)
                 values = {id(t): own[role] for role, t in given.items()}
                 mode._record(
-                    Entry(_no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)], versions, call=call)
+                    Entry(_no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)], versions, call=call, bound=True)
                 )
 
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            mode.handles += 2
 
     def _is_chosen(self, parameter: Tensor) -> bool:
         return any(parameter is p for p in self._selection.chosen.values())
@@ -534,7 +561,7 @@ class watch:
     def gradients(self, root: Root, weights: Tensor | None = None) -> dict[str, GradFactors | Tensor]:
         """From where the backward begins; ``weights`` [B] are those of a backward that has run, by `train`."""
         assert self._mode is not None
-        with torch.inference_mode(False), torch.enable_grad(), requiring_grad(self._selection.chosen.values()):
+        with _gradient_mode(), requiring_grad(self._selection.chosen.values()):
             return _Backward(self, self._mode, root, weights).run()
 
 
@@ -605,6 +632,8 @@ class _Backward:
         live = [entry for entry in self.mode.entries if any(structure.of(edge) is not None for edge in entry.edges)]
         unseen = [name for i, name in self.ids.items() if i in structure.leaves]
         work = [_Live.of(entry, structure) for entry in live]
+        for item in work if self.trained else ():
+            item.entry.spent = True
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
@@ -612,7 +641,7 @@ class _Backward:
         for item in work:
             if item not in lost:
                 rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, watched_graph)
-                self._take(rule, found)
+                self._take(rule, [self._own(share) for share in found])
         if lost or unseen:
             self._by_backwards(lost, unseen)
         return self._to_parameters()
@@ -647,9 +676,10 @@ class _Backward:
         if self.trained:
             found = [self.mode.captured.get((edge.node, edge.output_nr)) for edge in edges]
         else:
-            plain = all(all(isinstance(s, Rows) for s in item.states) for item in work)
-            simple = plain and all(rules.bind(item.entry) is not None for item in work)
-            keep = self.watched._retain or not simple or bool(unseen) or self._must_prove() or self.watched._create_graph
+            keep = self.watched._retain or bool(unseen) or self._must_prove() or self.watched._create_graph
+            keep = keep or not all(
+                rules.bind(item.entry) is not None and all(isinstance(s, Rows) for s in item.states) for item in work
+            )
             found = self._backward(edges, self.root.gradient, keep, create_graph=self.watched._create_graph)
         position = 0
         for item in work:
@@ -699,26 +729,25 @@ class _Backward:
             )
         if doubtful:
             lost += self._by_weights(doubtful, dtypes)
-        if self.trained:
-            self._undo_weights(work, lost)
-        return lost
-
-    def _undo_weights(self, work: list[_Live], lost: list[_Live]) -> None:
-        assert self.weights is not None
-        if lost:
+        if lost and self.trained:
             raise CaptureError(
                 f"{lost[0]}: its gradient takes one backward a sample; call watch.factors(losses) before the training "
                 "step's backward"
             )
-        scale = self.weights.reciprocal()
-        for item in work:
-            for k, (delta, rows) in enumerate(zip(item.deltas, item.rows, strict=True)):
-                if self.batch == 1:
-                    item.deltas[k] = delta * scale.to(delta.dtype).squeeze()
-                    continue
-                owners = rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)
-                own = scale.to(delta.dtype)[owners]
-                item.deltas[k] = delta * own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
+        return lost
+
+    def _own(self, share: Share) -> Share:
+        """Of a sample's own loss, where the backward was that of weighted ones."""
+        if self.weights is None:
+            return share
+        scale, gradient, rows = self.weights.reciprocal(), share.gradient, share.rows
+        if isinstance(gradient, GradFactors):
+            return share._replace(gradient=gradient.scaled(scale))
+        own, dim = scale.to(gradient.dtype), 0
+        if rows is not None and self.batch > 1:
+            dim = rows.dim
+            own = own[rows.owners_of(gradient.shape[dim], self.batch, gradient.device)]
+        return share._replace(gradient=gradient * own.reshape(-1, *[1] * (gradient.ndim - dim - 1)))
 
     def _by_weights(self, doubtful: list[_Live], dtypes: set[torch.dtype]) -> list[_Live]:
         """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""
@@ -905,9 +934,9 @@ class _Backward:
                 continue
             names = sorted(self.mode.values[id(value)].names)
             leaves = [self.selection.chosen[name] for name in names]
-            written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
-            written = written.reshape(self.batch, *value.shape).to(value.dtype)
-            back = rules.batched_grad((value,), leaves, (written,), self.watched._create_graph)
+            written = self._written(value, gradient)
+            again = self._rebuilt(value) if self.trained else value  # whose graph the training step has freed
+            back = rules.batched_grad((again,), leaves, (written,), self.watched._create_graph)
             for name, leaf_gradient in zip(names, back, strict=True):
                 if leaf_gradient is not None:
                     parts.setdefault(name, []).append(leaf_gradient)
@@ -936,14 +965,44 @@ class _Backward:
             samples.append(own)
         return torch.stack(samples) if samples else written
 
+    def _written(self, value: Tensor, gradient: GradFactors | Tensor) -> Tensor:
+        written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
+        return written.reshape(self.batch, *value.shape).to(value.dtype)
+
+    def _rebuilt(self, value: Tensor) -> Tensor:
+        """A value made once more by the same calls."""
+        if id(value) in self.ids:
+            return value
+        known = self.mode.values.get(id(value))
+        maker = None if known is None else known.maker
+        if maker is None:
+            if known is None or not known.names:
+                return value.detach()
+            raise CaptureError(
+                f"{', '.join(sorted(known.names))}: a value of it was changed in place, so that its gradient cannot be "
+                "carried back after the training step's backward; call watch.factors(losses) before it"
+            )
+        again = {i: self._rebuilt(source) for i, source in maker.values.items()}
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: again.get(id(t), t), (maker.args, maker.kwargs))
+        result = maker.func(*args, **kwargs)
+        results = self.mode._with_gradient(result)
+        return results[next(k for k, made in enumerate(maker.outputs) if made is value)]
+
     def _carried(self, value: Tensor, gradient: GradFactors | Tensor) -> tuple[Tensor, GradFactors | Tensor]:
-        """Factors follow a value back through transposes, slices, casts and reshapes, as far as these go."""
-        while isinstance(gradient, GradFactors) and id(value) not in self.ids:
+        """Gradients follow a value back through transposes, slices, casts, reshapes and look-ups, as far as these go."""
+        while id(value) not in self.ids:
             maker = self.mode.values[id(value)].maker
-            source = maker.args[0] if maker is not None and maker.args else None
-            if not isinstance(source, Tensor) or id(source) not in maker.values or len(maker.values) > 1:
+            if maker is None or len(maker.values) > 1:
                 break
-            moved = _moved(maker, value, source, gradient)
+            (source,) = maker.values.values()
+            moved = None
+            if isinstance(gradient, GradFactors) and maker.args and maker.args[0] is source:
+                moved = _moved(maker, value, source, gradient)
+            if moved is None and not self.watched._create_graph:
+                call = rules.bind(maker)
+                if call is not None and call.rule == "embedding" and source.ndim == 2:
+                    index = call.input.expand(self.batch, *call.input.shape)
+                    moved = call.gradient("weight", index, self._written(value, gradient))
             if moved is None:
                 break
             value, gradient = source, moved
