@@ -15,7 +15,7 @@ from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
 from .selection import LayerChoice
-from .watch import _as_factors, _tensors_of, watch
+from .watch import _apart, _as_factors, _tensors_of, watch
 
 
 def batch_layer_grads(
@@ -88,12 +88,12 @@ def batch_layer_grads(
         if type(gradient) is GradFactors and gradient.weight_shape is None
     }
     written = dict(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
-    grads = LayerGrads()
+    grads, taken = LayerGrads(), set()
     for name, gradient in found.items():
         if name in written:
             grads[name] = written[name]
         elif isinstance(gradient, Tensor):
-            grads[name] = given[name].copy_(gradient) if name in given else _own(gradient, kinds[name])
+            grads[name] = given[name].copy_(gradient) if name in given else _apart(gradient.to(kinds[name]), taken)
         else:
             grads[name] = gradient.materialize(out=given.get(name), dtype=kinds[name], backend=backend)
     grads.coverage = watched.coverage
@@ -130,7 +130,8 @@ def batch_layer_factors(
     found, watched = _gradients(
         model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite, create_graph
     )
-    result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
+    lasting = watched._lasting()
+    result = LayerFactors((name, _as_factors(gradient, lasting)) for name, gradient in found.items())
     result.coverage = watched.coverage
     return result
 
@@ -261,9 +262,6 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
         )
     return output
 
-
-def _own(gradient: Tensor, kind: torch.dtype) -> Tensor:
-    return gradient.to(kind)
 
 
 def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:

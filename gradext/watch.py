@@ -517,19 +517,26 @@ class watch:
         out: the last one-dimensional result of the block is taken.
         """
         found = self._gradients_of(losses)
-        result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
+        lasting = self._lasting()
+        result = LayerFactors((name, _as_factors(gradient, lasting)) for name, gradient in found.items())
         result.coverage = self.coverage
         return result
 
     def grads(self, losses: Tensor | None = None) -> LayerGrads:
         """The gradients themselves, {parameter name: [B, *parameter.shape]}."""
         found = self._gradients_of(losses)
-        result = LayerGrads(
-            (name, gradient if isinstance(gradient, Tensor) else gradient.materialize(dtype=self._dtype(name)))
-            for name, gradient in found.items()
-        )
+        result, taken = LayerGrads(), set()
+        for name, gradient in found.items():
+            written = gradient if isinstance(gradient, Tensor) else gradient.materialize(dtype=self._dtype(name))
+            result[name] = _apart(written, taken)
         result.coverage = self.coverage
         return result
+
+    def _lasting(self) -> set[int]:
+        """The memory that the caller or the model may write to later: of inputs, parameters and buffers."""
+        assert self._mode is not None
+        given = [t for entry in self._mode.entries for t in _tensors_of([entry.args, entry.kwargs]) if t.is_leaf]
+        return {_memory(t) for t in (*given, *self._selection.chosen.values())}
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._selection.chosen[name].dtype
@@ -602,8 +609,23 @@ def _tensors_of(value) -> list[Tensor]:
     return [t for item in items for t in _tensors_of(item)]
 
 
-def _as_factors(gradient: GradFactors | Tensor) -> GradFactors:
-    return GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
+def _as_factors(gradient: GradFactors | Tensor, lasting: set[int]) -> GradFactors:
+    """Factors that outlive the call: copies of what lies in ``lasting`` memory."""
+    factors = GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
+    return factors._map(lambda t: t.clone() if _memory(t) in lasting else t)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _apart(gradient: Tensor, taken: set[int]) -> Tensor:
+    """The same in memory of its own, so that it may be written to: no other result's, no element twice."""
+    if _memory(gradient) in taken or gradient.untyped_storage().nbytes() < gradient.nbytes:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+    taken.add(_memory(gradient))
+    return gradient
+
 
 
 # --- the partial backward ---------------------------------------------------------------------------------------------
