@@ -69,7 +69,13 @@ class Structure:
         return self.states.get((edge.node, edge.output_nr))
 
 
-def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], checked: bool = True) -> Structure:
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, so that nothing may wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def read_structure(
+root: GradientEdge | None, batch: int, ends: set[Node], checked: bool = True) -> Structure:
     """Walk the graph from ``root``, whose first dimension holds the samples, to its leaves and to ``ends``.
 
     With ``checked`` states may depend on values, which `Structure.checks` gathers; without, these are unproved.

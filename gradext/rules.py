@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from . import rows as row_rules
 from .errors import CaptureError
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
 from .rows import Rows, by_sample, own_rows
@@ -40,7 +41,8 @@ class Entry:
     kwargs: dict
     values: dict[int, Tensor]  # by id of what the function was given: the value of parameters that it stands for
     outputs: list[Tensor]  # those with a gradient
-    edges: list[GradientEdge]
+    edges: list[GradientEdge]  # where the losses' graph meets them: of a view, its base's
+    ends: list[GradientEdge] = field(default_factory=list)  # their own, from before anything is done to them in place
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
     autocast: tuple | None = None
     call: Call | None = None  # as `bind` reads it, where it has
@@ -395,7 +397,8 @@ def _shares(entry, deltas, rows, batch: int, create_graph: bool) -> tuple[str, l
         found = _by_rule(entry, call, deltas[0], rows[0], batch)
         if found is not None:
             return call.rule, found
-    elif call is not None and entry.overwritten():
+    elif (call is not None or entry.name in _MUL) and entry.overwritten():
+
         raise CaptureError(
             f"{entry.name}: its input was modified in place after the call had used it, so that the gradient can no "
             "longer be computed; make that operation out of place"
@@ -444,6 +447,8 @@ def general(
     entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
 ) -> list[Share]:
     sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
+    sliceable = sliceable and not row_rules.capturing(deltas[0])  # what slices give is compared, by a look at it
+
     if batch > 1 and sliceable and not create_graph:
         again = contextlib.nullcontext()
         if entry.autocast:
@@ -454,12 +459,12 @@ def general(
             return found
     if entry.spent:
         entry = _again(entry)
-    given = _given(entry)
-    outputs, cotangents = zip(*((o, d) for o, d in zip(entry.outputs, deltas, strict=True)), strict=True)
+    given, ends = _given(entry), entry.ends or entry.outputs
     if batch == 1:
-        gradients = batched_grad(outputs, given, [c.unsqueeze(0) for c in cotangents], create_graph)
+        gradients = batched_grad(ends, given, [delta.unsqueeze(0) for delta in deltas], create_graph)
     else:
-        gradients = _masked(outputs, given, cotangents, rows, batch, create_graph)
+        gradients = _masked(ends, given, deltas, rows, batch, create_graph)
+
     return [
         Share(entry.values[id(x)], x.new_zeros(batch, *x.shape) if g is None else g)
         for x, g in zip(given, gradients, strict=True)
@@ -486,7 +491,8 @@ def _again(entry: Entry) -> Entry:
             "watch.factors(losses) before it"
         )
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}
-    return Entry(entry.func, args, kwargs, values, outputs, [])
+    ends = [get_gradient_edge(output) for output in outputs]
+    return Entry(entry.func, args, kwargs, values, outputs, ends, ends)
 
 
 def _given(entry: Entry) -> list[Tensor]:

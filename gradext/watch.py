@@ -247,7 +247,9 @@ class _Mode(TorchFunctionMode):
                 self._mark(result, [t for t in args if isinstance(t, Tensor)], args)
             return result
         versions = [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in entry_values]
-        entry = Entry(func, args, kwargs, entry_values, outputs, [_edge_of(t) for t in outputs], versions)
+        edges = [_edge_of(t) for t in outputs]
+        ends = [edge if _base_of(t) is None else get_gradient_edge(t) for t, edge in zip(outputs, edges, strict=True)]
+        entry = Entry(func, args, kwargs, entry_values, outputs, edges, ends, versions)
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 entry.autocast = (kind, torch.get_autocast_dtype(kind))
@@ -315,10 +317,35 @@ class _Mode(TorchFunctionMode):
 
 def _edge_of(output: Tensor) -> GradientEdge:
     # An in-place activation on a view rewrites the history of the view, but not that of its base.
+    base = _base_of(output)
+    return get_gradient_edge(output if base is None else base)
+
+
+def _base_of(output: Tensor) -> Tensor | None:
+    """The tensor of which ``output`` shows all elements, in whatever order."""
     base = output._base
-    if base is not None and base.numel() == output.numel() and base.requires_grad:
-        return get_gradient_edge(base)
-    return get_gradient_edge(output)
+    return base if base is not None and base.numel() == output.numel() and base.requires_grad else None
+
+
+def _in_view(delta: Tensor, output: Tensor) -> Tensor:
+    """The gradient of ``output`` for that of the tensor whose edge `_edge_of` gives."""
+    base = _base_of(output)
+    if base is None or base.is_contiguous() and output.is_contiguous() or delta.shape != base.shape:
+        return delta.reshape(output.shape)
+    order = sorted(range(base.ndim), key=base.stride, reverse=True)
+    offset = output.storage_offset() - base.storage_offset()
+    return delta.permute(order).contiguous().as_strided(output.shape, output.stride(), offset)
+
+
+def _rows_in_view(rows: Rows, output: Tensor, batch: int) -> Rows | Unproved:
+    """The rows of ``output`` for those of its base."""
+    base = _base_of(output)
+    assert base is not None
+    if base.is_contiguous() and output.is_contiguous():
+        return row_rules._reshaped(rows, tuple(base.shape), tuple(output.shape), batch)
+    place = base.shape[rows.dim], base.stride(rows.dim)
+    found = [d for d in range(output.ndim) if (output.shape[d], output.stride(d)) == place]
+    return rows.at(found[0]) if found else Unproved("a view")
 
 
 def _inside_transform() -> bool:
@@ -498,7 +525,12 @@ class watch:
                 call = rules.registered_call(name, module, inputs[0], given)
                 values = {id(t): own[role] for role, t in given.items()}
                 mode._record(
-                    Entry(_no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)], versions, call=call, bound=True)
+                    Entry(
+                        _no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)],
+                        [get_gradient_edge(output)], versions, call=call, bound=True,
+
+                    )  # fmt: skip
+
                 )
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -669,8 +701,8 @@ class _Backward:
         return self._to_parameters()
 
     def _structure(self) -> Structure:
-        capturing = self.root.gradient.is_cuda and torch.cuda.is_current_stream_capturing()
-        found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=not capturing)
+        checked = not row_rules.capturing(self.root.gradient)
+        found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked)
         if not all(row_rules.verdicts(found.checks)):
             found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)
         return found
@@ -708,7 +740,7 @@ class _Backward:
             part = found[position : position + len(item.edges)]
             position += len(item.edges)
             item.deltas = [
-                o.new_zeros(o.shape) if delta is None else delta.reshape(o.shape)
+                o.new_zeros(o.shape) if delta is None else _in_view(delta, o)
                 for o, delta in zip(item.outputs, part, strict=True)
             ]
 
@@ -744,7 +776,14 @@ class _Backward:
         for item in work:
             if item not in lost and item not in doubtful:
                 item.rows = list(item.states)
+        if doubtful and row_rules.capturing(self.root.gradient):
+            raise CaptureError(
+                f"{doubtful[0]}: the graph does not tell which rows are whose (at {doubtful[0].reason()}), and the proof "
+                "waits for the device, which a CUDA graph cannot record; call batch_layer_grads itself, or leave the "
+                "parameter out with exclude="
+            )
         if doubtful and self.trained:
+
             raise CaptureError(
                 f"{doubtful[0]}: the graph does not tell which rows are whose (at {doubtful[0].reason()}), which takes a "
                 "second backward to prove; call watch.factors(losses) before the training step's backward"
@@ -783,7 +822,8 @@ class _Backward:
                 part = found[position : position + len(item.edges)]
                 position += len(item.edges)
                 parts.append(
-                    [torch.zeros_like(d) if p is None else p.reshape(d.shape) for d, p in zip(item.deltas, part, strict=True)]
+                    [torch.zeros_like(o) if p is None else _in_view(p, o) for o, p in zip(item.outputs, part, strict=True)]
+
                 )
             return parts
 
@@ -1076,15 +1116,20 @@ class _Live:
         states = [structure.of(edge) for edge in entry.edges]
         kept = [k for k, state in enumerate(states) if state is not None]
         if len(kept) < len(states):  # what the losses do not depend on has no gradient
-            entry = Entry(**{**vars(entry), "outputs": [entry.outputs[k] for k in kept]})
+            parts = {name: [getattr(entry, name)[k] for k in kept] for name in ("outputs", "ends")}
+            entry = Entry(**{**vars(entry), **parts})
         outputs = list(entry.outputs)
         found = []
         for k, output in zip(kept, outputs, strict=True):
-            edge, state = entry.edges[k], states[k]
-            shape = tuple(edge.node._input_metadata[edge.output_nr].shape)
-            if isinstance(state, Rows) and shape != tuple(output.shape):  # of the view's base
-                state = row_rules._reshaped(state, shape, tuple(output.shape), structure.batch)
+            state = states[k]
+            if _base_of(output) is not None:
+                if isinstance(state, Rows):
+                    state = _rows_in_view(state, output, structure.batch)
+                elif isinstance(state, Unproved) and state.hint is not None:
+                    hint = _rows_in_view(state.hint, output, structure.batch)
+                    state = state._replace(hint=hint if isinstance(hint, Rows) else None)
             found.append(state)
+
         return _Live(entry, outputs, [entry.edges[k] for k in kept], found, [], [])
 
     def names(self, mode: _Mode) -> set[str]:
