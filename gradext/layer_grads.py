@@ -15,7 +15,7 @@ from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
 from .selection import LayerChoice
-from .watch import _apart, _as_factors, _tensors_of, watch
+from .watch import Apart, _as_factors, _tensors_of, kept_apart, watch
 
 
 def batch_layer_grads(
@@ -88,12 +88,13 @@ def batch_layer_grads(
         if type(gradient) is GradFactors and gradient.weight_shape is None
     }
     written = dict(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
-    grads, taken = LayerGrads(), set()
+    grads = LayerGrads()
+    apart = Apart(found)
     for name, gradient in found.items():
         if name in written:
             grads[name] = written[name]
         elif isinstance(gradient, Tensor):
-            grads[name] = given[name].copy_(gradient) if name in given else _apart(gradient.to(kinds[name]), taken)
+            grads[name] = given[name].copy_(gradient) if name in given else apart(gradient.to(kinds[name]))
         else:
             grads[name] = gradient.materialize(out=given.get(name), dtype=kinds[name], backend=backend)
     grads.coverage = watched.coverage
@@ -130,10 +131,10 @@ def batch_layer_factors(
     found, watched = _gradients(
         model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite, create_graph
     )
-    lasting = watched._lasting()
-    result = LayerFactors((name, _as_factors(gradient, lasting)) for name, gradient in found.items())
+    result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
     result.coverage = watched.coverage
-    return result
+    del found, watched  # with the graph
+    return kept_apart(result)
 
 
 def _gradients(
@@ -169,16 +170,16 @@ def _gradients(
     # Replicas exchange gradients in the backward of a wrapped model, and wait for each other: there is nothing to wait
     # for here.
     runs = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    with watched, buffers_kept(model):
-        output = runs(*args, **kwargs)
-        output = output_of(output, loss)
-        if any(target is t and t._version != version for t, version in versions):
-            raise CaptureError(
-                "x: the model overwrites its input in place, which is the target too; pass a target= of its own, or "
-                "make that operation out of place"
-            )
-        root = backward_root(loss, output, target, create_graph=create_graph)
-    found = watched.gradients(root)
+    with buffers_kept(model):  # which the backward may need as the forward has left them
+        with watched:
+            output = output_of(runs(*args, **kwargs), loss)
+            if any(target is t and t._version != version for t, version in versions):
+                raise CaptureError(
+                    "x: the model overwrites its input in place, which is the target too; pass a target= of its own, or "
+                    "make that operation out of place"
+                )
+            root = backward_root(loss, output, target, create_graph=create_graph)
+        found = watched.gradients(root)
     if check_finite:
         for name, gradient in found.items():
             for tensor in [gradient] if isinstance(gradient, Tensor) else _parts(gradient):
@@ -247,7 +248,7 @@ def buffers_kept(model: nn.Module):
 def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
     """What the loss takes of the model's output."""
     if callable(loss):
-        return output[0] if type(output) in (tuple, list) and output else output
+        return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         output = logits
@@ -261,7 +262,6 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
             f"but got {type(output).__name__}; pass a loss that takes the output as it is"
         )
     return output
-
 
 
 def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:

@@ -67,7 +67,7 @@ def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -
 def loss_values(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     """As `per_sample_loss` for a loss that `resolve` has seen: nothing here depends on values, so that it traces."""
     if callable(loss):
-        return _checked_values(loss(output, target), output.shape[0] if isinstance(output, Tensor) else None)
+        return _checked_values(loss(output, target))
     target = target if loss == "cross_entropy" else target.reshape(output.shape)
     return _in_full_precision(LOSSES[loss], output, target)
 
@@ -145,14 +145,12 @@ def _residual(output: Tensor, target: Tensor, link: Callable[[Tensor], Tensor] |
     return residual if residual.dtype is output.dtype else residual.to(output.dtype)
 
 
-def _checked_values(values: Tensor, batch: int | None) -> Tensor:
-    shape = values.shape if isinstance(values, Tensor) else None
-    expected = "B" if batch is None else batch
-    if shape is None or len(shape) != 1 or batch not in (None, shape[0]):
-        came = type(values).__name__ if shape is None else f"shape {tuple(shape)}"
+def _checked_values(values: Tensor) -> Tensor:
+    if not isinstance(values, Tensor) or values.ndim != 1:
+        came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"loss: expected a tensor of shape ({expected},), one value for each sample, but the callable returned "
-            f"{came}; use reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
+            f"loss: expected a tensor of shape (B,), one value for each sample, but the callable returned {came}; use "
+            "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
         )
     if not values.is_floating_point():
         raise TypeError(

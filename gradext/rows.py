@@ -74,8 +74,7 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def read_structure(
-root: GradientEdge | None, batch: int, ends: set[Node], checked: bool = True) -> Structure:
+def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], checked: bool = True) -> Structure:
     """Walk the graph from ``root``, whose first dimension holds the samples, to its leaves and to ``ends``.
 
     With ``checked`` states may depend on values, which `Structure.checks` gathers; without, these are unproved.
@@ -302,6 +301,8 @@ def _states_of(node, kind, k, state, shape, shapes, found: Structure, checked: b
     if kind == "CtcLoss" or kind == "CudnnCtcLoss":
         return [state.at(1) if shapes[0] is not None and len(shapes[0]) == 3 else _LOST]
     if kind == "MkldnnRnnLayer":
+        if d != rank - 2:
+            return None
         return [state.at(len(s) - 2) if s and j in (0, 5, 6) else SHARED for j, s in enumerate(shapes)]
     if kind in ("Cdist", "EuclideanDist", "CdistForward"):
         if d < rank - 2:

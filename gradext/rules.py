@@ -309,7 +309,8 @@ def _bound(entry: Entry) -> Call | None:
     if call is None or id(call.input) in entry.values or not _is_ordinary(call.input):
         return None
     given = {id(parameter) for parameter in call.parameters.values()}
-    return call if given >= entry.values.keys() else None
+    real = not any(t.is_complex() for t in (*call.parameters.values(), *entry.outputs))
+    return call if real and given >= entry.values.keys() else None
 
 
 def _is_ordinary(input: Tensor) -> bool:
@@ -397,8 +398,7 @@ def _shares(entry, deltas, rows, batch: int, create_graph: bool) -> tuple[str, l
         found = _by_rule(entry, call, deltas[0], rows[0], batch)
         if found is not None:
             return call.rule, found
-    elif (call is not None or entry.name in _MUL) and entry.overwritten():
-
+    elif call is not None and entry.overwritten():
         raise CaptureError(
             f"{entry.name}: its input was modified in place after the call had used it, so that the gradient can no "
             "longer be computed; make that operation out of place"
@@ -448,7 +448,7 @@ def general(
 ) -> list[Share]:
     sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
     sliceable = sliceable and not row_rules.capturing(deltas[0])  # what slices give is compared, by a look at it
-
+    sliceable = sliceable and not entry.kwargs.get("scale_grad_by_freq") and True not in entry.args[4:]
     if batch > 1 and sliceable and not create_graph:
         again = contextlib.nullcontext()
         if entry.autocast:
@@ -464,7 +464,6 @@ def general(
         gradients = batched_grad(ends, given, [delta.unsqueeze(0) for delta in deltas], create_graph)
     else:
         gradients = _masked(ends, given, deltas, rows, batch, create_graph)
-
     return [
         Share(entry.values[id(x)], x.new_zeros(batch, *x.shape) if g is None else g)
         for x, g in zip(given, gradients, strict=True)
@@ -548,7 +547,7 @@ def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch:
 
     def place(t: Tensor, left: bool) -> int | None:
         dim = first.dim if left else first.dim - (out.ndim - t.ndim)
-        return dim if 0 <= dim < t.ndim and t.shape[dim] == size else None
+        return dim if 0 <= dim < t.ndim and t.shape[dim] == size and t.layout is torch.strided else None
 
     places = [
         [place(t, left) if isinstance(t, Tensor) else None for t in leaves] for left in (True, False)

@@ -59,15 +59,22 @@ def select(model: nn.Module, layers: LayerChoice = None, exclude: LayerChoice = 
     Raises ValueError for names that the model does not have (all of them at once), UnsupportedLayerError for chosen
     parameters without a gradient.
     """
-    if not all(choice is None or type(choice) is str for choice in (layers, exclude)):
-        return _select(model, layers, exclude)
     contents = _contents(model)
     former, selections = _selected.get(model, (None, {}))
     if former != contents:
         _selected[model] = contents, (selections := {})
-    if (layers, exclude) not in selections:
-        selections[layers, exclude] = _select(model, layers, exclude)
-    return selections[layers, exclude]
+    key = _named(layers), _named(exclude)
+    if None in key:
+        return _select(model, layers, exclude)
+    if key not in selections:
+        selections[key] = _select(model, layers, exclude)
+    return selections[key]
+
+
+def _named(choice: LayerChoice) -> tuple[str | None, ...] | None:
+    """A choice by names alone, as something to look up; None of any other."""
+    names = tuple(choice) if type(choice) in (list, tuple) else (choice,)
+    return names if all(name is None or type(name) is str for name in names) else None
 
 
 def _contents(model: nn.Module) -> list[object]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .factors import GradFactors, LayerFactors
+from .factors.products import add_matrices
 
 _KINDS = ("mean", "diag_fisher", "kron_fisher")
 
@@ -71,7 +72,7 @@ class GradStatistics:
         added = {
             name: {
                 kind: tuple(
-                    new.clone() if not self._sums else old + new.to(old.device)
+                    new.clone() if not self._sums else add_matrices(old, new.to(old.device))
                     for old, new in zip(self._sums[name][kind] if self._sums else parts, parts, strict=True)
                 )
                 for kind, parts in kinds.items()
@@ -92,7 +93,7 @@ class GradStatistics:
 
     @property
     def kron_fisher(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(A [I, I], D [O, O]) by layer."""
+        """(A [I, I], D [O, O]) by layer; an embedding's D is diagonal and given as its diagonal [O]."""
         return {name: (A, D) for name, (A, D) in self._means("kron_fisher").items()}
 
     def _means(self, kind: str) -> dict[str, tuple[Tensor, ...]]:
@@ -114,7 +115,11 @@ class GradStatistics:
         for name, matrices in self.kron_fisher.items():
             inverses = []
             for matrix in matrices:
-                scale = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+                diagonal = matrix if matrix.ndim == 1 else matrix.diagonal()
+                scale = diagonal.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+                if matrix.ndim == 1:
+                    inverses.append(1 / (matrix + damping**0.5 * scale))
+                    continue
                 eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
                 inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping**0.5 * scale * eye)))
             A_inv, D_inv = inverses

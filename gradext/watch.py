@@ -55,9 +55,11 @@ _PASSED = {
     *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
-_TRANSPOSES = {"t", "T", "mT", "transpose", "swapaxes", "adjoint", "__get__"}
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
+
+_DERIVATIVES = {torch.autograd.grad, Tensor.backward}
+_APPLY = torch.autograd.Function.apply.__func__.__code__
 
 _locks = WeakIdKeyDictionary()
 _locks_guard = threading.Lock()
@@ -98,10 +100,20 @@ class _Mode(TorchFunctionMode):
         self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
         self.handles = 0  # of hooks of its own
         self.captured: dict[tuple[Node, int], Tensor] = {}
+        self.hidden: dict[str, str] = {}  # parameter -> the custom autograd function whose forward uses it
+        self.differentiated = 0  # how many entries the forward has taken derivatives through, with their graph
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _PASSED or not torch.is_grad_enabled() or _inside_transform():
+        if func in _PASSED:
+            if func in _DERIVATIVES and kwargs.get("create_graph"):
+                self.differentiated = len(self.entries)
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            if not self.replay:
+                self._note_hidden(args, kwargs)
+            return func(*args, **kwargs)
+        if _inside_transform():
             return func(*args, **kwargs)
         if func in _COMPOSED:
             return self._look_inside(func, args, kwargs)
@@ -179,6 +191,16 @@ class _Mode(TorchFunctionMode):
         for tensor in tensors:
             if id(tensor) not in self.values:
                 tensor._gradext_mark = self.token
+
+    def _note_hidden(self, args: tuple, kwargs: dict) -> None:
+        """What the forward of a custom autograd function does with a parameter leaves no graph."""
+        values: list[_Value] = []
+        self._scan((*args, *kwargs.values()), values, [])
+        names = {name for value in values for name in value.names}
+        if names - self.hidden.keys():
+            function = _custom_function()
+            if function is not None:
+                self.hidden |= dict.fromkeys(names, function)
 
     # --- calls with values --------------------------------------------------------------------------------------------
 
@@ -305,6 +327,11 @@ class _Mode(TorchFunctionMode):
             return [t for part in result for t in self._with_gradient(part)]
         return []
 
+    def held(self) -> list[Tensor]:
+        """The tensors that the entries hold, but for those that come from outside."""
+        found = [t for entry in self.entries for t in (*_tensors_of([entry.args, entry.kwargs]), *entry.outputs)]
+        return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
+
     def _look_inside(self, func, args, kwargs):
         """Run a function of torch's that is written in Python so that the calls it makes are seen one by one."""
         # Its own first step would ask the modes, this one among them, to take over the whole of it again.
@@ -346,6 +373,16 @@ def _rows_in_view(rows: Rows, output: Tensor, batch: int) -> Rows | Unproved:
     place = base.shape[rows.dim], base.stride(rows.dim)
     found = [d for d in range(output.ndim) if (output.shape[d], output.stride(d)) == place]
     return rows.at(found[0]) if found else Unproved("a view")
+
+
+def _custom_function() -> str | None:
+    """The name of the custom autograd function whose forward is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")
+        frame = frame.f_back
+    return None
 
 
 def _inside_transform() -> bool:
@@ -528,9 +565,7 @@ class watch:
                     Entry(
                         _no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)],
                         [get_gradient_edge(output)], versions, call=call, bound=True,
-
                     )  # fmt: skip
-
                 )
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -549,29 +584,20 @@ class watch:
         out: the last one-dimensional result of the block is taken.
         """
         found = self._gradients_of(losses)
-        lasting = self._lasting()
-        result = LayerFactors((name, _as_factors(gradient, lasting)) for name, gradient in found.items())
+        result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
         result.coverage = self.coverage
-        return result
+        return kept_apart(result, self._mode.held())
 
     def grads(self, losses: Tensor | None = None) -> LayerGrads:
         """The gradients themselves, {parameter name: [B, *parameter.shape]}."""
         found = self._gradients_of(losses)
-        result, taken = LayerGrads(), set()
+        apart, result = Apart(found), LayerGrads()
         for name, gradient in found.items():
-            written = gradient if isinstance(gradient, Tensor) else gradient.materialize(dtype=self._dtype(name))
-            result[name] = _apart(written, taken)
+            kind = self._selection.chosen[name].dtype
+            written = isinstance(gradient, Tensor)
+            result[name] = apart(gradient.to(kind)) if written else gradient.materialize(dtype=kind)
         result.coverage = self.coverage
         return result
-
-    def _lasting(self) -> set[int]:
-        """The memory that the caller or the model may write to later: of inputs, parameters and buffers."""
-        assert self._mode is not None
-        given = [t for entry in self._mode.entries for t in _tensors_of([entry.args, entry.kwargs]) if t.is_leaf]
-        return {_memory(t) for t in (*given, *self._selection.chosen.values())}
-
-    def _dtype(self, name: str) -> torch.dtype:
-        return self._selection.chosen[name].dtype
 
     def _gradients_of(self, losses: Tensor | None) -> dict[str, GradFactors | Tensor]:
         mode = self._mode
@@ -641,23 +667,50 @@ def _tensors_of(value) -> list[Tensor]:
     return [t for item in items for t in _tensors_of(item)]
 
 
-def _as_factors(gradient: GradFactors | Tensor, lasting: set[int]) -> GradFactors:
-    """Factors that outlive the call: copies of what lies in ``lasting`` memory."""
-    factors = GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
-    return factors._map(lambda t: t.clone() if _memory(t) in lasting else t)
+def _as_factors(gradient: GradFactors | Tensor) -> GradFactors:
+    return GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
 
 
-def _memory(tensor: Tensor) -> int:
+def kept_apart(factors: LayerFactors, held: Iterable[Tensor] = ()) -> LayerFactors:
+    """Factors outlive the call: what somebody else holds too (an input, a buffer, a model's memory) is copied.
+
+    ``held``: other tensors that are known to share memory with them, and stay as they are.
+    """
+    parts = [t for f in factors.values() for t in f._tensors()]
+    holders: dict[int, int] = {}
+    for t in {id(t): t for t in (*parts, *held)}.values():
+        holders[memory(t)] = holders.get(memory(t), 0) + 1
+    copies: dict[int, Tensor] = {}
+
+    def own(t: Tensor) -> Tensor:
+        if id(t) in copies:
+            return copies[id(t)]
+        storage = t.untyped_storage()
+        shared = torch._C._storage_Use_Count(storage._cdata) > holders[memory(t)] + 1
+        copies[id(t)] = t.clone() if shared else t
+        return copies[id(t)]
+
+    result = type(factors)((name, f._map(own)) for name, f in factors.items())
+    result.coverage = factors.coverage
+    return result
+
+
+class Apart:
+    """Results with memory of their own: a bias's gradient is a delta, which autograd may have given others too."""
+
+    def __init__(self, found: dict[str, GradFactors | Tensor]) -> None:
+        self.taken = {memory(t) for f in found.values() if isinstance(f, GradFactors) for t in f._tensors()}
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if memory(gradient) in self.taken or 0 in gradient.stride():
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        self.taken.add(memory(gradient))
+        return gradient
+
+
+def memory(tensor: Tensor) -> int:
+    """The address of the tensor's storage, by which it is found out who shares it."""
     return tensor.untyped_storage().data_ptr()
-
-
-def _apart(gradient: Tensor, taken: set[int]) -> Tensor:
-    """The same in memory of its own, so that it may be written to: no other result's, no element twice."""
-    if _memory(gradient) in taken or gradient.untyped_storage().nbytes() < gradient.nbytes:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-    taken.add(_memory(gradient))
-    return gradient
-
 
 
 # --- the partial backward ---------------------------------------------------------------------------------------------
@@ -677,28 +730,82 @@ class _Backward:
 
     def run(self) -> dict[str, GradFactors | Tensor]:
         structure = self._structure() if self.batch else Structure(0)
-        if any(kind == "CheckpointFunctionBackward" for kind in structure.kinds):
-            raise CaptureError(
-                "the model uses reentrant checkpoints, which hide their graph, so that parameters in them cannot be "
-                "seen; pass use_reentrant=False to torch.utils.checkpoint (gradient_checkpointing_kwargs="
-                "{'use_reentrant': False} in transformers)"
-            )
+        self._refuse_hidden(structure)
+        # Hooks get the deltas themselves, and may keep them.
+        self.exposed = self.watched._hooked or "BackwardHookFunctionBackward" in structure.kinds
+        differentiated = self.mode.entries[: self.mode.differentiated]
         live = [entry for entry in self.mode.entries if any(structure.of(edge) is not None for edge in entry.edges)]
         unseen = [name for i, name in self.ids.items() if i in structure.leaves]
-        work = [_Live.of(entry, structure) for entry in live]
+        work = [_Live.of(entry, structure) for entry in live if entry not in differentiated]
+        # The losses may depend on these through a backward pass too, which only the whole graph knows.
+        twice = [_Live.of(entry, structure) for entry in differentiated] if structure.states else []
         for item in work if self.trained else ():
             item.entry.spent = True
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
         watched_graph = self.watched._create_graph
+        totals = self._totals(work) if self.watched._hooked else {}
         for item in work:
             if item not in lost:
+                if item.entry.overwritten() and (rules.bind(item.entry) is not None or item.entry.name in rules._MUL):
+                    raise CaptureError(
+                        f"{item.names(self.mode)}: the input of {item} was modified in place after the call had used it, "
+                        "so that the gradient can no longer be computed; make that operation out of place"
+                    )
                 rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, watched_graph)
-                self._take(rule, [self._own(share) for share in found])
-        if lost or unseen:
-            self._by_backwards(lost, unseen)
+                found = [self._own(share) for share in found]
+                self._compare(item, found, totals)
+                self._take(rule, found)
+        if lost or unseen or twice:
+            self._by_backwards(lost + twice, unseen)
         return self._to_parameters()
+
+    def _totals(self, work: list[_Live]) -> dict[int, Tensor]:
+        """Where hooks were registered: autograd's own gradients of what stands for the values, by id."""
+        given = list({id(x): x for item in work for x in rules._given(item.entry) if not x.is_complex()}.values())
+        if not given or self.trained or self.watched._create_graph:
+            return {}
+        found = self._backward_to(given, self.root.gradient)
+        return {id(x): g.to_dense() if g.is_sparse else g for x, g in zip(given, found, strict=True) if g is not None}
+
+    def _compare(self, item: _Live, shares: list[Share], totals: dict[int, Tensor]) -> None:
+        """Refuse what a hook on a node has made of a gradient in a way that cannot be seen."""
+        by_value = {id(value): totals.get(i) for i, value in item.entry.values.items()}
+        for share in shares:
+            total = by_value.get(id(share.value))
+            if total is None or share.rows is not None:
+                continue
+            gradient = share.gradient
+            own = gradient.sum() if isinstance(gradient, GradFactors) else gradient.sum(0)
+            difference = (own.reshape(total.shape).to(total.dtype) - total).abs().max() if total.numel() else 0
+            if difference > torch.finfo(total.dtype).eps ** 0.5 * (total.abs().max() + own.abs().max()):
+                raise CaptureError(
+                    f"{item.names(self.mode)}: a hook on a node of the graph changes the gradient of {item} in a way that "
+                    "cannot be followed; register hooks on tensors, or leave the parameter out with exclude="
+                )
+
+    def _refuse_hidden(self, structure: Structure) -> None:
+        seen = {self.ids[i] for i in structure.leaves if i in self.ids}
+        # A checkpoint of what needs no gradient leaves no node, though it may need one where all parameters are chosen.
+        hidden = {
+            name: function
+            for name, function in self.mode.hidden.items()
+            if name not in seen and (f"{function}Backward" in structure.kinds or function == "CheckpointFunction")
+        }
+        if not hidden:
+            return
+        if "CheckpointFunction" in hidden.values():
+            advice = (
+                "these are reentrant checkpoints: pass use_reentrant=False to torch.utils.checkpoint "
+                "(gradient_checkpointing_kwargs={'use_reentrant': False} in transformers)"
+            )
+        else:
+            advice = "pass the parameters to the function as arguments, or leave them out with exclude="
+        raise CaptureError(
+            f"{_listed(hidden)}: used inside {', '.join(sorted(set(hidden.values())))}, a custom autograd function that hides its "
+            f"graph, so that the gradient cannot be found; {advice}"
+        )
 
     def _structure(self) -> Structure:
         checked = not row_rules.capturing(self.root.gradient)
@@ -734,11 +841,14 @@ class _Backward:
             keep = keep or not all(
                 rules.bind(item.entry) is not None and all(isinstance(s, Rows) for s in item.states) for item in work
             )
+            keep = keep or bool(self.mode.differentiated)
             found = self._backward(edges, self.root.gradient, keep, create_graph=self.watched._create_graph)
         position = 0
         for item in work:
             part = found[position : position + len(item.edges)]
             position += len(item.edges)
+            if self.exposed:
+                part = [None if delta is None else delta.clone() for delta in part]
             item.deltas = [
                 o.new_zeros(o.shape) if delta is None else _in_view(delta, o)
                 for o, delta in zip(item.outputs, part, strict=True)
@@ -771,7 +881,11 @@ class _Backward:
             for item in work
             if self._must_prove() or any(isinstance(state, Unproved) for state in item.states)
         ]
-        lost = [item for item in work if any(isinstance(state, Shared) for state in item.states)]
+        lost = [
+            item
+            for item in work
+            if any(isinstance(state, Shared) for state in item.states)
+        ]
         doubtful = [item for item in doubtful if item not in lost]
         for item in work:
             if item not in lost and item not in doubtful:
@@ -783,7 +897,6 @@ class _Backward:
                 "parameter out with exclude="
             )
         if doubtful and self.trained:
-
             raise CaptureError(
                 f"{doubtful[0]}: the graph does not tell which rows are whose (at {doubtful[0].reason()}), which takes a "
                 "second backward to prove; call watch.factors(losses) before the training step's backward"
@@ -803,7 +916,7 @@ class _Backward:
             return share
         scale, gradient, rows = self.weights.reciprocal(), share.gradient, share.rows
         if isinstance(gradient, GradFactors):
-            return share._replace(gradient=gradient.scaled(scale))
+            return share._replace(gradient=gradient.weighted(scale))
         own, dim = scale.to(gradient.dtype), 0
         if rows is not None and self.batch > 1:
             dim = rows.dim
@@ -823,7 +936,6 @@ class _Backward:
                 position += len(item.edges)
                 parts.append(
                     [torch.zeros_like(o) if p is None else _in_view(p, o) for o, p in zip(item.outputs, part, strict=True)]
-
                 )
             return parts
 
@@ -880,16 +992,14 @@ class _Backward:
                 "that its gradient takes one backward a sample; call watch.factors(losses) before the training step's "
                 "backward"
             )
-        reasons = [(item.names(self.mode), item.reason()) for item in lost] + [({name}, None) for name in unseen]
+        reasons = [(item.names(self.mode), item.reason()) for item in lost] + [(name, None) for name in unseen]
         if self.watched._fallback == "error":
             raise UnsupportedLayerError("; ".join(_explained(names, reason) for names, reason in reasons) + _ADVICE)
-        ends = list({(e.node, e.output_nr): e for item in lost for e in item.edges}.values())
         given = [x for item in lost for x in rules._given(item.entry)]
         leaves = [self.selection.chosen[name] for name in unseen]
         judged = [item for item in lost if self.watched._mixing == "error" and item.holds_samples(self.batch)]
         gradients = self._each_sample(given + leaves, [edge for item in judged for edge in item.edges], judged)
         self._refuse_one_for_all(unseen, gradients[len(given) :])
-        del ends
         position = 0
         for item in lost:
             mine = rules._given(item.entry)
@@ -934,11 +1044,10 @@ class _Backward:
                 position += 1
                 if hit is not None and hit.numel() and int(hit.max()) > 1:
                     raise CaptureError(
-                        f"{', '.join(sorted(item.names(self.mode)))}: samples mix: at {item.entry.name} the loss of a "
-                        f"sample depends on rows of others (at {item.reason()}), so that per-sample gradients in the "
-                        "sense of privacy or attribution do not exist; call model.eval() where batch normalisation is "
-                        'in training mode, detach what the samples share, or pass mixing="allow" for ∂ losses[b] as it '
-                        "stands"
+                        f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others "
+                        f"(at {self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution "
+                        "do not exist; detach what the samples share, tell ragged rows by segments=, or pass "
+                        'mixing="allow" for ∂ losses[b] as it stands'
                     )
         return found
 
@@ -951,6 +1060,19 @@ class _Backward:
                 )
         finally:
             self.mode.replay = False
+
+    def _culprit(self, item: _Live) -> str:
+        reason = item.reason()
+        if "BatchNorm" in reason:
+            found = [
+                f"{name or 'the model'} ({type(module).__name__})"
+                for name, module in self.watched._model.named_modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and (module.training or module.running_mean is None)
+            ]
+            if found:
+                return f"{', '.join(found[:4])}, which normalises with the statistics of the batch: call model.eval()"
+        return reason
 
     def _refuse_one_for_all(self, unseen: list[str], gradients: list[Tensor]) -> None:
         """Refuse a custom function of the losses that gives one sample the gradient of all."""
@@ -1073,31 +1195,35 @@ class _Backward:
 
 def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -> GradFactors | None:
     """The factors for ``source`` of which ``maker`` made ``value``; None where they have no such form."""
-    name, func = maker.name, maker.func
+    name, func, shape = maker.name, maker.func, tuple(source.shape)
     if name in _CASTS and value.shape == source.shape:
         return gradient
-    plain = gradient.weight_shape is None
-    if source.ndim == 2 and value.shape == source.T.shape and plain:
-        if name in ("t", "T", "mT") or func in (Tensor.T.__get__, Tensor.mT.__get__):
-            return gradient.transposed()
-        if name in ("transpose", "swapaxes", "permute", "numpy_T", "adjoint") and not source.is_complex():
-            dims = maker.args[1] if isinstance(maker.args[1], (tuple, list)) else maker.args[1:]
-            if {d % 2 for d in dims} == {0, 1} and (name != "permute" or [d % 2 for d in dims] == [1, 0]):
-                return gradient.transposed()
+    if gradient.weight_shape is None and tuple(gradient.shape[1:]) != tuple(value.shape):
+        return None
+    dims: list[int] | None = None
+    if name in ("t", "T", "mT", "adjoint", "H") or func in _TRANSPOSED:
+        dims = [-2, -1] if source.ndim >= 2 else []
+        if source.ndim > 2 and func not in (Tensor.mT.__get__, Tensor.adjoint):
             return None
-    if plain and value.shape[1:] == source.shape[1:] and source.ndim == 2:
-        if func is Tensor.__getitem__ and type(maker.args[1]) is slice:
-            start, _, step = maker.args[1].indices(source.shape[0])
-            return gradient.in_rows(start, source.shape[0]) if step == 1 else None
-        if name in ("split", "chunk", "split_with_sizes", "tensor_split"):
-            start = 0
-            for part in maker.outputs:
-                if part is value:
-                    return gradient.in_rows(start, source.shape[0])
-                start += part.shape[0]
-    if name in _SAME_NUMBERS and type(gradient) is GradFactors and plain:
-        return GradFactors(gradient.activation, gradient.delta, tuple(source.shape))
+    elif name in ("transpose", "swapaxes", "swapdims"):
+        dims = list(maker.args[1:3]) if len(maker.args) == 3 else None
+    if dims is not None and not source.is_complex():
+        return gradient.transposed(*dims) if dims else gradient
+    if func is Tensor.__getitem__ and type(maker.args[1]) is slice and value.shape[1:] == source.shape[1:]:
+        start, _, step = maker.args[1].indices(shape[0])
+        return gradient.placed(start, shape[0]) if step == 1 else None
+    if name in ("split", "chunk", "split_with_sizes", "tensor_split") and value.shape[1:] == source.shape[1:]:
+        start = 0
+        for part in maker.outputs:
+            if part is value:
+                return gradient.placed(start, shape[0])
+            start += part.shape[0]
+    if name in _SAME_NUMBERS:
+        return gradient.reshaped(shape)
     return None
+
+
+_TRANSPOSED = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__}
 
 
 @dataclass(eq=False)
@@ -1129,11 +1255,10 @@ class _Live:
                     hint = _rows_in_view(state.hint, output, structure.batch)
                     state = state._replace(hint=hint if isinstance(hint, Rows) else None)
             found.append(state)
-
         return _Live(entry, outputs, [entry.edges[k] for k in kept], found, [], [])
 
-    def names(self, mode: _Mode) -> set[str]:
-        return {name for value in self.entry.values.values() for name in mode.values[id(value)].names}
+    def names(self, mode: _Mode) -> str:
+        return _listed({name for value in self.entry.values.values() for name in mode.values[id(value)].names})
 
     def reason(self) -> str:
         for state in self.states:
@@ -1155,11 +1280,15 @@ _ADVICE = (
 )
 
 
-def _explained(names: set[str], reason: str | None) -> str:
-    shown = ", ".join(sorted(names))
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _explained(names: str, reason: str | None) -> str:
     if reason is None:
-        return f"{shown} is used where gradext cannot see it (a custom autograd function, scripted or compiled code)"
-    return f"{shown}: which rows are whose cannot be told (at {reason})"
+        return f"{names} is used where gradext cannot see it (a custom autograd function, scripted or compiled code)"
+    return f"{names}: which rows are whose cannot be told (at {reason})"
 
 
 def _user_level() -> int:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import gradext
 import gradext.losses
+import gradext.ranges
 import gradext.rows
 
 from gradext import CaptureError, NonFiniteError, graphs
@@ -65,7 +66,10 @@ def _recording_forbids_to_wait(monkeypatch):
     for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "isfinite"):
         monkeypatch.setattr(Tensor, name, waits(getattr(Tensor, name)))
     monkeypatch.setattr(gradext.rows, "capturing", lambda tensor: FakeRecorder.recording)
-    refuse = gradext.losses._refuse_outside_unit_interval  # which is asked on the CPU alone
+    # What is looked at on the CPU alone.
+    outside = gradext.ranges.outside
+    monkeypatch.setattr(gradext.ranges, "outside", lambda *given: None if FakeRecorder.recording else outside(*given))
+    refuse = gradext.losses._refuse_outside_unit_interval
     on_gpu = lambda target, asked: None if FakeRecorder.recording else refuse(target, asked)  # noqa: E731
     monkeypatch.setattr(gradext.losses, "_refuse_outside_unit_interval", on_gpu)
 

@@ -70,5 +70,5 @@ def test_an_operand_that_is_overwritten_later_is_refused():
     model, x = Late(), torch.rand(4, 6)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared(model(x), None).sum().backward()
-    with pytest.raises(CaptureError, match="mul: its input was modified in place"):
+    with pytest.raises(CaptureError, match="scale: the input of mul was modified in place"):
         gradext.batch_layer_grads(model, x, loss=squared)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .. import ranges
+
 # Intermediates are cut to blocks of about this many elements, which stay in a cache of a few MB.
 BLOCK_ELEMENTS = 1 << 20
 # Elements of a row, and positions, that are added up one after the other.
@@ -126,37 +128,82 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
     """``‖G[b]‖² = Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B].
 
     T = 1: ``‖δ‖²‖a‖²``, B(O + I) operations. T > 1: the T x T Gram matrices, BT²(O + I), or the gradients themselves,
-    BTOI, whichever is fewer, in blocks of samples.
+    BTOI, whichever is fewer, in blocks of samples. On the CPU samples whose products leave the range of the type are
+    computed again from factors scaled by powers of two, so that the result is right wherever it is in range itself.
     """
     delta, activation = widen(delta, activation)
     if delta.ndim == 2:
         # One pass over each factor, where an inner product takes two and a temporary.
         return (row_norms(delta) * row_norms(activation)).square()
+    squares, least = _sq_norm_of_positions(delta, activation)
+    if squares.device.type == "cpu" and (rows := ranges.outside(squares, least)) is not None:
+        delta, activation = delta[rows], activation[rows]
+        by = (ranges.exponents(delta) + ranges.exponents(activation)).amax(1).clamp_min(ranges.NOTHING)
+        again, _ = _sq_norm_of_positions(*scaled_factors(delta, activation, by))
+        squares[rows] = ranges.times_two_to(by, ranges.times_two_to(by, again))
+    return squares
+
+
+def scaled_factors(delta: Tensor, activation: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [B, T, O] and [B, T, I] of ``2^-by[b] G[b]``, each delta of numbers of about one."""
+    of_delta = ranges.exponents(delta)
+    by = torch.where(by > ranges.NOTHING, by, 0)  # zeros
+    return ranges.times_two_to(-of_delta, delta), ranges.times_two_to(of_delta - by[:, None], activation)
+
+
+def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, float]:
+    """The squared norms of factors [B, T, O] and [B, T, I], and from which size on they have all of their digits."""
     B, T, O = delta.shape
     I = activation.shape[2]
     by_gram = T * (O + I) < O * I  # not where both are nothing: a T x T matrix is not
     step = _samples_a_block(T * T if by_gram else O * I)
-    result = delta.new_zeros(B)
+    squares, lost = delta.new_zeros(B), 0.0
     for b in range(0, B, step):
         d, a = delta[b : b + step], activation[b : b + step]
         if by_gram:
-            product = torch.bmm(d, d.mT).mul_(torch.bmm(a, a.mT)).flatten(1).sum(1)
+            of_delta, of_activation = torch.bmm(d, d.mT), torch.bmm(a, a.mT)
+            # What is below the type's range in one of the matrices counts as many times as the other is large.
+            if squares.device.type == "cpu":
+                lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
+            product = of_delta.mul_(of_activation).flatten(1).sum(1)
         else:
             gradient = _gradients(d, a).flatten(1)
             product = torch.linalg.vecdot(gradient, gradient)
-        # A sum of squares; rounding of the Gram form can fall below zero when the terms cancel.
-        result[b : b + step] = product.clamp_min_(0)
-    return result
+        squares[b : b + step] = product
+    least = ranges.least_power(1, squares.dtype) * (T * T * lost if by_gram else O * I)
+    # A sum of squares; rounding of the Gram form can fall below zero when the terms cancel.
+    return squares.clamp_min_(0), least
+
+
+def _largest(gram: Tensor) -> float:
+    """The largest number of positive semidefinite matrices [B, T, T], which lies on a diagonal."""
+    return float(gram.diagonal(dim1=1, dim2=2).amax()) if gram.numel() else 0.0
 
 
 def row_norms(x: Tensor, p: float = 2) -> Tensor:
-    """``‖x[b]‖_p`` of x [B, n] -> [B].
+    """``‖x[b]‖_p`` of x [B, n] -> [B], right on the CPU also where powers of the numbers leave the range of the type.
 
     Torch's norms add up one number after the other, and the error grows with the row: long rows go in pieces. Its sums
     do not, and for p = 1 are several times as fast.
     """
-    if p == 1:
+    if p == 1 or not x.shape[1]:
         return x.abs().sum(1)
+    norms = _row_norms(x, p)
+    if p == math.inf or x.device.type != "cpu":
+        return norms
+    rows = ranges.outside(norms, ranges.least_power(x.shape[1], x.dtype) ** (1 / p))
+    if rows is not None:
+        norms[rows] = scaled_row_norms(x[rows], p)
+    return norms
+
+
+def scaled_row_norms(x: Tensor, p: float = 2) -> Tensor:
+    """`row_norms` of numbers of any size, differentiable and without waiting for one of them."""
+    by = ranges.exponents(x)
+    return ranges.times_two_to(by, _row_norms(ranges.times_two_to(-by, x), p))
+
+
+def _row_norms(x: Tensor, p: float) -> Tensor:
     norm, pieces = functools.partial(torch.linalg.vector_norm, ord=p), x.shape[1] // PIECE
     if pieces < 2:
         return norm(x, dim=1)
