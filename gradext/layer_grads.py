@@ -131,7 +131,7 @@ def batch_layer_factors(
     found, watched = _gradients(
         model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite, create_graph
     )
-    result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
+    result = LayerFactors((name, _as_factors(name, gradient)) for name, gradient in found.items())
     result.coverage = watched.coverage
     del found, watched  # with the graph
     return kept_apart(result)

@@ -48,6 +48,7 @@ class Entry:
     call: Call | None = None  # as `bind` reads it, where it has
     bound: bool = False
     spent: bool = False  # its graph is freed
+    may_mix: bool = False  # whether samples may depend on each other inside the call
 
     @property
     def name(self) -> str:
@@ -448,7 +449,8 @@ def general(
 ) -> list[Share]:
     sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
     sliceable = sliceable and not row_rules.capturing(deltas[0])  # what slices give is compared, by a look at it
-    sliceable = sliceable and not entry.kwargs.get("scale_grad_by_freq") and True not in entry.args[4:]
+    # Whose gradient may be scaled by what is in the whole batch, which shows in no output.
+    sliceable = sliceable and entry.name not in ("embedding", "embedding_bag")
     if batch > 1 and sliceable and not create_graph:
         again = contextlib.nullcontext()
         if entry.autocast:
@@ -457,6 +459,12 @@ def general(
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
             return found
+        if entry.name in _OVER_ROWS and not entry.may_mix and not _is_random(entry):
+            raise CaptureError(
+                f"{entry.name}: samples mix: a sample's rows come out otherwise without those of others (batch "
+                "normalisation in training mode, a sequence along the samples' dimension); call model.eval(), see that "
+                'the samples lie where the layer expects them (batch_first), or pass mixing="allow"'
+            )
     if entry.spent:
         entry = _again(entry)
     given, ends = _given(entry), entry.ends or entry.outputs
@@ -468,6 +476,16 @@ def general(
         Share(entry.values[id(x)], x.new_zeros(batch, *x.shape) if g is None else g)
         for x, g in zip(given, gradients, strict=True)
     ]
+
+
+# Functions that take some dimension as a whole, of which it has to be known that it is not the samples'.
+_OVER_ROWS = {"batch_norm", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
+def _is_random(entry: Entry) -> bool:
+    """Whether a recurrent function draws a dropout: (..., dropout, training, ...) among its arguments."""
+    pairs = zip(entry.args, entry.args[1:], strict=False)
+    return any(isinstance(a, float) and a > 0 and b is True for a, b in pairs)
 
 
 def _again(entry: Entry) -> Entry:

@@ -110,9 +110,13 @@ class _Mode(TorchFunctionMode):
                 self.differentiated = len(self.entries)
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
+            result = func(*args, **kwargs)
             if not self.replay:
-                self._note_hidden(args, kwargs)
-            return func(*args, **kwargs)
+                values, others = [], []
+                self._scan((*args, *kwargs.values()), values, others)
+                self._note_hidden(values)
+                self._mark(result, others, args)
+            return result
         if _inside_transform():
             return func(*args, **kwargs)
         if func in _COMPOSED:
@@ -192,10 +196,8 @@ class _Mode(TorchFunctionMode):
             if id(tensor) not in self.values:
                 tensor._gradext_mark = self.token
 
-    def _note_hidden(self, args: tuple, kwargs: dict) -> None:
+    def _note_hidden(self, values: list[_Value]) -> None:
         """What the forward of a custom autograd function does with a parameter leaves no graph."""
-        values: list[_Value] = []
-        self._scan((*args, *kwargs.values()), values, [])
         names = {name for value in values for name in value.names}
         if names - self.hidden.keys():
             function = _custom_function()
@@ -584,7 +586,7 @@ class watch:
         out: the last one-dimensional result of the block is taken.
         """
         found = self._gradients_of(losses)
-        result = LayerFactors((name, _as_factors(gradient)) for name, gradient in found.items())
+        result = LayerFactors((name, _as_factors(name, gradient)) for name, gradient in found.items())
         result.coverage = self.coverage
         return kept_apart(result, self._mode.held())
 
@@ -667,7 +669,12 @@ def _tensors_of(value) -> list[Tensor]:
     return [t for item in items for t in _tensors_of(item)]
 
 
-def _as_factors(gradient: GradFactors | Tensor) -> GradFactors:
+def _as_factors(name: str, gradient: GradFactors | Tensor) -> GradFactors:
+    if isinstance(gradient, Tensor) and gradient.is_complex():
+        raise UnsupportedLayerError(
+            f"{name}: expected a real parameter, as factors hold real numbers, but it is {gradient.dtype}; leave it out "
+            "with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
+        )
     return GradFactors.of(gradient) if isinstance(gradient, Tensor) else gradient.compact()
 
 
@@ -741,6 +748,8 @@ class _Backward:
         twice = [_Live.of(entry, structure) for entry in differentiated] if structure.states else []
         for item in work if self.trained else ():
             item.entry.spent = True
+        for item in work:
+            item.entry.may_mix = self.watched._mixing == "allow"
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
@@ -793,9 +802,11 @@ class _Backward:
             for name, function in self.mode.hidden.items()
             if name not in seen and (f"{function}Backward" in structure.kinds or function == "CheckpointFunction")
         }
-        if not hidden:
+        reentrant = "CheckpointFunctionBackward" in structure.kinds or "CheckpointFunction" in hidden.values()
+        if not hidden and not reentrant:
             return
-        if "CheckpointFunction" in hidden.values():
+        if reentrant:
+            hidden = hidden or {"what they hold": "CheckpointFunction"}
             advice = (
                 "these are reentrant checkpoints: pass use_reentrant=False to torch.utils.checkpoint "
                 "(gradient_checkpointing_kwargs={'use_reentrant': False} in transformers)"
