@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "gradext" / "_version.py"))["__version__"]
-DEFAULT_ARCHS = ["80", "86", "89", "90", "100", "120"]
+DEFAULT_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def source_hash() -> str:

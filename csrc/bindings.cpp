@@ -67,10 +67,9 @@ class Fields {
   py::ssize_t next_ = 0;
 };
 
-// (delta, activation, out, B, T, O, I, strides of delta, activation and out, in_dtype, out_dtype, operand, its
-// strides, epilogue)
+// (delta, activation, out, B, T, O, I, strides of delta, activation and out, in_dtype, out_dtype)
 OuterParams outer_params(const py::tuple& problem) {
-  Fields fields(problem, 22);
+  Fields fields(problem, 17);
   OuterParams p{};
   p.delta = fields.pointer(), p.activation = fields.pointer(), p.out = fields.pointer();
   p.B = fields.next(), p.T = fields.next(), p.O = fields.next(), p.I = fields.next();
@@ -78,9 +77,6 @@ OuterParams outer_params(const py::tuple& problem) {
   p.activation_b = fields.next(), p.activation_t = fields.next(), p.activation_i = fields.next();
   p.out_b = fields.next(), p.out_o = fields.next();
   p.in_dtype = fields.dtype(), p.out_dtype = fields.dtype();
-  p.operand = fields.pointer();
-  p.operand_b = fields.next(), p.operand_t = fields.next(), p.operand_o = fields.next();
-  p.epilogue = static_cast<gradext::Epilogue>(fields.next());
   return p;
 }
 
@@ -204,10 +200,6 @@ PYBIND11_MODULE(_C, m) {
     result["misses"] = stats.misses;
     return result;
   });
-
-  py::dict epilogues;
-  for (const char* name : gradext::kEpilogueNames) epilogues[name] = py::len(epilogues);
-  m.attr("EPILOGUES") = epilogues;
 
 #if defined(GRADEXT_WITH_CUDA)
   m.def(

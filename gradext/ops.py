@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends.reference import EPILOGUES, accumulation_type, apply_epilogue, widen
+from .backends.reference import accumulation_type, widen
 from .borrowing import without_autocast
 
 # Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
-__all__ = ["DTYPES", "dot", "epilogue_delta", "gram", "linear", "outer", "outer_group", "sq_norm"]
+__all__ = ["DTYPES", "dot", "gram", "linear", "outer", "outer_group", "sq_norm"]
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -77,8 +77,6 @@ def outer(
     delta: Tensor,
     activation: Tensor,
     *,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -88,10 +86,6 @@ def outer(
     delta [B, (T,) O], activation [B, (T,) I] -> [B, O, I] of type ``dtype`` (default: of the inputs, or of ``out``).
     Writes B·O·I numbers, the floor of its cost; half precision accumulates in fp32. ``out`` may have any strides.
 
-    With an ``epilogue``, a name of `EPILOGUES`, the delta is that function of ``delta`` and ``operand`` (of delta's
-    shape, type and device), computed in the type that sums are kept in, and on a GPU without a pass of its own; where
-    a gradient is wanted, or under torch.compile, it is composed of torch's operators.
-
     ``out`` may share no memory with an input, since it is written while they are read.
 
     Raises ValueError or TypeError for shapes, types and devices that do not fit, BackendError for a backend that does
@@ -99,29 +93,10 @@ def outer(
     size that was asked for.
     """
     name = "outer" if delta.ndim == 2 else "outer_sum"
-    if epilogue is not None or operand is not None:
-        epilogue, operand = _checked_epilogue(epilogue, delta, operand)
-        tensors = (delta, activation, operand)
-        if _is_plain(tensors if out is None else (*tensors, out)):
-            options = {"dtype": dtype} if out is None else {"out": out}
-            kernel = _kernels[name, "default" if out is None else "out"]
-            result = kernel(delta, activation, **options, backend=backend, epilogue=epilogue, operand=operand)
-            return result if out is None else out
-        _refuse_inference_tensors(tensors)
-        check_factors(delta, activation)
-        dtype = dtype or delta.dtype
-        delta = apply_epilogue(epilogue, delta, operand)
-        activation = activation.to(delta.dtype)
     if out is None:
         return _call(name, "default", delta, activation, dtype=dtype, backend=backend)
     _call(name, "out", delta, activation, out=out, backend=backend)
     return out
-
-
-def epilogue_delta(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
-    """The delta that `outer` forms of its arguments, as a tensor, in the type that sums are kept in."""
-    _checked_epilogue(epilogue, delta, operand)
-    return apply_epilogue(epilogue, delta, operand)
 
 
 class Product(NamedTuple):
@@ -131,8 +106,6 @@ class Product(NamedTuple):
     activation: Tensor
     out: Tensor | None = None
     dtype: torch.dtype | None = None
-    epilogue: str | None = None
-    operand: Tensor | None = None
 
 
 def outer_group(products: Sequence[Product], *, backend: str | None = None) -> list[Tensor]:
@@ -140,17 +113,9 @@ def outer_group(products: Sequence[Product], *, backend: str | None = None) -> l
 
     Raises as `outer`.
     """
-    tensors = [t for p in products for t in (p.delta, p.activation, p.out, p.operand) if t is not None]
+    tensors = [t for p in products for t in (p.delta, p.activation, p.out) if t is not None]
     if len(products) < 2 or not _is_plain(tensors):
-        return [
-            outer(
-                p.delta, p.activation, epilogue=p.epilogue, operand=p.operand, out=p.out, dtype=p.dtype, backend=backend
-            )
-            for p in products
-        ]
-    for p in products:
-        if p.epilogue is not None or p.operand is not None:
-            _checked_epilogue(p.epilogue, p.delta, p.operand)
+        return [outer(p.delta, p.activation, out=p.out, dtype=p.dtype, backend=backend) for p in products]
     return _outer_group(products, backend)
 
 
@@ -219,22 +184,6 @@ def check_factors(delta: Tensor, activation: Tensor) -> None:
         f"delta, activation: expected dense tensors (torch.strided), but got {delta.layout} and {activation.layout}; "
         "convert them with .to_dense()"
     )
-
-
-def _checked_epilogue(epilogue: str | None, delta: Tensor, operand: Tensor | None) -> tuple[str, Tensor]:
-    if epilogue is None:
-        raise ValueError("operand: expected an epilogue that uses it, but got epilogue=None")
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue: expected None or one of {', '.join(EPILOGUES)}, but got {epilogue!r}")
-    if operand is None:
-        raise ValueError(f"operand: expected a tensor of delta's shape for epilogue={epilogue!r}, but got None")
-    if operand.shape != delta.shape:
-        raise ValueError(f"operand: expected delta's shape {list(delta.shape)}, but got {list(operand.shape)}")
-    if operand.dtype != delta.dtype:
-        raise TypeError(f"operand: expected delta's type {delta.dtype}, but got {operand.dtype}; convert it with .to()")
-    if operand.device != delta.device:
-        raise ValueError(f"operand: expected delta's device {delta.device}, but got {operand.device}")
-    return epilogue, operand
 
 
 def _check_other(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activation: Tensor) -> None:
@@ -400,20 +349,20 @@ def _outer_kernels(name: str, ndim: int):
         if len(delta.shape) != ndim:
             raise ValueError(f"delta: expected {ndim} dimensions, but got shape {list(delta.shape)}")
 
-    def write(delta, activation, out, backend, epilogue, operand):
+    def write(delta, activation, out, backend):
         device = delta.device.type
         module = backends.choose("outer", backend, device, backends.Call(delta, out))
-        return without_autocast(device, module.outer, delta, activation, out, None, epilogue, operand)
+        return without_autocast(device, module.outer, delta, activation, out)
 
-    def functional(delta, activation, *, dtype=None, backend=None, epilogue=None, operand=None):
+    def functional(delta, activation, *, dtype=None, backend=None):
         check(delta, activation)
-        return write(delta, activation, _new_result(delta, activation, dtype), backend, epilogue, operand)
+        return write(delta, activation, _new_result(delta, activation, dtype), backend)
 
-    def into_out(delta, activation, *, out, backend=None, epilogue=None, operand=None):
+    def into_out(delta, activation, *, out, backend=None):
         check(delta, activation)
         check_out(out, _gradient_shape(delta, activation), delta.device)
-        check_apart((out,), (delta, activation) if operand is None else (delta, activation, operand))
-        write(delta, activation, out, backend, epilogue, operand)
+        check_apart((out,), (delta, activation))
+        write(delta, activation, out, backend)
 
     def fake(delta, activation, *, dtype=None, backend=None):
         check(delta, activation)
@@ -438,9 +387,9 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
     results: list[Tensor] = []
     groups: dict[ModuleType, list[tuple]] = {}
     if any(p.out is not None for p in products):
-        inputs = (t for p in products for t in (p.delta, p.activation, p.operand) if t is not None)
+        inputs = (t for p in products for t in (p.delta, p.activation))
         check_apart([p.out for p in products if p.out is not None], inputs)
-    for delta, activation, out, dtype, epilogue, operand in products:
+    for delta, activation, out, dtype in products:
         check_factors(delta, activation)
         if out is None:
             out = _new_result(delta, activation, dtype)
@@ -448,14 +397,14 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
             check_out(out, _gradient_shape(delta, activation), delta.device)
         results.append(out)
         module = backends.choose("outer", backend, delta.device.type, backends.Call(delta, out))
-        groups.setdefault(module, []).append((delta, activation, out, epilogue, operand))
+        groups.setdefault(module, []).append((delta, activation, out))
     for module, problems in groups.items():
         device = problems[0][0].device.type
         if hasattr(module, "outer_group"):
             without_autocast(device, module.outer_group, problems)
         else:
-            for delta, activation, out, epilogue, operand in problems:
-                without_autocast(device, module.outer, delta, activation, out, None, epilogue, operand)
+            for delta, activation, out in problems:
+                without_autocast(device, module.outer, delta, activation, out)
     return results
 
 

@@ -94,54 +94,46 @@ def outer(
     activation: Tensor,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
 ) -> Tensor:
     """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; the conversion to out's type is fused.
 
-    With an epilogue the delta is ``EPILOGUES[epilogue](delta, operand)``, operand [B, (T,) O], computed on the way and
-    not rounded before the product. Many positions in fp32 or fp64 without a conversion are `torch.bmm`, which Triton's
-    product at best matches there.
+    Many positions in fp32 or fp64 without a conversion are `torch.bmm`, which Triton's product at best matches there.
     """
     if out is None:
         out = delta.new_empty(delta.shape[0], delta.shape[-1], activation.shape[-1], dtype=dtype)
-    outer_group([(delta, activation, out, epilogue, operand)])
+    outer_group([(delta, activation, out)])
     return out
 
 
-def outer_group(problems: list[tuple[Tensor, Tensor, Tensor, str | None, Tensor | None]]) -> None:
-    """`outer` of each (delta, activation, out, epilogue, operand), written into its out.
+def outer_group(problems: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """`outer` of each (delta, activation, out), written into its out.
 
     The problems that go by tiles (few positions, and rows of out that 16 elements divide) share launches, up to GROUP
-    each, whatever their sizes, types and epilogues. Every other problem has its own.
+    each, whatever their sizes and types. Every other problem has its own.
     """
     from ..kernels import outer as kernels
 
     tiled: dict[torch.device, list[tuple]] = {}
-    for delta, activation, out, epilogue, operand in problems:
+    for delta, activation, out in problems:
         if out.numel() == 0:
             continue
         d, a = _positions(delta, activation)
-        z = d if operand is None else _positions(operand)[0]  # not read without an epilogue
         by_columns = out.stride(1) < out.stride(2)
         many = d.shape[1] > kernels.ONE_BY_ONE
         by_library = many and out.dtype == d.dtype and d.element_size() > 2
         if many and not by_library and not _multiplies(d.dtype):
-            plain.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+            plain.outer(delta, activation, out)
             continue
-        if epilogue is not None and (by_columns or by_library):  # no kernel computes the delta
-            d, z, a = plain.widen(d, z, a)
-            d, epilogue = plain.EPILOGUES[epilogue](d, z), None
         if by_columns:  # the transposed gradient is the one stored by rows
-            d, a, out, z = a, d, out.mT, a
+            d, a, out = a, d, out.mT
         if by_library:
             torch.bmm(d.mT, a, out=out)
         elif many:
-            _outer_dot(d, z, a, out, epilogue)
+            _outer_dot(d, a, out)
         elif _prefers_flat(out):
-            _outer_flat(d, z, a, out, epilogue)
+            _outer_flat(d, a, out)
         else:
-            tiled.setdefault(out.device, []).append((d, z, a, out, epilogue))
+            tiled.setdefault(out.device, []).append((d, a, out))
     for group in tiled.values():
         for first in range(0, len(group), kernels.GROUP):
             _outer_tiles(group[first : first + kernels.GROUP])
@@ -149,28 +141,26 @@ def outer_group(problems: list[tuple[Tensor, Tensor, Tensor, str | None, Tensor 
 
 def _outer_tiles(group: list[tuple]) -> None:
     from ..kernels import outer as kernels
-    from ..kernels.epilogues import CODES
 
     problems, programs, constants = [], [], []
-    for d, z, a, out, epilogue in group:
+    for d, a, out in group:
         (B, O, I), T = out.shape, d.shape[1]
         block_o, block_i = _outer_blocks(out)
-        problems.append((d, z, a, out, T, O, I, *d.stride(), *z.stride(), *a.stride(), *out.stride()))
+        problems.append((d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()))
         programs.append(B * _cdiv(O, block_o) * _cdiv(I, block_i))
-        constants.append((CODES[epilogue], block_o, block_i))
+        constants.append((block_o, block_i))
     options = {"on": group[0][0], "warps": kernels.WARPS, "stages": 1}
     if len(group) == 1:
         [problem], [constant] = problems, constants
-        options |= zip(("EPILOGUE", "BLOCK_O", "BLOCK_I"), constant, strict=True)
+        options |= zip(("BLOCK_O", "BLOCK_I"), constant, strict=True)
         _launch(kernels.outer_tiles, programs[0], problem, **options)
     else:
-        options |= zip(("EPILOGUES", "BLOCKS_O", "BLOCKS_I"), zip(*constants, strict=True), strict=True)
+        options |= zip(("BLOCKS_O", "BLOCKS_I"), zip(*constants, strict=True), strict=True)
         _launch(kernels.outer_group, sum(programs), (tuple(problems), tuple(programs)), **options)
 
 
-def _outer_flat(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | None) -> None:
+def _outer_flat(d: Tensor, a: Tensor, out: Tensor) -> None:
     from ..kernels import outer as kernels
-    from ..kernels.epilogues import CODES
 
     (_, O, I), T, size = out.shape, d.shape[1], out.element_size()
     short = I * size < 16
@@ -179,34 +169,28 @@ def _outer_flat(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | No
     _launch(
         kernels.outer_flat,
         _cdiv(out.numel(), block),
-        (d, z, a, out, T, out.numel(), O, I, magic_o, magic_i, *d.stride(), *z.stride(), *a.stride()),
+        (d, a, out, T, out.numel(), O, I, magic_o, magic_i, *d.stride(), *a.stride()),
         on=d,
         warps=kernels.WARPS,
         stages=1,
-        EPILOGUE=CODES[epilogue],
         VECTOR=1 if short else 16 // size,
         BLOCK=block,
     )
 
 
-def _outer_dot(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | None) -> None:
+def _outer_dot(d: Tensor, a: Tensor, out: Tensor) -> None:
     from ..kernels import outer as kernels
-    from ..kernels.epilogues import CODES
 
     (B, O, I), T = out.shape, d.shape[1]
-    size, precision = d.element_size(), _precision(d.dtype)
-    if epilogue is not None and size == 2:  # the delta is fp32, as exact in three products in TF32
-        size, precision = 4, "tf32x3"
-    (block_o, block_i, block_t), warps, stages = kernels.DOT_TILES[size]
+    (block_o, block_i, block_t), warps, stages = kernels.DOT_TILES[d.element_size()]
     _launch(
         kernels.outer_dot,
         B * _cdiv(O, block_o) * _cdiv(I, block_i),
-        (d, z, a, out, T, O, I, *d.stride(), *z.stride(), *a.stride(), *out.stride()),
+        (d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()),
         on=d,
         warps=warps,
         stages=stages,
-        EPILOGUE=CODES[epilogue],
-        PRECISION=precision,
+        PRECISION=_precision(d.dtype),
         BLOCK_T=block_t,
         BLOCK_O=block_o,
         BLOCK_I=block_i,

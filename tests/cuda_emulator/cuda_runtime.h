@@ -13,12 +13,14 @@
 
 #undef __global__
 #undef __device__
+#undef __host__
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __grid_constant__
 #define __global__
 #define __device__
+#define __host__
 #define __shared__ static  // blocks run one after the other
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -62,6 +64,11 @@ template <class T>
 void __stcs(T* to, T value) {
   emulator::count_store(to, sizeof(T));
   *to = value;
+}
+
+template <class T>
+void store_cached(T* to, T value) {
+  __stcs(to, value);
 }
 
 extern "C" {
