@@ -8,6 +8,7 @@ Nothing here knows about modules.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from .backends.reference import accumulation_type, widen
 from .borrowing import without_autocast
 
 # Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
-__all__ = ["DTYPES", "dot", "gram", "linear", "outer", "outer_group", "sq_norm"]
+__all__ = ["DTYPES", "dot", "gram", "linear", "outer", "outer_group", "sq_norm", "sq_norm_group"]
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -122,6 +123,29 @@ def outer_group(products: Sequence[Product], *, backend: str | None = None) -> l
 def sq_norm(delta: Tensor, activation: Tensor, *, backend: str | None = None) -> Tensor:
     """Squared Frobenius norm of every per-sample gradient, ``Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], never forming one."""
     return _call("sq_norm", "default", delta, activation, backend=backend)
+
+
+def sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]], *, backend: str | None = None) -> Tensor:
+    """`sq_norm` of several layers, each (delta, activation), of one batch -> [L, B], in the widest of their types.
+
+    In as few launches as the backend can: on a GPU one for all layers of a type, whatever their sizes, and one that
+    adds up. Where a gradient is wanted, one of each layer. Raises as `sq_norm`, and ValueError for no layer or for
+    layers of different B.
+    """
+    if not layers:
+        raise ValueError("layers: expected at least one pair of factors, but got none")
+    sizes = {delta.shape[0] for delta, _ in layers}
+    if len(sizes) > 1:
+        raise ValueError(f"layers: expected the same number of samples in all, but got {sorted(sizes)}")
+    if len(layers) > 1 and _is_plain([factor for layer in layers for factor in layer]):
+        return _sq_norm_group(layers, backend)
+    norms = [sq_norm(*layer, backend=backend) for layer in layers]
+    return norms[0].unsqueeze(0) if len(norms) == 1 else _stacked(norms)
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    wide = functools.reduce(torch.promote_types, (row.dtype for row in rows))
+    return torch.stack([row.to(wide) for row in rows])
 
 
 def dot(delta: Tensor, activation: Tensor, reference: Tensor, *, backend: str | None = None) -> Tensor:
@@ -406,6 +430,30 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
             for delta, activation, out in problems:
                 without_autocast(device, module.outer, delta, activation, out)
     return results
+
+
+def _sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]], backend: str | None) -> Tensor:
+    groups: dict[tuple[ModuleType, torch.dtype, torch.device], list[int]] = {}
+    for place, (delta, activation) in enumerate(layers):
+        check_factors(delta, activation)
+        module = backends.choose("sq_norm", backend, delta.device.type, backends.Call(delta))
+        groups.setdefault((module, delta.dtype, delta.device), []).append(place)
+    if len({device for _, _, device in groups}) > 1:
+        raise ValueError(
+            "layers: expected all on one device, but got " + ", ".join(sorted({str(d) for *_, d in groups}))
+        )
+    rows: dict[int, Tensor] = {}
+    for (module, _, device), places in groups.items():
+        chosen = [layers[place] for place in places]
+        if hasattr(module, "sq_norm_group"):
+            found = without_autocast(device.type, module.sq_norm_group, chosen)
+            if len(groups) == 1:
+                return found
+        else:
+            function = getattr(module, "sq_norm", None) or backends.reference.sq_norm
+            found = [without_autocast(device.type, function, *layer) for layer in chosen]
+        rows |= zip(places, found, strict=True)
+    return _stacked([rows[place] for place in range(len(layers))])
 
 
 def _contraction_kernel(name: str, operand: str, shape: str, result_shape):

@@ -314,15 +314,21 @@ def assert_norms(found, delta, activation):
     assert (found >= 0).all()
 
 
-def norms_by(emulator, delta, activation, gram_tile, splits):
+def routes(dtype) -> list[str]:
+    """Of T > 1."""
+    cores = ["gradient_64", "gram_16", "gram_32", *(["gram_64"] if dtype is not F64 else [])]
+    return [*cores, *(["mma_gradient_128", "mma_gradient_64", "mma_gram_64"] if dtype.itemsize == 2 else [])]
+
+
+def norms_by(emulator, delta, activation, route, splits):
     """The kernel for T > 1 of a plan of our own choice."""
-    (B, T, O), I = delta.shape, activation.shape[2]
+    C, B = emulator.C, delta.shape[0]
     wide = accumulation_type(delta.dtype)
     memory = torch.full((B + 2,), CANARY, dtype=wide)
     shares = torch.full((B * splits + 2,), CANARY, dtype=wide)
-    pointers = [delta.data_ptr(), activation.data_ptr(), memory[1:].data_ptr()]
-    fields = (*pointers, B, T, O, I, *delta.stride(), *activation.stride(), cuda._CODE[delta.dtype])
-    emulator.C.sq_norm_cuda(fields, gram_tile, splits, shares[1:].data_ptr(), -1, 0)
+    fields = cuda._norm_fields(delta, activation)
+    code, out = cuda._CODE[delta.dtype], memory[1:].data_ptr()
+    C.sq_norm_cuda([fields], [(C.SQ_NORM_ROUTES.index(route), splits)], code, out, shares[1:].data_ptr(), -1, 0)
     for buffer in (memory, shares):
         assert buffer[0] == CANARY
         assert buffer[-1] == CANARY
@@ -340,20 +346,47 @@ def test_norms_of_one_position(dtype, emulator):
         assert_norms(cuda.sq_norm(d, a), d, a)
 
 
-@pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_norms_of_many_positions(dtype, gram_tile, emulator):
+@pytest.mark.parametrize(("dtype", "route"), [(kind, route) for kind in TYPES for route in routes(kind)], ids=str)
+def test_norms_of_many_positions(dtype, route, emulator):
     shapes = [(2, 5, 3, 7), (3, 70, 20, 33), (1, 33, 66, 1), (2, 16, 1, 70), (2, 0, 3, 4), (2, 5, 0, 4), (0, 5, 3, 4)]
+    if route.startswith("mma"):  # several tiles, of whole vectors and not
+        shapes += [(2, 40, 136, 264), (1, 72, 72, 80), (1, 130, 24, 40)]
     for (B, T, O, I), splits in itertools.product(shapes, (1, 3)):
         delta, activation = factors(B, T, O, I, dtype)
-        norms = norms_by(emulator, delta, activation, gram_tile, splits)
+        norms = norms_by(emulator, delta, activation, route, splits)
         assert_norms(norms, delta, activation)
-    columns = activation.mT.contiguous().mT
     for d, a in (
-        (delta.mT.contiguous().mT, columns),
+        (delta.mT.contiguous().mT, activation.mT.contiguous().mT),
         (factors(2, 20, 9, 4, dtype)[0][:, ::2, 1::3], factors(2, 10, 1, 1, dtype)[1].expand(2, 10, 70)),
+        (factors(2, 24, 48, 4, dtype)[0][..., 8:40], factors(2, 48, 1, 72, dtype)[1][:, ::2]),
+        (factors(2, 24, 33, 4, dtype)[0][..., 1:], factors(1, 24, 1, 16, dtype)[1].expand(2, 24, 16)),
     ):
-        assert_norms(norms_by(emulator, d, a, gram_tile, 2), d, a)
+        assert_norms(norms_by(emulator, d, a, route, 2), d, a)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_of_all_layers_are_one_launch(dtype, emulator):
+    """And one that adds up: layers of one position and of many, of any sizes and strides, each as alone."""
+    emulator.configure(multiprocessors=20)
+    sizes = [(None, 5, 7), (70, 20, 33), (None, 300, 700), (1, 9, 3), (5, 3, 7), (0, 4, 4), (24, 72, 80), (None, 0, 3)]
+    layers = [factors(3, T, O, I, dtype, seed) for seed, (T, O, I) in enumerate(sizes)]
+    layers.append([x.mT.contiguous().mT for x in layers[1]])
+    norms = cuda.sq_norm_group(layers)
+    assert emulator.launches == 2
+    assert norms.shape == (len(layers), 3)
+    for row, layer in zip(norms, layers, strict=True):
+        assert_norms(row, *layer)
+    assert torch.equal(norms, cuda.sq_norm_group(layers))
+    assert cuda.sq_norm_group([(d[:0], a[:0]) for d, a in layers]).shape == (len(layers), 0)
+
+
+@pytest.mark.parametrize(("count", "launches"), [(1, 2), (40, 2), (41, 2), (320, 2), (321, 4)])
+def test_norms_of_very_many_layers(count, launches, emulator):
+    layers = [factors(2, (None, 3)[seed % 2], 3 + seed % 5, 4, seed=seed) for seed in range(count)]
+    norms = cuda.sq_norm_group(layers)
+    assert emulator.launches == launches
+    for row, layer in zip(norms, layers, strict=True):
+        assert_norms(row, *layer)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -363,30 +396,40 @@ def test_norms_by_the_plan(dtype, emulator):
         assert_norms(cuda.sq_norm(delta, activation), delta, activation)
 
 
-def test_plan_takes_the_cheaper_route_and_fills_the_gpu(emulator):
+def plans(emulator, dtype, *sizes):
+    """(route, splits) of layers of sizes (B, T, O, I) on a GPU of 132 multiprocessors."""
     emulator.configure(multiprocessors=132)
-
-    def plan(B, T, O, I):
-        return emulator.C.sq_norm_plan(B, T, O, I, -1)
-
-    assert plan(4096, 4, 64, 64) == (0, 1)  # one tile of 4 steps, or 16 x 16 positions of 128
-    assert plan(4096, 16, 784, 400) == (16, 1)
-    assert plan(4096, 30, 784, 400) == (32, 1)
-    assert plan(256, 4096, 784, 400)[0] == 0
-    gram_tile, splits = plan(1, 16, 784, 400)  # one block for the Gram matrix, or 91 for the gradient
-    assert (gram_tile, splits) == (0, 91)
-    gram_tile, splits = plan(1, 4096, 64, 64)  # the other way round
-    assert gram_tile == 64
-    assert splits > 132
-    assert plan(0, 4, 3, 3)[1] >= 1
+    fields = [(0, 0, *size, *[0] * 6) for size in sizes]
+    names = emulator.C.SQ_NORM_ROUTES
+    return [(names[route], splits) for route, splits in emulator.C.sq_norm_plan(fields, cuda._CODE[dtype], -1)]
 
 
-def test_norms_are_not_negative_where_terms_cancel(emulator):
-    delta, activation = factors(8, 64, 30, 40)
-    delta[:, 1::2], activation[:, 1::2] = -delta[:, ::2], activation[:, ::2]
-    for gram_tile in (16, 32, 64):
-        found = norms_by(emulator, delta, activation, gram_tile, 2)
-        assert (found >= 0).all()
+def test_plan_takes_the_cheaper_route(emulator):
+    assert plans(emulator, F32, (4096, 4, 64, 64)) == [("gradient_64", 1)]  # one tile of 4 steps, not 128 of 16 x 16
+    assert plans(emulator, F32, (4096, 16, 784, 400)) == [("gram_16", 1)]
+    assert plans(emulator, F32, (4096, 30, 784, 400)) == [("gram_32", 1)]
+    assert plans(emulator, F32, (256, 4096, 784, 400))[0][0] == "gradient_64"
+    assert plans(emulator, F32, (1, 4096, 64, 64))[0][0] == "gram_64"
+    assert plans(emulator, BF16, (512, 64, 768, 768)) == [("mma_gram_64", 1)]
+    assert plans(emulator, BF16, (16, 4096, 1024, 1024))[0][0] == "mma_gradient_128"
+    assert plans(emulator, F64, (1, 4096, 64, 64))[0][0] == "gram_32"
+    assert plans(emulator, F32, (9, 1, 20, 30), (9, 1, 3000, 30)) == [("rows", 1), ("rows", 8)]
+    assert plans(emulator, F32, (0, 4, 3, 3))[0][1] >= 1
+    assert plans(emulator, F32) == []
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("I", [768, 3072])
+def test_plan_fills_the_gpu_with_few_samples(I, dtype, emulator):
+    """B = 4 and T = 512 make a block for each of 132 multiprocessors at least, alone or among others."""
+    size = (4, 512, 768, I)
+    [(_, splits)] = plans(emulator, dtype, size)
+    assert 4 * splits >= 132
+    blocks = sum(4 * splits for _, splits in plans(emulator, dtype, *[size] * 12))
+    assert 4 * 132 <= blocks <= 4 * 132 + 12 * 4
+    [(route, splits)] = plans(emulator, dtype, (1, 4096, 64, 64))  # one tile of G
+    assert route.startswith(("gram", "mma_gram"))
+    assert splits >= 4 * 132
 
 
 def test_norms_of_many_samples_by_one_block(emulator):
@@ -395,12 +438,12 @@ def test_norms_of_many_samples_by_one_block(emulator):
     assert_norms(cuda.sq_norm(delta, activation), delta, activation)
 
 
-@pytest.mark.parametrize("gram_tile", [0, 16])
-def test_norms_of_more_blocks_than_tiles(gram_tile, emulator):
+@pytest.mark.parametrize("route", routes(BF16))
+def test_norms_of_more_blocks_than_tiles(route, emulator):
     """A block that adds up nothing in between two samples passes fewer barriers."""
-    delta, activation = factors(3, 9, 5, 7)
+    delta, activation = factors(3, 9, 5, 7, BF16)
     emulator.configure(max_blocks=1, backwards=True)
-    assert_norms(norms_by(emulator, delta, activation, gram_tile, 5), delta, activation)
+    assert_norms(norms_by(emulator, delta, activation, route, 5), delta, activation)
 
 
 def test_sums_over_very_many_positions_do_not_drift(emulator):
@@ -409,24 +452,24 @@ def test_sums_over_very_many_positions_do_not_drift(emulator):
     gradient = cuda.outer(delta, activation)
     exact = torch.full((1, 2, 3), 65_537 * delta[0, 0, 0].double() * activation[0, 0, 0].double(), dtype=F64)
     torch.testing.assert_close(gradient.double(), exact, rtol=2e-5, atol=0)
-    norms = norms_by(emulator, delta, activation, 0, 1)
+    norms = norms_by(emulator, delta, activation, "gradient_64", 1)
     torch.testing.assert_close(norms.double(), exact.square().sum((1, 2)), rtol=4e-5, atol=0)
 
 
-@pytest.mark.parametrize(("gram_tile", "O", "I"), [(16, 65_537, 3), (32, 3, 65_537), (64, 3, 65_537)])
-def test_norms_of_very_many_features_do_not_drift(gram_tile, O, I, emulator):
+@pytest.mark.parametrize(("route", "O", "I"), [("gram_16", 65_537, 3), ("gram_32", 3, 65_537), ("gram_64", 3, 65_537)])
+def test_norms_of_very_many_features_do_not_drift(route, O, I, emulator):
     delta, activation = torch.full((1, 2, O), 0.786), torch.full((1, 2, I), 0.3)
     exact = (4 * O * delta[0, 0, 0].double() ** 2 * I * activation[0, 0, 0].double() ** 2).reshape(1)
-    found = norms_by(emulator, delta, activation, gram_tile, 1)
+    found = norms_by(emulator, delta, activation, route, 1)
     torch.testing.assert_close(found.double(), exact, rtol=4e-5, atol=0)
 
 
-@pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
-def test_norms_of_nan_and_infinity(gram_tile, emulator):
-    delta, activation = (x.abs() for x in factors(3, 20, 5, 9))
+@pytest.mark.parametrize("route", routes(BF16))
+def test_norms_of_nan_and_infinity(route, emulator):
+    delta, activation = (x.abs() for x in factors(3, 20, 5, 9, BF16))
     delta[0, 3, 2] = float("nan")
     activation[1, 3, 2] = float("inf")
-    found = norms_by(emulator, delta, activation, gram_tile, 1)
+    found = norms_by(emulator, delta, activation, route, 1)
     assert found[0].isnan()
     assert found[1].isinf()
     assert_norms(found[2:], delta[2:], activation[2:])
@@ -443,6 +486,7 @@ def everything():
         results.append(cuda.outer(delta, activation))
         results.append(cuda.outer(delta, factors(7, T, 70, 36)[1]))
         results.append(cuda.sq_norm(delta, activation))
+        results.append(cuda.sq_norm(delta.bfloat16(), activation.bfloat16()))
     problems = [problem(5, None, 20 + k, 8 + k, seed=k) for k in range(5)]
     cuda.outer_group(problems)
     return results + [out for _, _, out in problems]
@@ -567,11 +611,11 @@ def test_failed_calls_say_what_and_where(emulator):
         RuntimeError, match=r"outer_cuda: cudaSetDevice failed: .*InvalidDevice, B=2, T=1, O=3, I=4, de.* 99"
     ):
         emulator.C.outer_cuda([fields], 99, 0)
-    norm = (*fields[:7], *fields[7:13], emulator.C.F32)
+    norm = (*fields[:2], *fields[3:13])
     with pytest.raises(
         RuntimeError, match=r"sq_norm_cuda: cudaSetDevice failed: .*B=2, T=1, O=3, I=4, device 99, sm_90"
     ):
-        emulator.C.sq_norm_cuda(norm, 0, 1, fields[2], 99, 0)
+        emulator.C.sq_norm_cuda([norm], [(1, 1)], emulator.C.F32, fields[2], fields[2], 99, 0)
 
 
 @pytest.mark.parametrize(

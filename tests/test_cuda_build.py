@@ -33,9 +33,7 @@ MOST_REGISTERS = {
     "outer_runs": (80, 80),
     "outer_group": (80, 80),
     "outer_sum": (80, 128),
-    "sq_norm_rows": (64, 64),
-    "sq_norm_gradient": (80, 128),
-    "sq_norm_gram": (80, 128),
+    "sq_norm_layers": (128, 128),
     "sum_shares": (64, 64),
 }
 KERNELS = {
@@ -43,10 +41,9 @@ KERNELS = {
     "outer_runs": 8,
     "outer_group": 16,
     "outer_sum": 8,
-    "sq_norm_rows": 4,
-    "sq_norm_gradient": 4,
+    "sq_norm_layers": 8,
+    "sum_shares": 4,
 }
-KERNELS |= {"sq_norm_gram": 12, "sum_shares": 2}
 OUT_BYTES = {"6__half": 2, "13__nv_bfloat16": 2, "f": 4, "d": 8}  # by the end of the mangled arguments
 
 
@@ -125,7 +122,7 @@ def test_registers_and_shared_memory_leave_room_for_other_blocks(kernels):
     for kernel in kernels:
         doubles = f"{kernel.name}Id" in kernel.symbol
         assert kernel.registers <= MOST_REGISTERS[kernel.name][doubles], kernel
-        assert kernel.shared <= 20 << 10, kernel
+        assert kernel.shared <= 21 << 10, kernel
 
 
 def disassembler(name: str) -> str:
@@ -216,15 +213,34 @@ def test_whole_rows_take_few_instructions_a_store(functions):
         assert prologue < 100, f"{symbol}: {prologue}"
 
 
+def loads_before_stores(code: list[str]) -> list[tuple[int, int]]:
+    """For each run of stores to shared memory the loads on their way before it: all, and those of 16 bytes."""
+    found, loads, wide = [], 0, 0
+    for kind in map(mnemonic, code):
+        if kind.startswith("LDG"):
+            loads, wide = loads + 1, wide + ("128" in kind)
+        elif kind.startswith("STS"):
+            found += [(loads, wide)] if loads else []
+            loads = wide = 0
+    return found
+
+
 @pytest.mark.parametrize("arch", DISASSEMBLED)
 def test_tiles_have_several_loads_on_their_way(arch, functions):
-    """A thread's numbers of a slice of both factors, 8 where a tile is 64 wide, are loaded before one is stored."""
-    for source in ("outer", "sq_norm"):
-        for symbol, code in functions(source, arch).items():
-            name = kernel_name(symbol)
-            if name not in ("outer_sum", "sq_norm_gradient", "sq_norm_gram"):
-                continue
-            kinds = [mnemonic(line)[:3] for line in code]
-            first = kinds.index("STS")
-            patch = int(match[1]) if (match := re.search(r"Li(\d)E", symbol)) else 4
-            assert kinds[:first].count("LDG") >= 2 * patch, f"{symbol}: {kinds[:first].count('LDG')}"
+    """Of a slice of both factors a thread has 8 numbers, or in wide tiles 4 times 16 bytes, before it stores one."""
+    for symbol, code in functions("outer", arch).items():
+        if kernel_name(symbol) == "outer_sum":
+            assert loads_before_stores(code) == [(8, 0)], symbol
+    for symbol, code in functions("sq_norm", arch).items():
+        if kernel_name(symbol) != "sq_norm_layers":
+            continue
+        found = loads_before_stores(code)
+        if "sq_norm_layersI6__half" in symbol or "sq_norm_layersI13__nv_bfloat16" in symbol:
+            assert all(loads >= 4 for loads, _ in found), f"{symbol}: {found}"
+            # A tile of each gradient and two Gram matrices, whose numbers are read one by one across an edge.
+            assert sum(wide >= 4 for _, wide in found) == 4, f"{symbol}: {found}"
+            assert sum(kind.startswith("HMMA.16816.F32") for kind in map(mnemonic, code)) >= 2 * 16 + 3 * 4, symbol
+        else:  # the tiles of 16 x 16 and 32 x 32 positions have 2 and 4
+            tiles = sorted(loads for loads, _ in found)
+            assert tiles[:4] == [2, 2, 4, 4], f"{symbol}: {found}"
+            assert tiles.count(8) >= (1 if "sq_norm_layersId" in symbol else 3), f"{symbol}: {found}"

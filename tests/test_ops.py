@@ -473,7 +473,7 @@ def test_table_on_cuda(table):
             assert table("sq_norm", "cuda", T, dtype) == "cuda"
     assert table("outer", "cuda", 9, half) == "triton"
     assert table("sq_norm", "cuda", None, half) == "cuda"
-    assert table("sq_norm", "cuda", 3, half) == "triton"
+    assert table("sq_norm", "cuda", 3, half) == "cuda"
     assert table("sq_norm", "cuda", 3, half, missing=["triton"]) == "cuda"
     for operator in "dot", "linear", "gram":
         assert table(operator, "cuda", None, half) == "triton"
@@ -508,3 +508,50 @@ def test_table_ends_every_choice_it_begins():
             assert all(row.when != "else" for row in rows[:-1])
             assert not rows or rows[-1].when == "else"
             assert all(row.backends[-1] == "reference" and set(row.backends) <= set(backends.BACKENDS) for row in rows)
+
+
+# --- norms of several layers -----------------------------------------------------------------------------------------
+
+
+def test_norms_of_several_layers(backend):
+    layers = [factors(4, T, 5 + k, 3, seed=k) for k, T in enumerate((None, 3, 40))]
+    found = ops.sq_norm_group(layers, backend=backend)
+    assert found.shape == (3, 4)
+    for row, layer in zip(found, layers, strict=True):
+        torch.testing.assert_close(row, ops.sq_norm(*layer, backend=backend))
+    mixed = [layers[0], [x.bfloat16() for x in layers[1]]]
+    assert ops.sq_norm_group(mixed, backend=backend).dtype == torch.float64
+    assert ops.sq_norm_group(layers[:1], backend=backend).shape == (1, 4)
+    leaves = [[x.clone().requires_grad_() for x in layer] for layer in layers]
+    assert torch.autograd.gradcheck(
+        lambda *x: ops.sq_norm_group([x[:2], x[2:4], x[4:]], backend=backend), [x for layer in leaves for x in layer]
+    )
+
+
+def test_a_group_of_norms_is_one_call_of_a_backend_that_has_it(monkeypatch):
+    calls = []
+
+    def sq_norm_group(layers):
+        calls.append(len(layers))
+        return torch.stack([reference.sq_norm(*layer) for layer in layers])
+
+    monkeypatch.setattr(reference, "sq_norm_group", sq_norm_group, raising=False)
+    layers = [factors(4, T, 5, 3) for T in (None, 3, 40)]
+    layers.append([x.float() for x in layers[0]])
+    found = ops.sq_norm_group(layers, backend="reference")
+    assert sorted(calls) == [1, 3]
+    assert found.dtype == torch.float64
+    for row, (delta, activation) in zip(found, layers, strict=True):
+        torch.testing.assert_close(row, reference.sq_norm(delta, activation).double())
+
+
+def test_norms_of_wrong_layers():
+    one, other = factors(4, None, 5, 3), factors(3, None, 5, 3)
+    with pytest.raises(ValueError, match="expected at least one pair"):
+        ops.sq_norm_group([])
+    with pytest.raises(ValueError, match=r"the same number of samples in all, but got \[3, 4\]"):
+        ops.sq_norm_group([one, other])
+    with pytest.raises(ValueError, match="all on one device, but got cpu, meta"):
+        ops.sq_norm_group([one, [x.to("meta") for x in one]])
+    with pytest.raises(TypeError, match="one floating-point type"):
+        ops.sq_norm_group([one, (one[0], one[1].float())])

@@ -65,8 +65,8 @@ struct Size {
 template <class Params>
 Size size_of(int device, const char* operation, const Params& p) {
   Size size{};
-  check(cudaDeviceGetAttribute(&size.multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute", operation, p, device);
+  check(cudaDeviceGetAttribute(&size.multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute",
+        operation, p, device);
   check(cudaDeviceGetAttribute(&size.l2_bytes, cudaDevAttrL2CacheSize, device), "cudaDeviceGetAttribute", operation, p,
         device);
   return size;

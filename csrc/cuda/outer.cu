@@ -31,8 +31,8 @@ __device__ __forceinline__ void store_one(Out* to, Out value) {
   __stcs(to, value);
 }
 
-// T = 1, activations side by side, and rows of whole, aligned 16-byte chunks. A thread takes one chunk of a row, loads its activations once, and
-// steps down the rows of its sample: a delta, a multiplication and a store each.
+// T = 1, activations side by side, and rows of whole, aligned 16-byte chunks. A thread takes one chunk of a row, loads
+// its activations once, and steps down the rows of its sample: a delta, a multiplication and a store each.
 struct Rows {
   const void *delta, *activation;
   void* out;
@@ -100,11 +100,11 @@ __global__ void __launch_bounds__(kThreads, 4) outer_rows(const __grid_constant_
     write_rows<In, Out, kStream>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
 }
 
-// T = 1 and any rows. The output falls into runs: stretches of memory without gaps, a sample's [O, I] or, where rows are
-// padded, one row. In a run the 16-byte chunks repeat their position relative to the rows every `period`
-// rows, the least number of rows that fills whole chunks. So a thread takes one position within the period,
-// loads its activations once, and steps from period to period: per store it loads one delta (two where the
-// chunk lies across rows), and it divides only before the loop.
+// T = 1 and any rows. The output falls into runs: stretches of memory without gaps, a sample's [O, I] or, where rows
+// are padded, one row. In a run the 16-byte chunks repeat their position relative to the rows every `period` rows, the
+// least number of rows that fills whole chunks. So a thread takes one position within the period, loads its activations
+// once, and steps from period to period: per store it loads one delta (two where the chunk lies across rows), and it
+// divides only before the loop.
 struct Runs {
   const void *delta, *activation;
   void* out;

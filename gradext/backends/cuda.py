@@ -162,26 +162,35 @@ def _stream(device: torch.device) -> int:
 
 
 def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
-    """``‖G[b]‖² = Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], fp64 for fp64 factors, else fp32.
+    """`sq_norm_group` of one layer -> [B]."""
+    return sq_norm_group([(delta, activation)])[0]
 
-    delta [B, (T,) O], activation [B, (T,) I], any strides, of one type. T = 1: one pass over the factors. T > 1:
-    through tiles of G, BTOI multiply-adds, or of the two Gram matrices, BT²(O + I) / 2, whichever is counted to take
-    less time on this GPU in whole tiles; neither is written, only [B] and, where B samples cannot fill the GPU,
-    [B, splits] shares. Full precision on the CUDA cores, sums in a fixed order: the same call gives the same bits.
-    Runs on the current stream of the tensors' device without synchronising.
+
+def sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """``‖G_l[b]‖² = Σ_ts (δ_t·δ_s)(a_t·a_s)`` of every layer l -> [L, B], fp64 for fp64 factors, else fp32.
+
+    delta [B, (T,) O], activation [B, (T,) I], any strides, all of one type, device and B. One launch for up to 320
+    layers, and one that adds up the shares of its blocks. T = 1: one pass over the factors. T > 1: through tiles of G,
+    BTOI multiply-adds, or of the two Gram matrices, BT²(O + I) / 2, whichever is counted to take less time on this GPU
+    in whole tiles, on tensor cores for half precision; neither is written, only shares [B, splits] a layer. Sums in a
+    fixed order: the same call gives the same bits. Runs on the current stream of the tensors' device without
+    synchronising.
 
     Raises:
         RuntimeError: the launch failed; the message holds sizes, device and what to do.
     """
+    delta = layers[0][0]
+    B, device, code = delta.shape[0], delta.get_device(), _CODE[delta.dtype]
+    norms = delta.new_empty(len(layers), B, dtype=reference.accumulation_type(delta.dtype))
+    fields = [_norm_fields(*layer) for layer in layers]
+    plans = _C.sq_norm_plan(fields, code, device)
+    # Route 0 is that of one position, whose splits are warps.
+    shares = norms.new_empty(B * sum(splits if route else 1 for route, splits in plans))
+    _C.sq_norm_cuda(fields, plans, code, norms.data_ptr(), shares.data_ptr(), device, _stream(delta.device))
+    return norms
+
+
+def _norm_fields(delta: Tensor, activation: Tensor) -> tuple[int, ...]:
     (B, T, O), delta_strides = _positions(delta)
     (_, _, I), activation_strides = _positions(activation)
-    norms = delta.new_empty(B, dtype=reference.accumulation_type(delta.dtype))
-    device = delta.get_device()
-    gram_tile, splits = (0, 1) if T == 1 else _C.sq_norm_plan(B, T, O, I, device)
-    shares = norms if splits == 1 else norms.new_empty(B, splits)
-    fields = (
-        *(delta.data_ptr(), activation.data_ptr(), norms.data_ptr(), B, T, O, I),
-        *(*delta_strides, *activation_strides, _CODE[delta.dtype]),
-    )
-    _C.sq_norm_cuda(fields, gram_tile, splits, shares.data_ptr(), device, _stream(delta.device))
-    return norms
+    return (delta.data_ptr(), activation.data_ptr(), B, T, O, I, *delta_strides, *activation_strides)

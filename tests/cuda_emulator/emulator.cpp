@@ -1,11 +1,11 @@
 #include <cuda_runtime.h>
-
-#include "kernel.cuh"
 #include <ucontext.h>
 
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "kernel.cuh"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
