@@ -633,7 +633,8 @@ def test_failed_calls_say_what_and_where(emulator):
         (103, ["100f"], None, True),  # to its family
         (110, ["100f"], "100f", False),
         (103, ["100a"], None, False),
-        (75, ["native"], None, True),
+        (75, ["75"], "75", True),
+        (110, ["75", "100"], "75", True),  # by the oldest PTX
     ],
 )
 def test_which_gpus_a_binary_has_code_for(capability, archs, ptx, runs):

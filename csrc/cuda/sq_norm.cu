@@ -411,12 +411,15 @@ std::vector<SqNormPlan> sq_norm_plan(const std::vector<SqNormParams>& layers, DT
 
 std::vector<SqNormPlan> sq_norm_plan_for(const std::vector<SqNormParams>& layers, DType dtype, int device) {
   if (layers.empty()) return {};
-  int multiprocessors = 0, major = 0;
+  int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute",
         kOperation, layers[0], device);
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute", kOperation,
-        layers[0], device);
-  return sq_norm_plan(layers, dtype, multiprocessors, 10 * major);
+  // What the code that runs here was compiled from, by us or by the driver: of an older GPU's it has no tensor cores.
+  const DeviceGuard guard(kOperation, layers[0], device);
+  cudaFuncAttributes attributes{};
+  const auto kernel = reinterpret_cast<const void*>(&sq_norm_layers<__half, kFew>);
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", kOperation, layers[0], device);
+  return sq_norm_plan(layers, dtype, multiprocessors, attributes.ptxVersion);
 }
 
 void sq_norm_cuda(const std::vector<SqNormParams>& layers, const std::vector<SqNormPlan>& plans, DType dtype, void* out,

@@ -48,12 +48,7 @@ def lacking_code(capabilities: Sequence[int], config: dict) -> str | None:
 
 
 def _runs_on(capability: int, arch: str) -> bool:
-    """Code for X.Y runs on X.Z with Z >= Y; an architecture's own features (sm_90a) bind it to that one alone.
-
-    ``native`` is the GPU that was there when it was built; of another one the launch tells.
-    """
-    if arch == "native":
-        return True
+    """Code for X.Y runs on X.Z with Z >= Y; an architecture's own features (sm_90a) bind it to that one alone."""
     number = int(arch.rstrip("af"))
     if arch.endswith("a"):
         return capability == number

@@ -33,6 +33,8 @@ def available() -> str | None:
         return f"triton cannot be imported ({error}); pip install triton"
     if interpreting():
         return None
+    if torch.version.hip is not None:
+        return "this torch is built for AMD's ROCm, which is not supported: the kernels are tried on NVIDIA GPUs alone"
     if not torch.cuda.is_available():
         return "torch sees no GPU; TRITON_INTERPRET=1, set before triton is imported, runs the kernels on CPU tensors"
     major, minor = torch.cuda.get_device_capability()
