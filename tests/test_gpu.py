@@ -239,6 +239,18 @@ def test_inputs_beyond_32_bit_offsets(backend):
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_of_all_layers(dtype):
+    """Of one position and of many, aligned and not, more than one argument of 4 KB holds: each as fp64 has it."""
+    sizes = [(None, 33, 65), (40, 72, 80), (7, 5, 3), (300, 768, 256), (130, 40, 136), (64, 320, 328)]
+    layers = [factors(4, *sizes[k % len(sizes)], dtype, seed=k)[:2] for k in range(45)]
+    found = ops.sq_norm_group(layers)
+    assert found.shape == (45, 4)
+    for row, layer in zip(found, layers, strict=True):
+        assert_right("sq_norm", layer, row)
+    assert torch.equal(found, ops.sq_norm_group(layers))
+
+
 def products(dtype=torch.float32):
     """More than one launch holds, of mixed shapes and types."""
     made = []

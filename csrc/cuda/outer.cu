@@ -296,7 +296,10 @@ std::int64_t common_divisor(std::int64_t a, std::int64_t b) { return b == 0 ? a 
 
 // A thread's steps spread its preparation over several stores. As many blocks as stay resident, some twice over, leave
 // each the most steps and the GPU no idle part.
-constexpr std::int64_t kBlocksOfMultiprocessor = 12;
+#ifndef GRADEXT_BLOCKS  // to try others
+#define GRADEXT_BLOCKS 12
+#endif
+constexpr std::int64_t kBlocksOfMultiprocessor = GRADEXT_BLOCKS;
 
 std::int64_t steps_of(std::int64_t blocks_of_one_step, std::int64_t rows_of_blocks, int multiprocessors) {
   return std::clamp<std::int64_t>(divide_up(blocks_of_one_step, kBlocksOfMultiprocessor * multiprocessors), 1,
