@@ -9,7 +9,7 @@ Nothing here knows about modules.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,7 +23,18 @@ from .backends.reference import accumulation_type, widen
 from .borrowing import without_autocast
 
 # Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
-__all__ = ["DTYPES", "dot", "gram", "linear", "outer", "outer_group", "sq_norm", "sq_norm_group"]
+__all__ = [
+    "DTYPES",
+    "dot",
+    "gram",
+    "linear",
+    "outer",
+    "outer_group",
+    "project",
+    "sq_norm",
+    "sq_norm_group",
+    "weighted_sum",
+]
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -156,6 +167,48 @@ def dot(delta: Tensor, activation: Tensor, reference: Tensor, *, backend: str | 
 def linear(delta: Tensor, activation: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """H linear functionals ``weight [H, O, I]`` of every per-sample gradient, ``⟨G[b], weight[h]⟩`` -> [B, H]."""
     return _call("linear", "default", delta, activation, weight, backend=backend)
+
+
+def weighted_sum(
+    delta: Tensor, activation: Tensor, weights: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """``Σ_b w_b G[b]``, weights [B] or None for ones -> [O, I], in the type that sums are kept in; BTOI operations.
+
+    One matrix product over all positions of all samples. On a GPU half-precision factors are multiplied as they are and
+    summed in fp32, each sample's weight applied while its delta is loaded. Differentiable in all tensors.
+    """
+    check_factors(delta, activation)
+    if weights is not None and tuple(weights.shape) != (delta.shape[0],):
+        raise ValueError(f"weights: expected shape ({delta.shape[0]},), but got {tuple(weights.shape)}")
+    return _composed("weighted_sum", backend, delta, activation, weights)
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor, *, backend: str | None = None) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ``, left [O, P], right [I, Q] -> [B, P, Q].
+
+    In the type that sums are kept in; BT(OP + IQ + PQ) operations, and never a gradient. On a GPU half-precision
+    factors are read once, and what is projected is not written before it is summed. Differentiable in all tensors.
+    """
+    check_factors(delta, activation)
+    for name, matrix, size in (("left", left, delta.shape[-1]), ("right", right, activation.shape[-1])):
+        if matrix.ndim != 2 or matrix.shape[0] != size:
+            raise ValueError(f"{name}: expected shape [{size}, any], but got {list(matrix.shape)}")
+    return _composed("project", backend, delta, activation, left.to(delta.dtype), right.to(delta.dtype))
+
+
+def _composed(name: str, backend: str | None, *tensors: Tensor | None) -> Tensor:
+    """What a backend does where nobody looks on; else `reference`, made of torch's differentiable operators."""
+    delta = tensors[0]
+    assert delta is not None
+    if not _is_plain([t for t in tensors if t is not None]):
+        return without_autocast(delta.device.type, getattr(backends.reference, name), *_wide(tensors))
+    function = backends.implementation(name, backend, backends.Call(delta))
+    return without_autocast(delta.device.type, function, *tensors)
+
+
+def _wide(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """In the type that sums are kept in: a product of another type than its operands has no derivative."""
+    return (None if t is None else t.to(accumulation_type(t.dtype)) for t in tensors)
 
 
 def gram(

@@ -555,3 +555,49 @@ def test_norms_of_wrong_layers():
         ops.sq_norm_group([one, [x.to("meta") for x in one]])
     with pytest.raises(TypeError, match="one floating-point type"):
         ops.sq_norm_group([one, (one[0], one[1].float())])
+
+
+# --- sums over the batch and projections -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T", "O", "I"), SHAPES)
+def test_weighted_sums_and_projections(B, T, O, I, dtype):
+    delta, activation = factors(B, T, O, I, dtype)
+    weights, left, right = torch.rand(B), operand(O, 4, dtype=dtype), operand(I, 6, dtype=dtype)
+    gradients = plain_outer(delta.double(), activation.double())
+    wide = reference.accumulation_type(dtype)
+    for found, expected in (
+        (ops.weighted_sum(delta, activation), gradients.sum(0)),
+        (ops.weighted_sum(delta, activation, weights), (weights.double()[:, None, None] * gradients).sum(0)),
+        (ops.project(delta, activation, left, right), left.double().mT @ gradients @ right.double()),
+    ):
+        assert found.dtype == wide
+        torch.testing.assert_close(found, expected.to(wide), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [None, 3])
+def test_weighted_sums_and_projections_are_differentiable_and_compile(T):
+    delta, activation = factors(3, T, 4, 5)
+    inputs = [t.requires_grad_() for t in (delta, activation, torch.rand(3).double(), operand(4, 2), operand(5, 3))]
+
+    def function(delta, activation, weights, left, right):
+        return ops.weighted_sum(delta, activation, weights), ops.project(delta, activation, left, right)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    plain = [t.detach() for t in inputs]
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(*plain), function(*plain), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_wrong_weighted_sums_and_projections():
+    delta, activation = factors(3, None, 4, 5)
+    with pytest.raises(ValueError, match=r"weights: expected shape \(3,\), but got \(4,\)"):
+        ops.weighted_sum(delta, activation, torch.rand(4))
+    with pytest.raises(ValueError, match=r"left: expected shape \[4, any\], but got \[5, 2\]"):
+        ops.project(delta, activation, operand(5, 2), operand(5, 2))
+    with pytest.raises(ValueError, match=r"right: expected shape \[5, any\]"):
+        ops.project(delta, activation, operand(4, 2), operand(4, 2))

@@ -88,6 +88,10 @@ CALLS = {
     "linear short": ("bilinear", "linear", [(64, 784), (64, 20), (100, 784, 20)], {}),
     "linear odd": ("bilinear", "linear", [(64, 785), (64, 401), (100, 785, 401)], {}),
     "linear of many positions": ("bilinear", "linear", [(64, 9, 400), (64, 9, 784), (1, 400, 784)], {}),
+    "sum": ("weighted_sum", "weighted_sum", [(8, 512, 400), (8, 512, 784), (8,)], {}),
+    "sum odd": ("weighted_sum", "weighted_sum", [(8, 513, 401), (8, 513, 785), (8,)], {}),
+    "project": ("project", "project", [(8, 512, 400), (8, 512, 784), (400, 16), (784, 16)], {}),
+    "project odd": ("project", "project", [(8, 513, 401), (8, 513, 785), (401, 64), (785, 50)], {}),
     "gram": ("gram", "gram", [(2048, 400), (2048, 784), (2000, 400), (2000, 784)], {}),
     "gram odd": ("gram", "gram", [(2047, 401), (2047, 785), (2001, 401), (2001, 785)], {}),
     "gram small": ("gram", "gram", [(64, 400), (64, 784), (32, 400), (32, 784)], {}),
@@ -99,22 +103,35 @@ CALLS = {
 }  # fmt: skip
 QUICK = {
     (90, "fp32"): ("outer aligned", "outer odd", "group", "norm", "norm odd of 27 positions", "linear"),
-    (90, "bf16"): ("outer aligned", "outer odd", "norm odd of 97 positions", "linear short", "gram", "gram odd"),
+    (90, "bf16"): (
+        "outer aligned",
+        "outer odd",
+        "norm odd of 97 positions",
+        "linear short",
+        "gram",
+        "gram odd",
+        "sum odd",
+        "project",
+        "project odd",
+    ),
     (90, "fp64"): ("outer aligned", "outer odd", "linear"),
     (90, "tf32"): ("norm of 27 positions", "gram of 5 positions"),
     (80, "fp32"): ("outer odd", "norm odd of 4096 positions"),
-    (80, "bf16"): ("outer of few rows", "outer of 64 positions", "linear odd", "gram of itself"),
+    (80, "bf16"): ("sum", "outer of few rows", "outer of 64 positions", "linear odd", "gram of itself"),
     (100, "fp32"): ("outer odd", "norm of 4096 positions"),
     (100, "bf16"): ("outer aligned", "outer odd of 65 positions", "norm odd of 4096 positions", "linear"),
     (100, "fp16"): ("outer of short rows", "gram odd of 9 positions"),
 }
+ON_TENSOR_CORES = ("gram", "weighted_sum", "project")  # alone
 # Consumer cards have no more shared memory for a block: sm_86, sm_89 and sm_120.
 SHARED_MEMORY = 99 * 1024
 
 
 def calls(dtype: str) -> list[str]:
     """The calls that launch a kernel in this type."""
-    return [call for call, (kernel, *_) in CALLS.items() if kernel != "gram" or dtype not in ("fp32", "fp64")]
+    return [
+        call for call, (kernel, *_) in CALLS.items() if kernel not in ON_TENSOR_CORES or dtype not in ("fp32", "fp64")
+    ]
 
 
 def compilations():
@@ -215,10 +232,11 @@ def test_compiles_without_spills(compiled, gpu, dtype, call):
             assert len(stores) <= vectors + elements
         else:
             assert wide == stores
-    if expected in ("outer_dot", "sq_norm_gram", "sq_norm_gradient", "bilinear", "gram"):
+    if expected in ("outer_dot", "sq_norm_gram", "sq_norm_gradient", "bilinear", *ON_TENSOR_CORES):
         tensor_cores = re.search(r"(mma\.sync|wgmma|tcgen05\.mma)", ptx) is not None
         assert tensor_cores or dtype in ("fp32", "fp64")
-        assert ("tf32" in ptx) == (dtype == "tf32"), "TF32 where it was asked for, and only there"
+        in_parts = expected == "project"  # whose sums over positions are split into parts that TF32 holds
+        assert ("tf32" in ptx) == (dtype == "tf32" or in_parts), "TF32 where it was asked for, and only there"
 
 
 def flat_stores_per_thread(call: str, dtype: str) -> tuple[int, int]:
@@ -234,7 +252,7 @@ def flat_stores_per_thread(call: str, dtype: str) -> tuple[int, int]:
 
 def test_calls_cover_the_tile_tables(jit, monkeypatch):
     """Every configuration of every table is launched by some call above, so that the slow tests compile them all."""
-    from gradext.kernels import bilinear, gram, outer, sq_norm
+    from gradext.kernels import bilinear, gram, outer, sq_norm, sums
 
     launched = set()
 
@@ -268,6 +286,12 @@ def test_calls_cover_the_tile_tables(jit, monkeypatch):
     }
     assert {(r, h * n, k, w) for r, h, n, k, w in configurations("bilinear")} == {
         (*blocks, warps) for blocks, warps, _ in bilinear.TILES.values()
+    }
+    assert {(o, i, r, w) for o, i, r, w in configurations("weighted_sum")} == {
+        (*blocks, warps) for blocks, warps, _ in sums.SUM_TILES.values()
+    }
+    assert {(t, k, w) for t, k, _, _, w in configurations("project")} == {
+        (*blocks, warps) for blocks, warps, _ in sums.PROJECT_TILES.values()
     }
     assert {(b * t, c * s, k, w) for b, t, c, s, k, w in configurations("gram")} == {
         (rows, rows, k, warps) for table in gram.TILES.values() for (rows, k), warps, _ in table

@@ -201,6 +201,51 @@ def test_short_rows(dtype):
     check("outer", *factors(30, 3, 7, 3, dtype)[:2])
 
 
+# --- sums over the batch and projections -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 40, 130, 140), (0, 3, 4, 5), (3, 0, 4, 5), (2, 3, 4, 0)], ids=str)
+def test_sums_and_projections(shape, dtype, tf32, monkeypatch):
+    """In splits of the positions and without, of rounded weights at most: against fp64 and plain torch."""
+    B, _, O, I = shape
+    delta, activation, *_ = factors(*shape, dtype)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(B, generator=generator).to(DEVICE)
+    left, right = (torch.randn(n, k, generator=generator).to(DEVICE, dtype) for n, k in ((O, 5), (I, 17)))
+    for multiprocessors in (1, 132):
+        monkeypatch.setattr(triton, "_multiprocessors", lambda device, count=multiprocessors: count)
+        check_wide("weighted_sum", delta, activation, None)
+        check_wide("weighted_sum", delta, activation, weights)
+        check_wide("project", delta, activation, left, right)
+
+
+def check_wide(name, delta, activation, *others):
+    """As exact as torch in the factors' own type, up to the rounding of a weighted delta to it."""
+    value = getattr(ops, name)(delta, activation, *others, backend="triton")
+    plain = getattr(reference, name)
+    exact = plain(*(x if x is None else x.double() for x in (delta, activation, *others)))
+    terms = plain(*(x if x is None else x.double().abs() for x in (delta, activation, *others)))
+    assert value.dtype == reference.accumulation_type(delta.dtype)
+    assert value.shape == exact.shape
+    if value.numel() == 0:
+        return
+    rounding = torch.finfo(delta.dtype).eps if name == "weighted_sum" and others[0] is not None else 0
+    rounding += 2**-10 if triton._precision(delta.dtype) == "tf32" and not INTERPRETED else 0
+    allowed = (rounding + 8 * torch.finfo(torch.float32).eps) * terms.max()
+    assert (value.double() - exact).abs().max() <= allowed
+
+
+def test_sums_and_projections_of_any_strides(tf32):
+    delta = factors(4, 6, 20, 1, torch.bfloat16)[0][:, ::2, 1:-1:2]
+    activation = factors(4, 3, 1, 21, torch.bfloat16)[1].mT.contiguous().mT
+    weights = torch.rand(8, device=DEVICE)[::2]
+    left, right = factors(1, None, 1, 1, torch.bfloat16)[0].expand(9, 3), factors(3, None, 1, 21, torch.bfloat16)[1].mT
+    for d, a in ((delta, activation), (delta, activation[:1].expand(4, 3, 21))):
+        check_wide("weighted_sum", d, a, weights)
+        check_wide("project", d, a, left, right)
+
+
 # --- several problems ------------------------------------------------------------------------------------------------
 
 

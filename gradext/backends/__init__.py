@@ -61,7 +61,7 @@ class Row(NamedTuple):
     why: str
 
 
-_FUNCTIONALS = ("dot", "linear", "gram")
+_FUNCTIONALS = ("dot", "linear", "gram", "weighted_sum", "project")
 # For an operator and a device, the first row that fits; where none does, `reference`.
 TABLE = (
     Row(

@@ -114,6 +114,36 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
     return result
 
 
+def wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of half-precision matrices summed and returned in fp32, on a GPU without widening them first.
+
+    Of other types it is `_product`, which does not drift.
+    """
+    if x.device.type == "cuda" and x.dtype == y.dtype and x.dtype.itemsize == 2 and x.ndim == 2:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return _product(*widen(x, y))
+
+
+def weighted_sum(delta: Tensor, activation: Tensor, weights: Tensor | None) -> Tensor:
+    """``Σ_b w_b Σ_t δ_bt a_btᵀ`` -> [O, I], one matrix product over all positions of all samples; BTOI operations."""
+    if weights is None:
+        d, a = (x.reshape(-1, x.shape[-1]) if x.numel() else x.flatten(0, -2) for x in (delta, activation))
+        return wide_product(d.mT, a)
+    delta, activation = widen(delta, activation)
+    delta = delta * weights.to(delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
+    return _product(delta.flatten(0, -2).mT, activation.flatten(0, -2))
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ`` -> [B, P, Q]; BT(OP + IQ + PQ) operations."""
+    shape = delta.shape[:-1]
+    u, v = (
+        wide_product(x.flatten(0, -2), y if x.dtype == y.dtype else y.to(x.dtype)).unflatten(0, shape)
+        for x, y in ((delta, left), (activation, right))
+    )
+    return u.unsqueeze(2) * v.unsqueeze(1) if u.ndim == 2 else _gradients(u, v)
+
+
 def row_norms(x: Tensor, p: float = 2) -> Tensor:
     """``‖x[b]‖_p`` of x [B, n] -> [B].
 

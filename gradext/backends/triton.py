@@ -281,6 +281,118 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
     return shares.sum(1).clamp_min_(0)
 
 
+# --- sums over the batch and projections -----------------------------------------------------------------------------
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _split(programs: int, length: int, block: int, device: torch.device) -> tuple[int, int]:
+    """(splits, length of each): so many of ``length`` that a few programs run on every multiprocessor, whole blocks."""
+    from ..kernels import sums as kernels
+
+    wanted = _cdiv(kernels.PROGRAMS * _multiprocessors(device), max(1, programs))
+    part = block * max(1, _cdiv(length, block * max(1, wanted)))
+    return max(1, _cdiv(length, part)), part
+
+
+def weighted_sum(delta: Tensor, activation: Tensor, weights: Tensor | None) -> Tensor:
+    """``Σ_b w_b Σ_t δ_bt a_btᵀ`` -> [O, I], fp32; one matrix product, of half-precision operands where they are such.
+
+    In full fp32 and fp64 it is the library's.
+    """
+    from ..kernels import sums as kernels
+
+    if not _on_tensor_cores(delta.dtype):
+        return plain.weighted_sum(delta, activation, weights)
+    d, a = _positions(delta, activation)
+    (B, T, O), I = d.shape, a.shape[2]
+    (block_o, block_i, block_r), warps, stages = kernels.SUM_TILES[d.element_size()]
+    tiles = _cdiv(O, block_o) * _cdiv(I, block_i)
+    splits, rows = _split(tiles, B * T, block_r, d.device)
+    w = None if weights is None else weights.float()
+    if 0 in (B, T, O, I):
+        return d.new_zeros(O, I, dtype=accumulation_type(d.dtype))
+    shares = d.new_empty(splits, O, I, dtype=accumulation_type(d.dtype))
+    _launch(
+        kernels.weighted_sum,
+        splits * tiles,
+        (
+            d,
+            a,
+            shares if w is None else w,
+            shares,
+            B * T,
+            T,
+            O,
+            I,
+            rows,
+            *d.stride(),
+            *a.stride(),
+            0 if w is None else w.stride(0),
+        ),
+        on=d,
+        warps=warps,
+        stages=stages,
+        WEIGHTED=w is not None,
+        PRECISION=_precision(d.dtype),
+        BLOCK_O=block_o,
+        BLOCK_I=block_i,
+        BLOCK_R=block_r,
+    )
+    return shares[0] if splits == 1 else shares.sum(0)
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ`` -> [B, P, Q], fp32, in one pass over the factors."""
+    from ..kernels import sums as kernels
+
+    P, Q = left.shape[1], right.shape[1]
+    one_type = delta.dtype == left.dtype == right.dtype
+    if not _on_tensor_cores(delta.dtype) or not one_type or max(P, Q) > kernels.PROJECT_LIMIT:
+        return plain.project(delta, activation, left, right)
+    d, a = _positions(delta, activation)
+    (B, T, O), I = d.shape, a.shape[2]
+    if 0 in (B, T, P, Q):
+        return d.new_zeros(B, P, Q, dtype=accumulation_type(d.dtype))
+    (block_t, block_k), warps, stages = kernels.PROJECT_TILES[d.element_size()]
+    splits, positions = _split(B, T, block_t, d.device)
+    shares = d.new_empty(splits, B, P, Q, dtype=accumulation_type(d.dtype))
+    _launch(
+        kernels.project,
+        splits * B,
+        (
+            d,
+            a,
+            left,
+            right,
+            shares,
+            B,
+            T,
+            O,
+            I,
+            P,
+            Q,
+            positions,
+            *d.stride(),
+            *a.stride(),
+            *left.stride(),
+            *right.stride(),
+        ),
+        on=d,
+        warps=warps,
+        stages=stages,
+        PRECISION=_precision(d.dtype),
+        BLOCK_T=block_t,
+        BLOCK_K=block_k,
+        BLOCK_P=max(16, _power_of_2(P)),
+        BLOCK_Q=max(16, _power_of_2(Q)),
+    )
+    return shares[0] if splits == 1 else shares.sum(0)
+
+
 # --- functionals -----------------------------------------------------------------------------------------------------
 
 
