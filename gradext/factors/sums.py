@@ -297,9 +297,11 @@ def _cat_positions(parts: Sequence[GradFactors]) -> GradFactors:
     first = parts[0]
     T = max(part.positions for part in parts)
     if isinstance(first, EmbeddingFactors):
-        indices = [F.pad(part.index, (0, T - part.positions)) for part in parts]
-        rows = [F.pad(part.delta_rows, (0, 0, 0, T - part.positions)) for part in parts]
-        return first._of(torch.cat(indices), torch.cat(rows))
+        indices, rows = zip(*(part._tensors() for part in parts), strict=True)
+        return first._of(
+            torch.cat([F.pad(index, (0, T - index.shape[1])) for index in indices]),
+            torch.cat([F.pad(row, (0, 0, 0, T - row.shape[1])) for row in rows]),
+        )
     if all(part.delta.ndim == 2 for part in parts):
         return GradFactors(
             torch.cat([p.activation for p in parts]), torch.cat([p.delta for p in parts]), first.weight_shape
