@@ -30,10 +30,10 @@ class LayerFactors(dict[str, GradFactors]):
     >>> import torch, gradext
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6))
     >>> factors = gradext.batch_layer_factors(model, torch.rand(5, 6))
-    >>> list(factors), factors.norm().shape, factors.gram().shape
-    (['0', '2'], torch.Size([5]), torch.Size([5, 5]))
-    >>> {name: tuple(total.shape) for name, total in factors.clipped_sum(max_norm=1.0).items()}
-    {'0': (3, 6), '2': (6, 3)}
+    >>> sorted(factors), factors.norm().shape, factors.gram().shape
+    (['0.bias', '0.weight', '2.bias', '2.weight'], torch.Size([5]), torch.Size([5, 5]))
+    >>> factors.clipped_sum(max_norm=1.0)["2.weight"].shape
+    torch.Size([6, 3])
     """
 
     def __init__(self, *factors: Any, coverage: Any = None, **named: GradFactors) -> None:
@@ -227,7 +227,14 @@ class LayerFactors(dict[str, GradFactors]):
 
 
 class LayerGrads(dict[str, Tensor]):
-    """Gradients by parameter name, ``{name: [B, *shape]}`` or sums of them, with the coverage of `LayerFactors`."""
+    """Gradients by parameter name, ``{name: [B, *shape]}`` or sums of them, with the coverage of `LayerFactors`.
+
+    >>> import torch
+    >>> LayerGrads({"0.weight": torch.ones(5, 3, 6)})
+    LayerGrads(
+      0.weight: [5, 3, 6], torch.float32, cpu
+    )
+    """
 
     def __init__(self, *grads: Any, coverage: Any = None, **named: Tensor) -> None:
         super().__init__(*grads, **named)

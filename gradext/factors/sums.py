@@ -29,6 +29,12 @@ class SumFactors(GradFactors):
 
     A squared norm is ``Σ ‖part‖² + 2 Σ ⟨part, part'⟩``: where parts nearly cancel it keeps fewer digits than a norm of
     the gradient written, and what rounding makes of it below zero is zero.
+
+    >>> import torch
+    >>> look_up = EmbeddingFactors(torch.tensor([[0, 2], [3, 3]]), torch.rand(2, 2, 5), rows=4)
+    >>> tied = GradFactors.add([look_up, GradFactors(activation=torch.rand(2, 5), delta=torch.rand(2, 4))])
+    >>> [type(part).__name__ for part in tied.parts], tied.norm().shape, tied.materialize().shape
+    (['EmbeddingFactors', 'GradFactors'], torch.Size([2]), torch.Size([2, 4, 5]))
     """
 
     parts: tuple[GradFactors, ...]
