@@ -157,14 +157,14 @@ def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Te
     And what counts that is lost below the type's range in one of the matrices: the size of the other.
     """
     T, (O, I) = delta.shape[1], (delta.shape[2], activation.shape[2])
-    size, lost, total = -(-T // pieces), 0.0, None
+    size, lost, total = -(-T // pieces), 0.0, delta.new_zeros(())
     for t in range(0, max(1, T), max(1, size)):
         until = min(t + size, T)
         of_delta, of_activation = (torch.bmm(x[:, t:until], x[:, :until].mT) for x in (delta, activation))
         if delta.device.type == "cpu":
             lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
         product = of_delta.mul_(of_activation)
-        if total is None:
+        if t == 0:
             total = product.sum((1, 2))
         else:
             total += product[:, :, t:].sum((1, 2)).add_(product[:, :, :t].sum((1, 2)), alpha=2)

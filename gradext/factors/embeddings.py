@@ -167,8 +167,7 @@ class EmbeddingFactors(GradFactors):
     def _add_sum(self, weights: Tensor | None, total: Tensor) -> Tensor:
         """Adds ``Σ_b w_b G[b]`` to [O, I] in place; BTD operations."""
         (rows,) = widen(self.delta_rows)
-        if weights is not None:
-            rows = rows * weights.to(rows.dtype)[:, None, None]
+        rows = rows if weights is None else by_sample(rows, weights)
         self._by_rows(total).index_add_(0, self.index.flatten(), rows.flatten(0, 1))
         return total
 
@@ -222,7 +221,7 @@ class EmbeddingFactors(GradFactors):
         of_index, of_rows = (1, 0) if self.by_columns else (0, 1)
         looked_up = signs(self.index, kind, rank, seed, of_index)
         other = None if rank >= wide else signs(torch.arange(wide, device=self.device), kind, rank, seed, of_rows)
-        return self._projected(looked_up, other)
+        return self.to(kind)._projected(looked_up, other)
 
     def _project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         looked_up, other = (right, left) if self.by_columns else (left, right)
