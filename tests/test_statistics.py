@@ -18,7 +18,7 @@ def batches():
     data = torch.rand(17, 2, 4, dtype=torch.float64)
 
     def factors(x):
-        return gradext.batch_layer_factors(model, x, loss=squared, include_bias=True)
+        return gradext.batch_layer_factors(model, x, loss=squared)
 
     return factors, data
 
@@ -55,8 +55,8 @@ def test_they_are_those_of_the_gradients(batches):
         gradients = f.materialize()
         torch.testing.assert_close(statistics.mean[name], gradients.mean(0))
         torch.testing.assert_close(statistics.diag_fisher[name], gradients.square().mean(0))
-    A, D = statistics.kron_fisher["3"]
-    linear = factors(data)["3"]
+    A, D = statistics.kron_fisher["3.weight"]
+    linear = factors(data)["3.weight"]
     torch.testing.assert_close(A, linear.activation.T @ linear.activation / 17)
     torch.testing.assert_close(D, linear.delta.T @ linear.delta / 17)
 
@@ -74,12 +74,12 @@ def test_kronecker_factors_are_the_fisher_matrix_of_independent_factors():
 def test_inverses_give_the_damped_quadratic_form(batches):
     factors, data = batches
     statistics = GradStatistics(mean=False, diag_fisher=False, kron_fisher=True).partial_fit(factors(data))
-    A_inv, D_inv = statistics.kron_inverses(damping=0.01)["3"]
-    A, D = statistics.kron_fisher["3"]
+    A_inv, D_inv = statistics.kron_inverses(damping=0.01)["3.weight"]
+    A, D = statistics.kron_fisher["3.weight"]
     damped = torch.kron(D + 0.1 * D.trace() / 4 * torch.eye(4), A + 0.1 * A.trace() / 9 * torch.eye(9))
-    flat = factors(data)["3"].materialize().flatten(1)
+    flat = factors(data)["3.weight"].materialize().flatten(1)
     expected = (flat @ torch.linalg.inv(damped) * flat).sum(1)
-    torch.testing.assert_close(factors(data)["3"].quadratic_kron(A_inv, D_inv), expected)
+    torch.testing.assert_close(factors(data)["3.weight"].quadratic_kron(A_inv, D_inv), expected)
 
 
 def test_state_survives_a_file(batches, tmp_path):
@@ -106,9 +106,9 @@ def test_wrong_use_is_refused(batches):
         _ = statistics.kron_fisher
     statistics.partial_fit(factors(data))
     with pytest.raises(ValueError, match="factors: expected the layers"):
-        statistics.partial_fit(LayerFactors({"3": factors(data)["3"]}))
+        statistics.partial_fit(LayerFactors({"3.weight": factors(data)["3.weight"]}))
     with pytest.raises(ValueError, match="same samples in every layer"):
-        statistics.partial_fit({"0": factors(data)["0"], "3": factors(data[:2])["3"]})
+        statistics.partial_fit({"0.weight": factors(data)["0.weight"], "3.weight": factors(data[:2])["3.weight"]})
     with pytest.raises(ValueError, match="other: expected one that gathers"):
         statistics.merge(GradStatistics(kron_fisher=True))
     assert statistics.count == 17
@@ -128,13 +128,13 @@ def test_several_references_at_once(batches):
         for name, f in layers.items():
             torch.testing.assert_close(f.cosine(references[name])[:, k], f.cosine(one[name]))
     whole = factors(data[:5])  # as many samples as references, which adding up would not tell apart
-    for wrong in references["3"][0], references["3"][:1]:
+    for wrong in references["3.weight"][0], references["3.weight"][:1]:
         for method in layers.cosine, layers.dot, whole.dot:
             with pytest.raises(ValueError, match="one reference for every layer, or K for every layer"):
-                method(references | {"3": wrong})
+                method(references | {"3.weight": wrong})
     for method in layers.cosine, layers.dot:
         with pytest.raises(ValueError, match="reference: expected the layers"):
-            method({"3": references["3"]})
+            method({"3.weight": references["3.weight"]})
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
@@ -146,9 +146,9 @@ def test_clipped_sums(batches, max_norm):
     scale = (max_norm / norms).clamp(max=1)
     for name, total in layers.clipped_sum(max_norm).items():
         torch.testing.assert_close(total, torch.einsum("b,b...->...", scale, gradients[name]))
-    one = gradients["3"].flatten(1).norm(dim=1)
-    expected = torch.einsum("b,b...->...", (max_norm / one).clamp(max=1), gradients["3"])
-    torch.testing.assert_close(layers["3"].clipped_sum(max_norm), expected)
+    one = gradients["3.weight"].flatten(1).norm(dim=1)
+    expected = torch.einsum("b,b...->...", (max_norm / one).clamp(max=1), gradients["3.weight"])
+    torch.testing.assert_close(layers["3.weight"].clipped_sum(max_norm), expected)
     with pytest.raises(ValueError, match="max_norm: expected a positive number"):
         layers.clipped_sum(0.0)
 
@@ -169,10 +169,10 @@ def test_layers_together(batches):
     assert ((mean - flat @ flat.T).abs() / (norms[:, None] * norms)).max() < 5 * 0.019
     both = LayerFactors.cat([factors(data[:4]), factors(data[4:])])
     torch.testing.assert_close(both.norm(), layers.norm())
-    torch.testing.assert_close(both.mean()["3"], layers["3"].materialize().mean(0))
-    assert both.to(torch.float32)["3"].dtype == torch.float32
+    torch.testing.assert_close(both.mean()["3.weight"], layers["3.weight"].materialize().mean(0))
+    assert both.to(torch.float32)["3.weight"].dtype == torch.float32
     with pytest.raises(ValueError, match="parts: expected the layers"):
-        LayerFactors.cat([layers, LayerFactors({"3": layers["3"]})])
+        LayerFactors.cat([layers, LayerFactors({"3.weight": layers["3.weight"]})])
 
 
 def test_another_type_leaves_the_rows_of_an_embedding_where_they_are():
@@ -187,7 +187,8 @@ def test_another_type_leaves_the_rows_of_an_embedding_where_they_are():
 def test_indices_of_32_bits():
     model = torch.nn.Sequential(torch.nn.Embedding(6, 2))
     index, keys = torch.randint(0, 6, (5, 3)), {"loss": lambda output, _: output.square().flatten(1).sum(1)}
-    wide, narrow = (gradext.batch_layer_factors(model, x, **keys)["0"] for x in (index, index.int()))
+    wide, narrow = (gradext.batch_layer_factors(model, x, **keys)["0.weight"] for x in (index, index.int()))
+
     assert torch.equal(narrow.materialize(), wide.materialize())
     assert torch.equal(narrow.sketch(4), wide.sketch(4))
 

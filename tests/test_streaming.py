@@ -134,6 +134,12 @@ def test_biases_of_layers_that_are_added_up():
     for loss in squared, lambda output, target: output.sum(1):
         chunks = list(gradext.iter_layer_grads(model, data.split(5), loss=loss))
         assert [chunk["b.bias"].shape for chunk in chunks] == [(5, 3)] * 4
+        grads = gradext.batch_layer_grads(model, data, loss=loss)
+        torch.testing.assert_close(grads["a.bias"], grads["b.bias"], rtol=0, atol=0)
+        before = grads["b.bias"].clone()
+        grads["a.bias"][0] += 1  # each result may be written to
+        torch.testing.assert_close(grads["b.bias"], before, rtol=0, atol=0)
+        torch.testing.assert_close(grads["a.bias"][1:], before[1:], rtol=0, atol=0)
 
 
 def test_wrong_arguments_are_refused():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -37,50 +37,15 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(accumulation_type(t.dtype)) for t in tensors)
 
 
-def _silu_backward(upstream: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)  # torch's own formula; its operator has no derivative
-    return upstream * s * (1 + z * (1 - s))
-
-
-_aten = torch.ops.aten
-# How a delta comes from two tensors of its shape: the residuals of the usual losses, and ``upstream · act'(z)`` with z
-# the layer's output before the activation, by torch's own backward where it has one that is differentiable.
-EPILOGUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "residual": lambda output, target: output - target,
-    "sigmoid_residual": lambda logit, target: torch.sigmoid(logit) - target,
-    "mse_residual": lambda output, target: 2 * (output - target),
-    "relu": lambda upstream, z: _aten.threshold_backward(upstream, z, 0),
-    "leaky_relu": lambda upstream, z: _aten.leaky_relu_backward(upstream, z, 0.01, False),
-    "sigmoid": lambda upstream, z: _aten.sigmoid_backward(upstream, torch.sigmoid(z)),
-    "tanh": lambda upstream, z: _aten.tanh_backward(upstream, torch.tanh(z)),
-    "gelu": lambda upstream, z: _aten.gelu_backward(upstream, z),
-    "silu": _silu_backward,
-    "elu": lambda upstream, z: _aten.elu_backward(upstream, 1, 1, 1, False, z),
-    "softplus": lambda upstream, z: upstream * torch.sigmoid(z),
-}
-
-
-def apply_epilogue(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
-    """``EPILOGUES[epilogue](delta, operand)`` in the type that sums are taken in."""
-    return EPILOGUES[epilogue](*widen(delta, operand))
-
-
 def outer(
     delta: Tensor,
     activation: Tensor,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
 ) -> Tensor:
-    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; BTOI operations.
-
-    With an epilogue the delta is ``EPILOGUES[epilogue](delta, operand)``.
-    """
+    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; BTOI operations."""
     dtype = out.dtype if out is not None else dtype or delta.dtype
     delta, activation = widen(delta, activation)
-    if epilogue is not None and operand is not None:  # `ops` sees that both are given or none
-        delta = apply_epilogue(epilogue, delta, operand)
     if delta.ndim == 2:
         delta, activation = delta.unsqueeze(-1), activation.unsqueeze(-2)
         if out is not None:
@@ -155,29 +120,76 @@ def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, fl
     """The squared norms of factors [B, T, O] and [B, T, I], and from which size on they have all of their digits."""
     B, T, O = delta.shape
     I = activation.shape[2]
-    by_gram = T * (O + I) < O * I  # not where both are nothing: a T x T matrix is not
+    pieces = max(1, min(4, T // 32)) if delta.device.type == "cpu" else 1
+    work = T * (O + I) * (pieces + 1) / (2 * pieces)  # of the Gram matrices, half of which is enough
+    by_gram = work < O * I  # not where both are nothing: a T x T matrix is not
     step = _samples_a_block(T * T if by_gram else O * I)
-    squares, lost = delta.new_zeros(B), 0.0
-    for b in range(0, B, step):
-        d, a = delta[b : b + step], activation[b : b + step]
+    squares, lost = [], 0.0
+    for d, a in _by_blocks(delta, activation, step) if step < B else ((delta, activation),):
         if by_gram:
-            of_delta, of_activation = torch.bmm(d, d.mT), torch.bmm(a, a.mT)
-            # What is below the type's range in one of the matrices counts as many times as the other is large.
-            if squares.device.type == "cpu":
-                lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
-            product = of_delta.mul_(of_activation).flatten(1).sum(1)
+            found, largest = _sq_norm_by_gram(d, a, pieces)
+            lost = max(lost, largest)
         else:
-            gradient = _gradients(d, a).flatten(1)
-            product = torch.linalg.vecdot(gradient, gradient)
-        squares[b : b + step] = product
-    least = ranges.least_power(1, squares.dtype) * (T * T * lost if by_gram else O * I)
-    # A sum of squares; rounding of the Gram form can fall below zero when the terms cancel.
-    return squares.clamp_min_(0), least
+            found = _gradients(d, a).square_().sum((1, 2))
+        squares.append(found)
+    least = ranges.least_power(1, delta.dtype) * (T * T * lost if by_gram else O * I)
+    return squares[0] if len(squares) == 1 else torch.cat(squares), least
+
+
+def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Tensor, float]:
+    """``Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], pieces of t with the s up to them, those before them counted twice.
+
+    And what counts that is lost below the type's range in one of the matrices: the size of the other.
+    """
+    T, (O, I) = delta.shape[1], (delta.shape[2], activation.shape[2])
+    size, lost, total = -(-T // pieces), 0.0, None
+    for t in range(0, max(1, T), max(1, size)):
+        until = min(t + size, T)
+        of_delta, of_activation = (torch.bmm(x[:, t:until], x[:, :until].mT) for x in (delta, activation))
+        if delta.device.type == "cpu":
+            lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
+        product = of_delta.mul_(of_activation)
+        if total is None:
+            total = product.sum((1, 2))
+        else:
+            total += product[:, :, t:].sum((1, 2)).add_(product[:, :, :t].sum((1, 2)), alpha=2)
+    # A sum of squares; rounding can fall below zero when the terms cancel.
+    return total.clamp_min_(0), lost
 
 
 def _largest(gram: Tensor) -> float:
-    """The largest number of positive semidefinite matrices [B, T, T], which lies on a diagonal."""
-    return float(gram.diagonal(dim1=1, dim2=2).amax()) if gram.numel() else 0.0
+    """The largest number, those of the diagonal among them, than which none has a larger absolute value."""
+    return float(gram.amax()) if gram.numel() else 0.0
+
+
+def wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of half-precision matrices summed and returned in fp32, on a GPU without widening them first.
+
+    Of other types it is `_product`, which does not drift.
+    """
+    if x.device.type == "cuda" and x.dtype == y.dtype and x.dtype.itemsize == 2 and x.ndim == 2:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return _product(*widen(x, y))
+
+
+def weighted_sum(delta: Tensor, activation: Tensor, weights: Tensor | None) -> Tensor:
+    """``Σ_b w_b Σ_t δ_bt a_btᵀ`` -> [O, I], one matrix product over all positions of all samples; BTOI operations."""
+    if weights is None:
+        d, a = (x.reshape(-1, x.shape[-1]) if x.numel() else x.flatten(0, -2) for x in (delta, activation))
+        return wide_product(d.mT, a)
+    delta, activation = widen(delta, activation)
+    delta = delta * weights.to(delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
+    return _product(delta.flatten(0, -2).mT, activation.flatten(0, -2))
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ`` -> [B, P, Q]; BT(OP + IQ + PQ) operations."""
+    shape = delta.shape[:-1]
+    u, v = (
+        wide_product(x.flatten(0, -2), y if x.dtype == y.dtype else y.to(x.dtype)).unflatten(0, shape)
+        for x, y in ((delta, left), (activation, right))
+    )
+    return u.unsqueeze(2) * v.unsqueeze(1) if u.ndim == 2 else _gradients(u, v)
 
 
 def row_norms(x: Tensor, p: float = 2) -> Tensor:
@@ -188,7 +200,7 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
     """
     if p == 1 or not x.shape[1]:
         return x.abs().sum(1)
-    norms = _row_norms(x, p)
+    norms = unchecked_row_norms(x, p)
     if p == math.inf or x.device.type != "cpu":
         return norms
     rows = ranges.outside(norms, ranges.least_power(x.shape[1], x.dtype) ** (1 / p))
@@ -200,10 +212,11 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
 def scaled_row_norms(x: Tensor, p: float = 2) -> Tensor:
     """`row_norms` of numbers of any size, differentiable and without waiting for one of them."""
     by = ranges.exponents(x)
-    return ranges.times_two_to(by, _row_norms(ranges.times_two_to(-by, x), p))
+    return ranges.times_two_to(by, unchecked_row_norms(ranges.times_two_to(-by, x), p))
 
 
-def _row_norms(x: Tensor, p: float) -> Tensor:
+def unchecked_row_norms(x: Tensor, p: float = 2) -> Tensor:
+    """`row_norms` of numbers whose powers are in range."""
     norm, pieces = functools.partial(torch.linalg.vector_norm, ord=p), x.shape[1] // PIECE
     if pieces < 2:
         return norm(x, dim=1)

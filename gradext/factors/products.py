@@ -213,13 +213,6 @@ class GradFactors:
         gradients = self.materialize(dtype=accumulation_type(self.dtype))
         return GradFactors.of(gradients.reshape(len(self), *self._form))
 
-    def weighted(self, weights: Tensor) -> GradFactors:
-        """The factors of ``weights[b] G[b]``, weights [B]: a pass over the smaller factor."""
-        activation, delta = self.activation, self.delta
-        if activation.shape[-1] < delta.shape[-1]:
-            return GradFactors(_by_sample(activation, weights), delta, self.weight_shape)
-        return GradFactors(activation, _by_sample(delta, weights), self.weight_shape)
-
     def regrouped(self, batch: int) -> GradFactors:
         """Each sample's gradient summed over the consecutive ones that belong to it: B·n of them become B."""
         activation, delta = (regroup(factor, batch) for factor in self._explicit())
@@ -547,7 +540,11 @@ class GradFactors:
     def _sum(self, weights: Tensor | None) -> Tensor:
         activation, delta = widen(*self._explicit())
         if weights is not None:
-            delta = delta * weights.to(delta.dtype)[:, None, None]
+            weights = weights.to(delta.dtype)[:, None, None]
+            if delta.shape[2] > activation.shape[2]:  # the smaller one, where a copy takes less
+                activation = activation * weights
+            else:
+                delta = delta * weights
         return self._like_weight(delta.flatten(0, 1).mT @ activation.flatten(0, 1))
 
     def mean(self) -> Tensor:
@@ -651,11 +648,6 @@ class GradFactors:
         by = (ranges.exponents(delta) - ranges.exponents(activation)) // 2
         balanced = ranges.times_two_to(by, activation), ranges.times_two_to(-by, delta)
         return GradFactors(*balanced, self.weight_shape)
-
-
-def _by_sample(x: Tensor, weights: Tensor) -> Tensor:
-    """x [B, ...] times weights [B]."""
-    return x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def flat_form(shape: Sequence[int]) -> tuple[int, int]:
