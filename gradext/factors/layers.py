@@ -30,9 +30,9 @@ class LayerFactors(dict[str, GradFactors]):
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6))
     >>> factors = gradext.batch_layer_factors(model, torch.rand(5, 6))
     >>> list(factors), factors.norm().shape, factors.gram().shape
-    (['0', '2'], torch.Size([5]), torch.Size([5, 5]))
+    (['0.weight', '0.bias', '2.weight', '2.bias'], torch.Size([5]), torch.Size([5, 5]))
     >>> {name: tuple(total.shape) for name, total in factors.clipped_sum(max_norm=1.0).items()}
-    {'0': (3, 6), '2': (6, 3)}
+    {'0.weight': (3, 6), '0.bias': (3,), '2.weight': (6, 3), '2.bias': (6,)}
     """
 
     def __init__(self, *factors: Any, coverage: Any = None, **named: GradFactors) -> None:
@@ -215,7 +215,15 @@ class LayerFactors(dict[str, GradFactors]):
 
 
 class LayerGrads(dict[str, Tensor]):
-    """Gradients by parameter name, ``{name: [B, *shape]}`` or sums of them, with the coverage of `LayerFactors`."""
+    """Gradients by parameter name, ``{name: [B, *shape]}`` or sums of them, with the coverage of `LayerFactors`.
+
+    >>> import torch, gradext
+    >>> gradext.batch_layer_grads(torch.nn.Linear(6, 6), torch.rand(5, 6), layers="bias")
+    LayerGrads(
+      bias: [5, 6], torch.float32, cpu
+      left out: weight: not in layers=
+    )
+    """
 
     def __init__(self, *grads: Any, coverage: Any = None, **named: Tensor) -> None:
         super().__init__(*grads, **named)
