@@ -204,7 +204,6 @@ def _refuse_outside_unit_interval(target: Tensor, asked: str) -> None:
         )
 
 
-
 def _sum(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1) if values.ndim > 1 else values
 

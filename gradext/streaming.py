@@ -13,7 +13,6 @@ from .factors import LayerFactors
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
 from .watch import _tensors_of
 
-
 Reduced = TypeVar("Reduced")
 
 

@@ -39,7 +39,7 @@ from . import rules
 from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors, LayerFactors, LayerGrads
 from .losses import Root
-from .rows import Rows, Shared, Structure, Unproved
+from .rows import Rows, Shared, State, Structure, Unproved
 from .rules import Entry, Share
 from .selection import Coverage, LayerChoice, Selection, select
 
@@ -56,6 +56,9 @@ _PASSED = {
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
+# Functions that take of their second tensor its type or its shape alone.
+_LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
@@ -78,7 +81,13 @@ class _Value:
 
     tensor: Tensor  # held, so that no other tensor gets its id
     names: frozenset[str]  # the chosen parameters that it depends on; none for a parameter that was not chosen
-    maker: Entry | None = None
+    made: Entry | None = None  # the call that gave it
+    version: int = 0
+
+    @property
+    def maker(self) -> Entry | None:
+        """The call that gave it; None where that is not known, or it was changed in place since."""
+        return self.made if self.made is not None and self.tensor._version == self.version else None
 
 
 class _Mode(TorchFunctionMode):
@@ -115,7 +124,7 @@ class _Mode(TorchFunctionMode):
                 values, others = [], []
                 self._scan((*args, *kwargs.values()), values, others)
                 self._note_hidden(values)
-                self._mark(result, others, args)
+                self._mark(func, result, others, args)
             return result
         if _inside_transform():
             return func(*args, **kwargs)
@@ -128,18 +137,18 @@ class _Mode(TorchFunctionMode):
             self._scan(kwargs.values(), values, others)
         if not values:
             result = func(*args, **kwargs)
-            self._mark(result, others, args)
+            self._mark(func, result, others, args)
             if self.train:
                 self._note_losses(result)
             return result
         if self.opaque:
             return func(*args, **kwargs)
-        if not any(map(self._is_sample, others)):
+        if getattr(func, "__name__", "") in _LIKE or not any(map(self._is_sample, others)):
             return self._derive(func, args, kwargs, values)
         if any(value.names for value in values):
             return self._enter(func, args, kwargs)
         result = self._call(func, args, kwargs)
-        self._mark(result, others, args)
+        self._mark(func, result, others, args)
         if self.train:
             self._note_losses(result)
         return result
@@ -150,6 +159,8 @@ class _Mode(TorchFunctionMode):
         for item in items:
             if isinstance(item, Tensor):
                 value = self.values.get(id(item))
+                if value is None and item.requires_grad and getattr(item, "_gradext_mark", None) != self.token:
+                    value = self._adopted(item)
                 if value is None:
                     others.append(item)
                 else:
@@ -158,6 +169,31 @@ class _Mode(TorchFunctionMode):
                 self._scan(item, values, others)
             elif type(item) is dict:
                 self._scan(item.values(), values, others)
+
+    def _adopted(self, tensor: Tensor) -> _Value | None:
+        """The value that something unseen has made of parameters alone: custom functions, an earlier forward."""
+        seen, stack, names = set(), [tensor.grad_fn], []
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                value = self.values.get(id(leaf))
+                if value is None:
+                    names = []
+                    break
+                names += value.names
+            elif node in self.ends:
+                names = []
+                break
+            stack += [below for below, _ in node.next_functions]
+        if not names:
+            tensor._gradext_mark = self.token
+            return None
+        self.values[id(tensor)] = value = _Value(tensor, frozenset(names))
+        return value
 
     def _is_sample(self, tensor: Tensor) -> bool:
         if tensor.requires_grad:
@@ -169,16 +205,25 @@ class _Mode(TorchFunctionMode):
             return False
         return id(tensor) not in self.owned()  # from outside: the caller's, unless the model holds it
 
-    def _mark(self, result, others: Iterable[Tensor], args: tuple) -> None:
-        """Remember of a result without a gradient whether it depends on samples."""
+    def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
+        """Remember of a result whether it depends on samples."""
+        name = getattr(func, "__name__", "")
+        if name in _LIKE:
+            others = others[:1]
+        elif name in _NEW:
+            others = ()
         if isinstance(result, Tensor):
             if result.requires_grad:
+                if id(result) not in self.values:
+                    result._gradext_mark = self.token
                 return
             plain = [result]
         else:
-            plain = [t for t in result if isinstance(t, Tensor) and not t.requires_grad] if (
-                isinstance(result, (list, tuple))
-            ) else []
+            plain = (
+                [t for t in result if isinstance(t, Tensor) and not t.requires_grad]
+                if (isinstance(result, (list, tuple)))
+                else []
+            )
             if not plain and result is not None:
                 return
         mark = self.token if any(map(self._is_sample, others)) else -self.token
@@ -240,7 +285,7 @@ class _Mode(TorchFunctionMode):
             results = (args[0],)
         made = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
         if not made:
-            self._mark(result, (), args)
+            self._mark(func, result, (), args)
             return result
         names = frozenset().union(*(value.names for value in values))
         own = {id(v.tensor): v.tensor for v in values if v.names}
@@ -251,7 +296,7 @@ class _Mode(TorchFunctionMode):
             if id(tensor) in self.values and not maker.in_place:
                 continue  # given back as it is
             # In place, only its own history says how it was made.
-            self.values[id(tensor)] = _Value(tensor, names, None if maker.in_place else maker)
+            self.values[id(tensor)] = _Value(tensor, names, None if maker.in_place else maker, tensor._version)
         return result
 
     def _enter(self, func, args, kwargs):
@@ -266,13 +311,15 @@ class _Mode(TorchFunctionMode):
             kwargs = dict(zip(kwargs, self._replaced(list(kwargs.values()), stand_ins), strict=True))
         result = func(*args, **kwargs)
         outputs = self._with_gradient(result if result is not None else args[0])
+        for output in outputs:
+            output._gradext_mark = self.token
         if not outputs or self.replay:
             if not outputs:
-                self._mark(result, [t for t in args if isinstance(t, Tensor)], args)
+                self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
             return result
         versions = [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in entry_values]
         edges = [_edge_of(t) for t in outputs]
-        ends = [edge if _base_of(t) is None else get_gradient_edge(t) for t, edge in zip(outputs, edges, strict=True)]
+        ends = [get_gradient_edge(t) for t in outputs]
         entry = Entry(func, args, kwargs, entry_values, outputs, edges, ends, versions)
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -345,36 +392,39 @@ class _Mode(TorchFunctionMode):
 
 
 def _edge_of(output: Tensor) -> GradientEdge:
-    # An in-place activation on a view rewrites the history of the view, but not that of its base.
-    base = _base_of(output)
-    return get_gradient_edge(output if base is None else base)
-
-
-def _base_of(output: Tensor) -> Tensor | None:
-    """The tensor of which ``output`` shows all elements, in whatever order."""
+    # A later in-place operation on a view, or on another of its base, rewrites the view's history, but not the base's.
     base = output._base
-    return base if base is not None and base.numel() == output.numel() and base.requires_grad else None
+    return get_gradient_edge(output if base is None or not base.requires_grad else base)
 
 
-def _in_view(delta: Tensor, output: Tensor) -> Tensor:
-    """The gradient of ``output`` for that of the tensor whose edge `_edge_of` gives."""
-    base = _base_of(output)
-    if base is None or base.is_contiguous() and output.is_contiguous() or delta.shape != base.shape:
+def _seen_from(output: Tensor, delta: Tensor) -> Tensor:
+    """The delta of an output, from that of its base."""
+    base = output._base
+    if base is None or not base.requires_grad:
+        return delta
+    if base.shape == output.shape and base.stride() == output.stride():
+        return delta
+    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
         return delta.reshape(output.shape)
-    order = sorted(range(base.ndim), key=base.stride, reverse=True)
+    if delta.stride() != base.stride():
+        delta = torch.empty_strided(base.shape, base.stride(), dtype=delta.dtype, device=delta.device).copy_(delta)
     offset = output.storage_offset() - base.storage_offset()
-    return delta.permute(order).contiguous().as_strided(output.shape, output.stride(), offset)
+    return delta.as_strided(output.shape, output.stride(), delta.storage_offset() + offset)
 
 
-def _rows_in_view(rows: Rows, output: Tensor, batch: int) -> Rows | Unproved:
-    """The rows of ``output`` for those of its base."""
-    base = _base_of(output)
-    assert base is not None
-    if base.is_contiguous() and output.is_contiguous():
-        return row_rules._reshaped(rows, tuple(base.shape), tuple(output.shape), batch)
-    place = base.shape[rows.dim], base.stride(rows.dim)
-    found = [d for d in range(output.ndim) if (output.shape[d], output.stride(d)) == place]
-    return rows.at(found[0]) if found else Unproved("a view")
+def _rows_from(output: Tensor, state: State, batch: int) -> State:
+    """Where the samples lie in an output, from where they lie in its base."""
+    base = output._base
+    if base is None or not base.requires_grad or isinstance(state, Shared):
+        return state
+    if isinstance(state, Unproved):
+        hint = None if state.hint is None else _rows_from(output, state.hint, batch)
+        return state._replace(hint=hint if isinstance(hint, Rows) else None)
+    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        return row_rules._reshaped(state, tuple(base.shape), tuple(output.shape), batch)
+    same = base.stride(state.dim), base.shape[state.dim]
+    dims = [d for d in range(output.ndim) if (output.stride(d), output.shape[d]) == same]
+    return state.at(dims[0]) if len(dims) == 1 else Unproved("a view")
 
 
 def _custom_function() -> str | None:
@@ -477,7 +527,11 @@ class watch:
         ):
             raise ValueError(
                 "segments: expected the sample of each row, a one-dimensional tensor of integers, but got "
-                + (f"shape {tuple(segments.shape)}, {segments.dtype}" if isinstance(segments, Tensor) else repr(segments))
+                + (
+                    f"shape {tuple(segments.shape)}, {segments.dtype}"
+                    if isinstance(segments, Tensor)
+                    else repr(segments)
+                )
             )
         if train and create_graph:
             raise ValueError("create_graph: expected False with train=True; use watch(model, create_graph=True)")
@@ -565,8 +619,16 @@ class watch:
                 values = {id(t): own[role] for role, t in given.items()}
                 mode._record(
                     Entry(
-                        _no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)],
-                        [get_gradient_edge(output)], versions, call=call, bound=True,
+                        _no_function,
+                        tuple(given.values()),
+                        {},
+                        values,
+                        [output],
+                        [_edge_of(output)],
+                        [get_gradient_edge(output)],
+                        versions,
+                        call=call,
+                        bound=True,
                     )  # fmt: skip
                 )
 
@@ -615,7 +677,9 @@ class watch:
                 )
             losses = mode.one_dimensional[-1]
         if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point():
-            came = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+            came = (
+                f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+            )
             raise ValueError(
                 f"losses: expected a floating-point tensor of shape (B,), one value for each sample, but got {came}; use "
                 "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
@@ -748,8 +812,6 @@ class _Backward:
         twice = [_Live.of(entry, structure) for entry in differentiated] if structure.states else []
         for item in work if self.trained else ():
             item.entry.spent = True
-        for item in work:
-            item.entry.may_mix = self.watched._mixing == "allow"
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
@@ -757,6 +819,8 @@ class _Backward:
         totals = self._totals(work) if self.watched._hooked else {}
         for item in work:
             if item not in lost:
+                if self.watched._mixing == "error" and self.batch > 1 and rules.mixes(item.entry, item.rows):
+                    self._refuse_mixing(item)
                 if item.entry.overwritten() and (rules.bind(item.entry) is not None or item.entry.name in rules._MUL):
                     raise CaptureError(
                         f"{item.names(self.mode)}: the input of {item} was modified in place after the call had used it, "
@@ -829,7 +893,7 @@ class _Backward:
         segments = self.watched._segments
         if segments is None:
             return
-        if len(segments) and not (0 <= int(segments.min()) and int(segments.max()) < self.batch):
+        if len(segments) and not (int(segments.min()) >= 0 and int(segments.max()) < self.batch):
             raise ValueError(
                 f"segments: expected samples in 0..{self.batch - 1}, as there are {self.batch} losses, but they span "
                 f"{int(segments.min())}..{int(segments.max())}"
@@ -861,7 +925,7 @@ class _Backward:
             if self.exposed:
                 part = [None if delta is None else delta.clone() for delta in part]
             item.deltas = [
-                o.new_zeros(o.shape) if delta is None else _in_view(delta, o)
+                o.new_zeros(o.shape) if delta is None else _seen_from(o, delta)
                 for o, delta in zip(item.outputs, part, strict=True)
             ]
 
@@ -888,15 +952,9 @@ class _Backward:
                 item.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in item.outputs]
             return []
         doubtful = [
-            item
-            for item in work
-            if self._must_prove() or any(isinstance(state, Unproved) for state in item.states)
+            item for item in work if self._must_prove() or any(isinstance(state, Unproved) for state in item.states)
         ]
-        lost = [
-            item
-            for item in work
-            if any(isinstance(state, Shared) for state in item.states)
-        ]
+        lost = [item for item in work if any(isinstance(state, Shared) for state in item.states)]
         doubtful = [item for item in doubtful if item not in lost]
         for item in work:
             if item not in lost and item not in doubtful:
@@ -946,7 +1004,10 @@ class _Backward:
                 part = found[position : position + len(item.edges)]
                 position += len(item.edges)
                 parts.append(
-                    [torch.zeros_like(o) if p is None else _in_view(p, o) for o, p in zip(item.outputs, part, strict=True)]
+                    [
+                        o.new_zeros(o.shape) if p is None else _seen_from(o, p)
+                        for o, p in zip(item.outputs, part, strict=True)
+                    ]
                 )
             return parts
 
@@ -1014,9 +1075,7 @@ class _Backward:
         position = 0
         for item in lost:
             mine = rules._given(item.entry)
-            found = [
-                Share(item.entry.values[id(x)], gradients[position + k]) for k, x in enumerate(mine)
-            ]
+            found = [Share(item.entry.values[id(x)], gradients[position + k]) for k, x in enumerate(mine)]
             position += len(mine)
             self._take("backward a sample", found)
         self._take(
@@ -1054,12 +1113,7 @@ class _Backward:
                 hit = hits[position]
                 position += 1
                 if hit is not None and hit.numel() and int(hit.max()) > 1:
-                    raise CaptureError(
-                        f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others "
-                        f"(at {self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution "
-                        "do not exist; detach what the samples share, tell ragged rows by segments=, or pass "
-                        'mixing="allow" for ∂ losses[b] as it stands'
-                    )
+                    self._refuse_mixing(item)
         return found
 
     def _backward_to(self, inputs, gradient: Tensor) -> list[Tensor | None]:
@@ -1072,9 +1126,17 @@ class _Backward:
         finally:
             self.mode.replay = False
 
+    def _refuse_mixing(self, item: _Live) -> None:
+        raise CaptureError(
+            f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others (at "
+            f"{self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution do not exist; "
+            "detach what the samples share, see that the samples lie where each layer expects them (batch_first), tell "
+            'ragged rows by segments=, or pass mixing="allow" for ∂ losses[b] as it stands'
+        )
+
     def _culprit(self, item: _Live) -> str:
         reason = item.reason()
-        if "BatchNorm" in reason:
+        if "BatchNorm" in reason or reason == "batch_norm":
             found = [
                 f"{name or 'the model'} ({type(module).__name__})"
                 for name, module in self.watched._model.named_modules()
@@ -1088,7 +1150,12 @@ class _Backward:
     def _refuse_one_for_all(self, unseen: list[str], gradients: list[Tensor]) -> None:
         """Refuse a custom function of the losses that gives one sample the gradient of all."""
         node = None if self.root.edge is None else self.root.edge.node
-        if node is None or self.batch < 2 or not unseen or not isinstance(node, torch.autograd.function.BackwardCFunction):
+        if (
+            node is None
+            or self.batch < 2
+            or not unseen
+            or not isinstance(node, torch.autograd.function.BackwardCFunction)
+        ):
             return
         for name, gradient in zip(unseen, gradients, strict=True):
             silent = (gradient.flatten(1) == 0).all(1)
@@ -1258,14 +1325,7 @@ class _Live:
         outputs = list(entry.outputs)
         found = []
         for k, output in zip(kept, outputs, strict=True):
-            state = states[k]
-            if _base_of(output) is not None:
-                if isinstance(state, Rows):
-                    state = _rows_in_view(state, output, structure.batch)
-                elif isinstance(state, Unproved) and state.hint is not None:
-                    hint = _rows_in_view(state.hint, output, structure.batch)
-                    state = state._replace(hint=hint if isinstance(hint, Rows) else None)
-            found.append(state)
+            found.append(_rows_from(output, states[k], structure.batch))
         return _Live(entry, outputs, [entry.edges[k] for k in kept], found, [], [])
 
     def names(self, mode: _Mode) -> str:
@@ -1286,9 +1346,7 @@ class _Live:
         return self.entry.name
 
 
-_ADVICE = (
-    '; leave it out with exclude=, use torch\'s own functions, or pass fallback=None for one backward a sample'
-)
+_ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     tensors: tuple[Tensor, ...]
     build: Callable[..., GradFactors]
     written: Callable[..., Tensor]
+    roles: str  # of the tensors: a(ctivation), d(elta), g(radient)
 
     @property
     def factors(self) -> GradFactors:
@@ -44,11 +46,12 @@ def product(B: int, T: int, O: int, I: int, shape: tuple[int, ...] | None = None
         (random(B, T, I, seed=seed), random(B, T, O, seed=seed + 1)),
         lambda a, d: GradFactors(a, d, shape),
         lambda a, d: torch.einsum("bto,bti->boi", d, a).reshape(B, *(shape or (O, I))),
+        "ad",
     )
 
 
 def gradients(B: int, *shape: int, seed: int = 0) -> Case:
-    return Case((random(B, *shape, seed=seed),), GradFactors.of, lambda g: g)
+    return Case((random(B, *shape, seed=seed),), GradFactors.of, lambda g: g, "g")
 
 
 def embedding(B: int, T: int, V: int, D: int, shape: tuple | None = None, by_columns=False, seed: int = 0) -> Case:
@@ -60,7 +63,7 @@ def embedding(B: int, T: int, V: int, D: int, shape: tuple | None = None, by_col
         return found if shape is None else found.reshape(B, *shape)
 
     return Case(
-        (random(B, T, D, seed=seed),), lambda rows: EmbeddingFactors(index, rows, V, shape, by_columns), written
+        (random(B, T, D, seed=seed),), lambda rows: EmbeddingFactors(index, rows, V, shape, by_columns), written, "g"
     )
 
 
@@ -82,7 +85,7 @@ def convolution(B: int, groups: int = 1, size: int = 5, channels: int = 4, shape
         factors = ConvFactors(image, plain, windows, groups, shape or form, form)
         return factors if groups == 1 else factors.compact()
 
-    return Case((image, plain), build, written)
+    return Case((image, plain), build, written, "ad")
 
 
 def summed(*cases: Case) -> Case:
@@ -95,6 +98,7 @@ def summed(*cases: Case) -> Case:
         tuple(tensor for case in cases for tensor in case.tensors),
         lambda *tensors: GradFactors.add([case.build(*own) for case, own in each(tensors)]),
         lambda *tensors: sum(case.written(*own) for case, own in each(tensors)),
+        "".join(case.roles for case in cases),
     )
 
 
@@ -593,6 +597,23 @@ def test_layers_of_every_kind_together():
     assert all(torch.equal(grads[name], layers[name].materialize()) for name in layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_many_layers_of_one_position(dtype):
+    """Looked at together; one at a time where a number is out of range, or zero."""
+    products = [product(4, 1, 3 + k, 5, seed=k).factors.to(dtype) for k in range(3)]
+    layers = LayerFactors(
+        {str(k): factors for k, factors in enumerate(products)}, bias=gradients(4, 6).factors.to(torch.float32)
+    )
+    for size in 1.0, 1e20, 0.0:
+        layers["1"].activation[2] *= size
+        layers["1"].delta[2] *= 1 / size if size else 1
+        flat = torch.cat([factors.to(D64).materialize().flatten(1) for factors in layers.values()], dim=1)
+        torch.testing.assert_close(layers.norm().double(), flat.norm(dim=1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(layers.sq_norm().double(), flat.square().sum(1), rtol=1e-5, atol=0)
+    mixed = LayerFactors({**layers, "wide": product(4, 1, 2, 2).factors})
+    assert mixed.norm().dtype == D64
+
+
 def test_layers_norm_is_differentiable():
     cases = {name: case(2) for name, case in CASES.items()}
     inputs = [t.requires_grad_() for case in cases.values() for t in case.tensors if t.numel()]
@@ -627,3 +648,121 @@ def test_coverage_is_kept_and_shown():
     assert layers.nbytes == layers["a.weight"].nbytes
     with pytest.raises(ValueError, match="at least one layer"):
         LayerFactors().norm()
+
+
+# --- numbers whose squares leave the range of their type -------------------------------------------------------------
+
+# Sizes of activations and deltas, with gradients of about 1e-30 to 1e30.
+EXTREMES = [(1e20, 1e-20), (1e-20, 1e20), (1e25, 1e-25), (1e15, 1e-25), (1e-15, 1e-15), (1e18, 1e-20), (1e30, 1e-3)]
+WIDE_EXTREMES = [(1e200, 1e-200), (1e-190, 1e190), (1e100, 1e-250), (1e-140, 1e-130), (1e250, 1e-20)]
+
+
+def sizes_of(case: Case, activation: float, delta: float) -> list[float]:
+    return [{"a": activation, "d": delta, "g": activation * delta}[role] for role in case.roles]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_factors_of_extreme_sizes(dtype, recorded):
+    """Norms, cosines and clipped sums have the digits of the type wherever the gradients are in its range."""
+    kind = torch.float32 if dtype == torch.bfloat16 else dtype
+    for (name, case), sizes in itertools.product(CASES.items(), WIDE_EXTREMES if dtype == D64 else EXTREMES):
+        case, scale, where = case(3), sizes[0] * sizes[1], f"{name}, {sizes}"
+        each = sizes_of(case, *sizes)
+        tensors = [(t * size).to(dtype) for t, size in zip(case.tensors, each, strict=True)]
+        factors = case.build(*(t.clone().requires_grad_(recorded) for t in tensors))
+        if dtype == torch.bfloat16 and type(factors) is WrittenFactors and len(tensors) > 1:
+            continue  # their sum is rounded
+        exact = case.build(*(t.double() / size for t, size in zip(tensors, each, strict=True)))
+        G = exact.materialize().flatten(1) if exact.materialize().ndim > 1 else exact.materialize()[:, None]
+        tolerance = {"rtol": 1e-5 if kind == torch.float32 else 1e-12, "atol": 0, "msg": where}
+        norms = (factors.norm() / scale).double()
+        torch.testing.assert_close(norms, G.norm(dim=1), **tolerance)
+        torch.testing.assert_close((factors.norm(1) / scale).double(), G.abs().sum(1), **tolerance)
+        reference = random(*exact._form)
+        cosine = torch.cosine_similarity(G, reference.reshape(1, -1))
+        for size in (1.0, 1e-30, 1e30) if kind == torch.float32 else (1.0, 1e-250, 1e250):
+            found = factors.cosine((reference * size).to(kind)).double()
+            torch.testing.assert_close(found, cosine, rtol=0, atol=3e-6, msg=where)
+        limit = 0.5 * scale * (G.norm(dim=1).mean().item() or 1.0)
+        clipped = ((limit / scale / G.norm(dim=1).clamp_min(1e-300)).clamp_max(1)[:, None] * G).sum(0)
+        found = (factors.clipped_sum(limit) / scale).flatten().double()
+        torch.testing.assert_close(found, clipped, rtol=0, atol=1e-5 * clipped.abs().max().item() + 1e-30, msg=where)
+        if 1e-10 < scale < 1e10:
+            squares = (factors.sq_norm() / scale / scale).double()
+            torch.testing.assert_close(squares, G.square().sum(1), **tolerance)
+        layers = LayerFactors(a=factors, b=factors)
+        torch.testing.assert_close((layers.norm() / scale).double(), 2**0.5 * G.norm(dim=1), **tolerance)
+        pair = {"a": reference.to(kind), "b": reference.to(kind)}
+        torch.testing.assert_close(layers.cosine(pair).double(), cosine, rtol=0, atol=3e-6, msg=where)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_products_of_extreme_factors(T):
+    """What multiplies factors with factors: Gram matrices, Fisher diagonals and quadratic forms."""
+    for a, d in (1e20, 1e-20), (1e-22, 1e22), (1e30, 1e-31):
+        ordinary, other = product(3, T, 4, 3).factors, product(2, T, 4, 3, seed=7).factors
+        factors, others = (GradFactors((f.activation * a).float(), (f.delta * d).float()) for f in (ordinary, other))
+        scale, diag, A, D = a * d, random(4, 3).abs(), positive(3, 1), positive(4, 2)
+        mixed = GradFactors(other.activation.float(), other.delta.float())
+        for found, expected, power in (
+            (factors.gram(), ordinary.gram(), 2),
+            (factors.gram(others), ordinary.gram(other), 2),
+            (factors.gram(mixed), ordinary.gram(other), 1),
+            (mixed.gram(factors), other.gram(ordinary), 1),
+            (factors.diag_fisher(), ordinary.diag_fisher(), 2),
+            (factors.quadratic(diag), ordinary.quadratic(diag), 2),
+            (factors.quadratic_kron(A, D), ordinary.quadratic_kron(A, D), 2),
+        ):
+            torch.testing.assert_close(found.double() / scale**power, expected, rtol=3e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_samples_and_positions_of_different_sizes(T):
+    """One sample in the range, one out of it, one zero; and positions that are each out of it in another way."""
+    activation, delta = random(4, T, 3), random(4, T, 5)
+    size = torch.tensor([1.0, 1e22, 1e-22, 0.0], dtype=D64)[:, None, None]
+    factors = GradFactors((activation * size).float(), (delta / torch.where(size == 0, 1, size)).float())
+    expected = GradFactors(activation, delta).norm() * (size.flatten() > 0)
+    torch.testing.assert_close(factors.norm().double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(factors.sq_norm().double(), expected.square(), rtol=1e-5, atol=0)
+    assert factors.cosine(random(5, 3).float())[3] == 0
+    each = torch.tensor([1e22, 1.0, 1e-22], dtype=D64)[:T, None]
+    factors = GradFactors((activation * each).float(), (delta / each).float())
+    torch.testing.assert_close(factors.norm().double(), GradFactors(activation, delta).norm(), rtol=1e-5, atol=0)
+
+
+def test_cosines_of_tiny_gradients():
+    for size in (1e-4, 1e-12, 1e-18):
+        factors = GradFactors(torch.full((2, 5), size), torch.full((2, 3), size))
+        torch.testing.assert_close(factors.cosine(factors.materialize()[0]), torch.ones(2))
+        torch.testing.assert_close(factors.cosine(-factors.materialize()), -torch.ones(2, 2))
+        layers = LayerFactors(a=factors, b=GradFactors.of(torch.full((2, 3), size * size)))
+        torch.testing.assert_close(
+            layers.cosine({name: f.materialize()[0] for name, f in layers.items()}), torch.ones(2)
+        )
+
+
+def test_what_is_not_finite_stays_so():
+    for T in 1, 3:
+        activation, delta = random(4, T, 3).float(), random(4, T, 5).float()
+        activation[1, 0, 0], activation[2, 0, 1], delta[3, 0, 0] = math.nan, math.inf, 1e38
+        activation[3] *= 1e30
+        factors = GradFactors(activation, delta)
+        exact = GradFactors(activation[:1].double(), delta[:1].double()).norm()
+        for found in factors.norm(), LayerFactors(a=factors, b=GradFactors.of(torch.zeros(4, 2))).norm():
+            torch.testing.assert_close(found[:1].double(), exact, rtol=1e-5, atol=0)
+            assert not found[1:].isfinite().any()
+
+
+def test_derivatives_of_norms_of_extreme_factors():
+    for T in 1, 3:
+        ordinary = product(3, T, 4, 3)
+        inputs = [t.requires_grad_() for t in ordinary.tensors]
+        expected = torch.autograd.grad(ordinary.factors.norm().sum(), inputs)
+        leaves = [
+            (t * s).float().detach().requires_grad_() for t, s in zip(ordinary.tensors, (1e20, 1e-20), strict=True)
+        ]
+        found = torch.autograd.grad(GradFactors(*leaves).norm().sum(), leaves)
+        for one, size, other in zip(found, (1e20, 1e-20), expected, strict=True):
+            torch.testing.assert_close(one.double() * size, other, rtol=1e-4, atol=1e-5)

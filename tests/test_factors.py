@@ -297,6 +297,19 @@ def test_sq_norm_takes_the_cheaper_form_in_bounded_memory(monkeypatch, T, O, I, 
     assert seen.elements <= max(500, T * T if by_gram else O * I)
 
 
+@pytest.mark.parametrize(("T", "pieces"), [(63, 1), (64, 2), (70, 2), (130, 4), (300, 4)])
+def test_sq_norm_takes_half_of_large_gram_matrices(T, pieces):
+    factors = make(3, T, 400, 500)
+    with Largest() as seen:
+        found = reference_backend.sq_norm(factors.delta, factors.activation)
+    torch.testing.assert_close(found, written(factors).square().sum((1, 2)), rtol=1e-12, atol=0)
+    size = math.ceil(T / pieces)
+    ends = [(t, min(t + size, T)) for t in range(0, T, size)]
+    by_gram = sum((end - t) * end for t, end in ends) * 900
+    assert seen.work == 3 * min(by_gram, T * 400 * 500)
+    assert by_gram < T * 400 * 500 or T == 300
+
+
 def test_what_passes_through_gradients_holds_few_of_them(monkeypatch):
     monkeypatch.setattr(numerics, "BLOCK_ELEMENTS", 2000)
     factors = make(64, 4, 30, 40)

@@ -62,7 +62,9 @@ def test_auto_knows_a_sigmoid(ending):
     torch.testing.assert_close(value, LOSSES[expected](output, target.to(output.dtype)))
     target[3] = 1.5  # the loss is the model's, not the values'
     if expected == "bce":
-        with pytest.raises(ValueError, match=r"values in \[0, 1\] for loss='auto' \(the model ends in a sigmoid\).*les 3"):
+        with pytest.raises(
+            ValueError, match=r"values in \[0, 1\] for loss='auto' \(the model ends in a sigmoid\).*les 3"
+        ):
             per_sample_loss("auto", output, target)
     else:
         value = per_sample_loss("auto", output, target)

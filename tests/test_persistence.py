@@ -259,7 +259,6 @@ def test_bad_places_are_named(detector, tmp_path):
 
 
 @pytest.mark.parametrize("layer", [("first", "last"), ["decoder.2", "decoder.0.weight"], "all", None])
-
 def test_several_layers_are_saved_in_their_order(layer, digits, tmp_path):
     detector = NoveltyDetector("combined_whitened_norm", layer=layer, **FAST).fit(digits[0])
     save(detector, tmp_path / "model")

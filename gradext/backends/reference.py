@@ -155,29 +155,46 @@ def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, fl
     """The squared norms of factors [B, T, O] and [B, T, I], and from which size on they have all of their digits."""
     B, T, O = delta.shape
     I = activation.shape[2]
-    by_gram = T * (O + I) < O * I  # not where both are nothing: a T x T matrix is not
+    pieces = max(1, min(4, T // 32)) if delta.device.type == "cpu" else 1
+    work = T * (O + I) * (pieces + 1) / (2 * pieces)  # of the Gram matrices, half of which is enough
+    by_gram = work < O * I  # not where both are nothing: a T x T matrix is not
     step = _samples_a_block(T * T if by_gram else O * I)
-    squares, lost = delta.new_zeros(B), 0.0
-    for b in range(0, B, step):
-        d, a = delta[b : b + step], activation[b : b + step]
+    squares, lost = [], 0.0
+    for d, a in _by_blocks(delta, activation, step) if step < B else ((delta, activation),):
         if by_gram:
-            of_delta, of_activation = torch.bmm(d, d.mT), torch.bmm(a, a.mT)
-            # What is below the type's range in one of the matrices counts as many times as the other is large.
-            if squares.device.type == "cpu":
-                lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
-            product = of_delta.mul_(of_activation).flatten(1).sum(1)
+            found, largest = _sq_norm_by_gram(d, a, pieces)
+            lost = max(lost, largest)
         else:
-            gradient = _gradients(d, a).flatten(1)
-            product = torch.linalg.vecdot(gradient, gradient)
-        squares[b : b + step] = product
-    least = ranges.least_power(1, squares.dtype) * (T * T * lost if by_gram else O * I)
-    # A sum of squares; rounding of the Gram form can fall below zero when the terms cancel.
-    return squares.clamp_min_(0), least
+            found = _gradients(d, a).square_().sum((1, 2))
+        squares.append(found)
+    least = ranges.least_power(1, delta.dtype) * (T * T * lost if by_gram else O * I)
+    return squares[0] if len(squares) == 1 else torch.cat(squares), least
+
+
+def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Tensor, float]:
+    """``Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], pieces of t with the s up to them, those before them counted twice.
+
+    And what counts that is lost below the type's range in one of the matrices: the size of the other.
+    """
+    T, (O, I) = delta.shape[1], (delta.shape[2], activation.shape[2])
+    size, lost, total = -(-T // pieces), 0.0, None
+    for t in range(0, max(1, T), max(1, size)):
+        until = min(t + size, T)
+        of_delta, of_activation = (torch.bmm(x[:, t:until], x[:, :until].mT) for x in (delta, activation))
+        if delta.device.type == "cpu":
+            lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
+        product = of_delta.mul_(of_activation)
+        if total is None:
+            total = product.sum((1, 2))
+        else:
+            total += product[:, :, t:].sum((1, 2)).add_(product[:, :, :t].sum((1, 2)), alpha=2)
+    # A sum of squares; rounding can fall below zero when the terms cancel.
+    return total.clamp_min_(0), lost
 
 
 def _largest(gram: Tensor) -> float:
-    """The largest number of positive semidefinite matrices [B, T, T], which lies on a diagonal."""
-    return float(gram.diagonal(dim1=1, dim2=2).amax()) if gram.numel() else 0.0
+    """The largest number, those of the diagonal among them, than which none has a larger absolute value."""
+    return float(gram.amax()) if gram.numel() else 0.0
 
 
 def row_norms(x: Tensor, p: float = 2) -> Tensor:
@@ -188,7 +205,7 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
     """
     if p == 1 or not x.shape[1]:
         return x.abs().sum(1)
-    norms = _row_norms(x, p)
+    norms = unchecked_row_norms(x, p)
     if p == math.inf or x.device.type != "cpu":
         return norms
     rows = ranges.outside(norms, ranges.least_power(x.shape[1], x.dtype) ** (1 / p))
@@ -200,10 +217,11 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
 def scaled_row_norms(x: Tensor, p: float = 2) -> Tensor:
     """`row_norms` of numbers of any size, differentiable and without waiting for one of them."""
     by = ranges.exponents(x)
-    return ranges.times_two_to(by, _row_norms(ranges.times_two_to(-by, x), p))
+    return ranges.times_two_to(by, unchecked_row_norms(ranges.times_two_to(-by, x), p))
 
 
-def _row_norms(x: Tensor, p: float) -> Tensor:
+def unchecked_row_norms(x: Tensor, p: float = 2) -> Tensor:
+    """`row_norms` of numbers whose powers are in range."""
     norm, pieces = functools.partial(torch.linalg.vector_norm, ord=p), x.shape[1] // PIECE
     if pieces < 2:
         return norm(x, dim=1)

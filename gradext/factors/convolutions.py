@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops, ranges
 from ..backends.reference import accumulation_type
 from .numerics import widen
-from .products import _by_sample, GradFactors
+from .products import GradFactors, _by_sample
 
 _convolution_backward = torch.ops.aten.convolution_backward
 # About as many elements are unfolded at a time: what stays in a CPU's cache, and what keeps a GPU busy.

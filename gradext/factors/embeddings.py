@@ -13,7 +13,7 @@ from .. import ops, ranges
 from ..backends.reference import accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
-from .products import _by_sample, GradFactors, flat_form, regroup, times
+from .products import GradFactors, _by_sample, flat_form, regroup, times
 from .projections import hashes, signs
 
 

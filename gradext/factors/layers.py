@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ranges
+from ..backends import reference
 from . import numerics
 from .numerics import total
 from .products import GradFactors
@@ -95,8 +96,8 @@ class LayerFactors(dict[str, GradFactors]):
         if len(layers) == 1:
             return layers[0].norm()
         if all(factors._is_eager() for factors in layers):
-            squares = _summed([factors._squares() for factors in layers])
-            return numerics.root(squares, lambda rows: self.samples(rows)._scaled_norm())
+            squares = _of_single_positions(layers) + [factors._squares() for factors in layers]
+            return numerics.root(_summed(squares), lambda rows: self.samples(rows)._scaled_norm())
         return self._scaled_norm()
 
     def _side_by_side(self) -> list[GradFactors]:
@@ -243,6 +244,21 @@ def _listed(layers: LayerFactors | LayerGrads, described: Iterable[tuple[str, st
     elif left_out is not None:
         lines.append(f"  {left_out!r}")
     return "\n".join([f"{type(layers).__name__}(", *lines, ")"]) if lines else f"{type(layers).__name__}()"
+
+
+def _of_single_positions(layers: list[GradFactors]) -> list[Tensor]:
+    """Takes products of one position on the CPU out of the layers: their squared norms, looked at together."""
+    single = [f for f in layers if type(f) is GradFactors and f.delta.ndim == 2 and f.device.type == "cpu"]
+    if len(single) < 2 or len({factors.dtype for factors in single}) > 1:
+        return []
+    factors = [factor for f in single for factor in numerics.widen(f.delta, f.activation)]
+    norms = torch.stack([reference.unchecked_row_norms(factor) for factor in factors])
+    least = ranges.least_power(max(factor.shape[1] for factor in factors), norms.dtype) ** 0.5
+    if ranges.outside(norms.flatten(), least) is not None:
+        return []
+    taken = set(map(id, single))
+    layers[:] = [factors for factors in layers if id(factors) not in taken]
+    return [(norms[0::2] * norms[1::2]).square_().sum(0)]
 
 
 def _summed(squares: list[Tensor]) -> Tensor:

@@ -547,7 +547,11 @@ class GradFactors:
     def _sum(self, weights: Tensor | None) -> Tensor:
         activation, delta = widen(*self._explicit())
         if weights is not None:
-            delta = delta * weights.to(delta.dtype)[:, None, None]
+            weights = weights.to(delta.dtype)[:, None, None]
+            if delta.shape[2] > activation.shape[2]:  # the smaller one, where a copy takes less
+                activation = activation * weights
+            else:
+                delta = delta * weights
         return self._like_weight(delta.flatten(0, 1).mT @ activation.flatten(0, 1))
 
     def mean(self) -> Tensor:

@@ -12,7 +12,7 @@ from .. import ops
 from ..backends.reference import _product, accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
-from .products import _by_sample, GradFactors, flat_form, times
+from .products import GradFactors, _by_sample, flat_form, times
 from .projections import sketch_written
 
 
