@@ -13,7 +13,7 @@ from .. import ops, ranges
 from ..backends.reference import accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
-from .products import GradFactors, flat_form, regroup, times
+from .products import GradFactors, by_sample, flat_form, regroup, times
 from .projections import hashes, signs
 
 
@@ -100,6 +100,9 @@ class EmbeddingFactors(GradFactors):
 
     def _with_form(self, weight_shape: tuple[int, ...] | None) -> EmbeddingFactors:
         return EmbeddingFactors(self.index, self.delta_rows, self.rows, weight_shape, self.by_columns)
+
+    def weighted(self, weights: Tensor) -> EmbeddingFactors:
+        return self._of(self.index, by_sample(self.delta_rows, weights))
 
     def _exchanged(self) -> EmbeddingFactors:
         return EmbeddingFactors(self.index, self.delta_rows, self.rows, None, not self.by_columns)

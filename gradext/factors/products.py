@@ -212,6 +212,13 @@ class GradFactors:
         gradients = self.materialize(dtype=accumulation_type(self.dtype))
         return GradFactors.of(gradients.reshape(len(self), *self._form))
 
+    def weighted(self, weights: Tensor) -> GradFactors:
+        """The factors of ``weights[b] G[b]``, weights [B]: a pass over the smaller factor."""
+        activation, delta = self.activation, self.delta
+        if activation.shape[-1] < delta.shape[-1]:
+            return GradFactors(by_sample(activation, weights), delta, self.weight_shape)
+        return GradFactors(activation, by_sample(delta, weights), self.weight_shape)
+
     def regrouped(self, batch: int) -> GradFactors:
         """Each sample's gradient summed over the consecutive ones that belong to it: B·n of them become B."""
         activation, delta = (regroup(factor, batch) for factor in self._explicit())
@@ -647,6 +654,11 @@ class GradFactors:
         by = (ranges.exponents(delta) - ranges.exponents(activation)) // 2
         balanced = ranges.times_two_to(by, activation), ranges.times_two_to(-by, delta)
         return GradFactors(*balanced, self.weight_shape)
+
+
+def by_sample(x: Tensor, weights: Tensor) -> Tensor:
+    """x [B, ...] times weights [B]."""
+    return x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def flat_form(shape: Sequence[int]) -> tuple[int, int]:

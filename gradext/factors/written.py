@@ -12,7 +12,7 @@ from .. import ops, ranges
 from ..backends.reference import _product, accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
-from .products import GradFactors, flat_form, times
+from .products import GradFactors, by_sample, flat_form, times
 from .projections import sketch_written
 
 
@@ -87,6 +87,9 @@ class WrittenFactors(GradFactors):
 
     def _with_form(self, weight_shape: tuple[int, ...] | None) -> WrittenFactors:
         return WrittenFactors(self.gradients.reshape(len(self), *(weight_shape or self.shape[1:])))
+
+    def weighted(self, weights: Tensor) -> WrittenFactors:
+        return WrittenFactors(by_sample(self.gradients, weights))
 
     def reshaped(self, weight_shape: Sequence[int]) -> WrittenFactors:
         self._check_weight_shape(weight_shape)
