@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument("--quiet", action="store_true", help="no progress bars (there are none but on terminals)")
     labelled = argparse.ArgumentParser(add_help=False, parents=[data])
     labelled.add_argument(
+        "--target-fpr", type=float, metavar="P", help="call novel at this rate of false alarms (default: the fit's)"
+    )
+    labelled.add_argument(
         "--normal", nargs="+", metavar="LABEL", help="the labels of normal samples (default: 0, where all are 0 or 1)"
     )
     model = argparse.ArgumentParser(add_help=False)
@@ -72,21 +75,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit.add_argument("--out", required=True, metavar="MODEL", help="the model file to write")
     fit.add_argument(
         "--score",
-        default="gradient_norm",
-        help="such as whitened_delta_norm or combined_evidence (default gradient_norm); another name lists them all",
+        default="whitened_gradient",
+        help="such as gradient_norm or combined_evidence (default whitened_gradient); another name lists them all",
     )
     fit.add_argument(
         "--layer",
-        default="first",
-        help="the decoder layer: first (default), last, a name such as decoder.2, or several with commas between",
+        default="auto",
+        help="the decoder layer: first, last, a name such as decoder.2, or several with commas between (default: the "
+        "last of an autoencoder, the first of a vae)",
     )
     fit.add_argument(
         "--size", metavar="HxW", help="resize images to this (default: all must be of the first one's size)"
     )
     fit.add_argument("--mode", choices=("L", "RGB"), help="grey or colour (default: as the first image)")
-    fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default 50, more on small sets)")
-    fit.add_argument("--hidden-dim", type=int, default=400, metavar="N", help="hidden units of the VAE (default 400)")
-    fit.add_argument("--latent-dim", type=int, default=20, metavar="N", help="its latent dimensions (default 20)")
+    fit.add_argument(
+        "--model",
+        choices=("autoencoder", "vae", "conv"),
+        help="autoencoder (default), vae (the paper's), conv (a convolutional vae, for images)",
+    )
+    fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default: by the held-out loss)")
+    fit.add_argument("--hidden-dim", type=int, metavar="N", help="hidden units of the model (default: by the data)")
+    fit.add_argument("--latent-dim", type=int, metavar="N", help="its latent dimensions (default: by the data)")
     fit.add_argument(
         "--target-fpr", type=float, default=0.05, metavar="P", help="wanted rate of false alarms (default 0.05)"
     )
@@ -96,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     score = commands.add_parser(
         "score", parents=[model, data], help="write a table of scores; resumes where it stopped"
+    )
+    score.add_argument(
+        "--target-fpr", type=float, metavar="P", help="call novel at this rate of false alarms (default: the fit's)"
     )
     score.add_argument("--out", required=True, metavar="TABLE", help="a .csv or .parquet file to write")
     score.set_defaults(run=_novelty)

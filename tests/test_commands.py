@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from gradext.cli import main
-from gradext.novelty import load, scoring
+from gradext.novelty import load, scoring, writing
 from gradext.novelty.detector import NoveltyDetector
 
 SMALL = ["--hidden-dim", "64", "--latent-dim", "8"]
@@ -107,8 +107,7 @@ def test_samples_whose_scores_overflow_are_the_most_novel(tmp_path, capsys):
     assert main(["evaluate", model, test, "--normal", "0", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     novelty = -load(model).score_samples(np.load(test)["X"])
-    assert novelty[-1] == np.inf
-    novelty[-1] = 1e300
+    assert novelty[-1] == novelty.max()
     assert result["auroc"] == roc_auc_score(np.load(test)["y"], novelty)
     assert main(["report", model, test, "--normal", "0", "--out", str(out)]) == 0
     assert f"{result['auroc']:.3f}" in out.read_text()
@@ -286,6 +285,149 @@ def test_a_full_disk_keeps_what_is_done(digits, model, tmp_path, capsys, monkeyp
     assert "run the same command again to go on" in error
     assert main(arguments) == 0
     assert len(rows_of(out)) == len(list((digits / "test").glob("*/*.png")))
+
+
+@pytest.mark.parametrize("same_name", [True, False])
+@pytest.mark.parametrize("kind", ["array", "images"])
+def test_other_data_of_the_same_size_and_time_are_noticed(
+    kind, same_name, digits, model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(scoring, "ROWS_AT_A_TIME", 20)
+    original, calls = NoveltyDetector.score_samples, []
+
+    def interrupted(self, X):
+        calls.append(len(X))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, X)
+
+    if kind == "array":
+        data = path = tmp_path / "x.npy"
+        np.save(path, np.random.default_rng(0).random((60, 64)))
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0xFF
+    else:
+        data = tmp_path / "images"
+        data.mkdir()
+        for k, image in enumerate(sorted((digits / "test" / "0").iterdir())):
+            (data / f"{k}.png").write_bytes(image.read_bytes())
+        path = data / "3.png"
+        content = bytearray((data / "5.png").read_bytes())
+    times = path.stat()
+    out = tmp_path / "s.csv"
+    monkeypatch.setattr(NoveltyDetector, "score_samples", interrupted)
+    assert main(["score", model, str(data), "--out", str(out)]) == 130
+    if same_name:
+        path.write_bytes(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    calls[:] = [0] * 9
+    assert main(["score", model, str(data), "--out", str(out)]) == int(same_name)
+    assert ("other data" in capsys.readouterr().err) == same_name
+
+
+# --- nothing is overwritten ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["fit", "{tmp}/x.npy", "--out", "{tmp}/x.npy"], "the data"),
+        (["fit", "{tmp}/x.npy", "--out", "{tmp}/link.npy"], "the data"),
+        (["fit", "{tmp}/x.npy", "--out", "{tmp}/sub/../x.npy"], "the data"),
+        (
+            ["fit", "{tmp}/x.npy", "--labels", "{tmp}/y.npy", "--normal", "0", "--out", "{tmp}/y.npy"],
+            "the file of labels",
+        ),
+        (["fit", "{tmp}/sub", "--out", "{tmp}/sub/a.png"], "in the data"),
+        (["score", "{tmp}/m", "{tmp}/t.csv", "--out", "{tmp}/t.csv"], "the data"),
+        (["score", "{tmp}/m.csv", "{tmp}/t.csv", "--out", "{tmp}/m.csv"], "the model"),
+        (["score", "{tmp}/m", "{tmp}/t.csv.partial", "--out", "{tmp}/t.csv"], "the data"),
+        (["report", "{tmp}/m", "{tmp}/t.csv", "--out", "{tmp}/m"], "the model"),
+        (["report", "{tmp}/m", "{tmp}/t.csv", "--out", "{tmp}/t.csv"], "the data"),
+        (
+            ["report", "{tmp}/m", "{tmp}/t.csv", "--training", "{tmp}/x.npy", "--out", "{tmp}/x.npy"],
+            "the training data",
+        ),
+        (["export", "{tmp}/m", "--out", "{tmp}/m"], "the model"),
+    ],
+)
+def test_an_output_that_is_an_input_is_refused(arguments, what, digits, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 4)))
+    np.save(tmp_path / "y.npy", np.zeros(40))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "x.npy")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(next((digits / "test" / "0").iterdir()).read_bytes())
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "t.csv.partial").write_text("a,b\n1,2\n")
+    for name in ("m", "m.csv"):
+        (tmp_path / name).write_bytes(b"a model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([a.format(tmp=tmp_path) for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{what}, " in error
+    assert "choose another name" in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_on_one_output(digits, model, tmp_path, capsys):
+    """One works, the other says so; a lock that a killed process left is in nobody's way."""
+    out = tmp_path / "s.csv"
+    arguments = ["score", model, str(digits / "test"), "--out", str(out)]
+    with writing.alone(out):
+        assert main(arguments) == 1
+        assert "another process is writing it" in capsys.readouterr().err
+    (tmp_path / ".s.csv.lock").write_bytes(b"")
+    assert main(arguments) == 0
+    assert os.listdir(tmp_path) == ["s.csv"]
+    for other in (["fit", str(digits / "test" / "0")], ["report", model, str(digits / "test")], ["export", model]):
+        with writing.alone(tmp_path / "o"):
+            assert main([*other, "--out", str(tmp_path / "o")]) == 1
+        assert "another process is writing it" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_end_of_a_fit_is_told(digits, tmp_path, capsys, monkeypatch):
+    import errno
+
+    out = tmp_path / "m"
+    arguments = ["fit", str(digits / "test" / "0"), "--out", str(out), "--epochs", "3", *SMALL]
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:  # the first was the checkpoint's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "m.partial; run the same command again to go on" in error
+    assert main(arguments) == 0
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_another_threshold_when_scoring(digits, model, tmp_path, capsys):
+    rows = []
+    for k, rate in enumerate((None, "0.1", "0.5")):
+        out = tmp_path / f"{k}.csv"
+        arguments = [] if rate is None else ["--target-fpr", rate]
+        assert main(["score", model, str(digits / "test"), "--out", str(out), *arguments]) == 0
+        rows.append(rows_of(out))
+    novel = [sum(int(row["novel"]) for row in table) for table in rows]
+    assert novel[0] <= novel[1] <= novel[2]
+    assert novel[0] < novel[2]
+    assert [[row["novelty"] for row in table] for table in rows] == [[row["novelty"] for row in rows[0]]] * 3
+    capsys.readouterr()
+    alarms = []
+    for rate in ("0.1", "0.5"):
+        command = ["evaluate", model, str(digits / "test"), "--normal", "0", "--json", "--target-fpr", rate]
+        assert main(command) == 0
+        alarms.append(json.loads(capsys.readouterr().out)["false_alarm_rate"])
+    assert alarms[0] < alarms[1]
+    assert main(["score", model, str(digits / "test"), "--out", str(tmp_path / "x.csv"), "--target-fpr", "2"]) == 1
+    assert "target_fpr: expected a number between 0 and 1" in capsys.readouterr().err
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

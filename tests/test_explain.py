@@ -22,7 +22,7 @@ def test_layer_shares_are_those_of_the_squared_norms(detector, digits):
     X = digits[1][:9]
     shares = layer_shares(detector, X)
     assert list(shares) == ["decoder.0", "decoder.2"]
-    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double())
+    grads = batch_layer_grads(detector.model_, detector._as_samples(X, torch.float64), loss="mse")
     squares = {name.removesuffix(".weight"): g.square().sum((1, 2)) for name, g in grads.items()}
     total = sum(squares.values())
     for name, share in shares.items():
@@ -94,7 +94,9 @@ def test_saliency_leaves_the_model_as_it_was(detector, digits):
 def test_nearest_training_gradients_are_those_of_the_written_out_ones(detector, digits):
     index, cosine = nearest_training(detector, digits[1][:7], digits[0], k=3)
     G, H = (
-        batch_layer_grads(detector.model_, torch.from_numpy(x).double(), layers="first")["decoder.0.weight"].flatten(1)
+        batch_layer_grads(detector.model_, detector._as_samples(x, torch.float64), loss="mse", layers="last")[
+            "decoder.2.weight"
+        ].flatten(1)
         for x in (digits[1][:7], digits[0])
     )
     expected = torch.nn.functional.cosine_similarity(G[:, None], H[None], dim=2).topk(3, dim=1)

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .. import datasets
 from .._version import __version__
 from ..datasets import DatasetError
 from ..sources import Source, open_source
-from . import persistence, reporting, scoring, writing
+from . import guards, persistence, reporting, scoring, writing
 from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
@@ -36,24 +37,26 @@ from .training import Checkpoint
 def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     writing.check_writable(out)
-    with _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
+    with _output(arguments), _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
         source = _source(arguments, size=_size(arguments.size), mode=arguments.mode)
         rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
         detector = NoveltyDetector(
-            arguments.score, layer=_layer(arguments.layer), epochs=arguments.epochs, hidden_dim=arguments.hidden_dim,
+            arguments.score, model=arguments.model, layer=_layer(arguments.layer), epochs=arguments.epochs,
+            hidden_dim=arguments.hidden_dim,
             latent_dim=arguments.latent_dim, target_fpr=arguments.target_fpr, contamination=arguments.contamination,
             random_state=arguments.seed, device=arguments.device,
             verbose=not arguments.quiet and processes.rank == 0,
         )  # fmt: skip
         checkpoint = _checkpoint(arguments, source, rows)
-        detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
-    if processes.rank > 0:
-        return 0
-    samples = len(rows) - len(source.skipped)
-    detector.image_format_ = source.image_format
-    persistence.save(detector, out)
-    writing.clear_leftovers(out)
-    checkpoint.remove()
+        with _kept_told(checkpoint.path):
+            detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
+            if processes.rank > 0:
+                return 0
+            samples = len(rows) - len(source.skipped)
+            detector.image_format_ = source.image_format
+            persistence.save(detector, out)
+        writing.clear_leftovers(out)
+        checkpoint.remove()
     result = {
         "model": str(out),
         "samples": samples,
@@ -67,7 +70,7 @@ def fit(arguments: argparse.Namespace) -> int:
     _print(
         arguments,
         result,
-        f"{out}: {detector.score_.name} of a VAE fit on {samples} samples of shape "
+        f"{out}: {detector.score_.name} of {_called(detector)} fit on {samples} samples of shape "
         f"{'x'.join(map(str, detector.input_shape_))}; novel above {-detector.offset_:.4g}, from "
         f"{result['calibration_samples']} held-out samples",
     )
@@ -85,25 +88,20 @@ def _checkpoint(arguments: argparse.Namespace, source: Source, rows: np.ndarray)
 
 def score(arguments: argparse.Namespace) -> int:
     scoring.check_out(arguments.out)
-    with _processes(arguments) as processes, _warnings_told():
+    with _output(arguments), _processes(arguments) as processes, _warnings_told():
         rank, world = processes.rank, processes.world
         detector, source = _open(arguments)
-        model_id = hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest()
-        try:
+        model_id = hashlib.sha256(Path(arguments.model).read_bytes() + repr(detector.offset_).encode()).hexdigest()
+        with _kept_told(scoring.partial_path(arguments.out, rank, world)):
             scoring.score_to_file(
                 detector, source, arguments.out, model_id=model_id, rank=rank, world=world,
                 progress=not arguments.quiet and rank == 0,
             )  # fmt: skip
-        except (KeyboardInterrupt, OSError):
-            partial = scoring.partial_path(arguments.out, rank, world)
-            if partial.exists():
-                _tell(f"what is done is kept in {partial}; run the same command again to go on")
-            raise
-        if world > 1:
-            torch.distributed.barrier()
-        if rank > 0:
-            return 0
-        errors = scoring.finish(arguments.out, len(source), world)
+            if world > 1:
+                torch.distributed.barrier()
+            if rank > 0:
+                return 0
+            errors = scoring.finish(arguments.out, len(source), world)
     for entry in errors:
         _tell(f"skipped: {entry['error']}")
     _print(
@@ -167,7 +165,7 @@ def report(arguments: argparse.Namespace) -> int:
     writing.check_writable(arguments.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a report is made by one process: run it without torchrun")
-    with _warnings_told():
+    with _output(arguments), _warnings_told():
         detector, source = _open(arguments)
         labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
         normal = _normal(source, arguments) if labelled or arguments.normal else None
@@ -191,8 +189,9 @@ def export(arguments: argparse.Namespace) -> int:
     from .onnx import export_onnx
 
     writing.check_writable(arguments.out)
-    detector = persistence.load(arguments.model)
-    export_onnx(detector, arguments.out, dtype=arguments.dtype)
+    with _output(arguments):
+        detector = persistence.load(arguments.model)
+        export_onnx(detector, arguments.out, dtype=arguments.dtype)
     dtype = arguments.dtype or detector.dtype
     result = {
         "out": arguments.out,
@@ -231,7 +230,18 @@ def images(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
     detector = persistence.load(arguments.model, device=arguments.device)
+    _warn_of_calibration(detector, arguments.target_fpr)
+    if arguments.target_fpr is not None:
+        detector.offset_ = -detector.threshold(arguments.target_fpr)
     return detector, _source(arguments, image_format=detector.image_format_)
+
+
+def _warn_of_calibration(detector: NoveltyDetector, target_fpr: float | None) -> None:
+    """Few held-out samples are told wherever their threshold is used."""
+    if detector.contamination is None or target_fpr is not None:
+        rate = detector.fitted_fpr_ if target_fpr is None else target_fpr
+        for message in guards.of_calibration(len(detector.calibration_.scores), rate):
+            warnings.warn(message, guards.DetectorWarning, stacklevel=2)
 
 
 def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple[Source, np.ndarray]:
@@ -298,6 +308,36 @@ def _normal(source: Source, arguments: argparse.Namespace) -> np.ndarray:
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
+
+INPUTS = {"data": "the data", "model": "the model", "labels": "the file of labels", "training": "the training data"}
+
+
+@contextlib.contextmanager
+def _output(arguments: argparse.Namespace) -> Iterator[None]:
+    """Hold ``--out`` for this command; refused where it is one of the inputs, or another process writes it."""
+    inputs = {what: getattr(arguments, name, None) for name, what in INPUTS.items()}
+    name = str(getattr(arguments, "data", "")).partition(":")[0]
+    if name in datasets.NAMES:
+        inputs[f"the set {name}"] = arguments.data_dir or os.environ.get("GRADEXT_DATA")
+    writing.refuse_inputs(arguments.out, inputs)
+    with writing.alone(arguments.out) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _kept_told(partial: Path) -> Iterator[None]:
+    """Say where what is done is kept, if a command is stopped or cannot write."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError):
+        if partial.exists():
+            _tell(f"what is done is kept in {partial}; run the same command again to go on")
+        raise
+
+
+def _called(detector: NoveltyDetector) -> str:
+    name = type(detector.model_).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _skipped(source: Source) -> dict[str, str]:

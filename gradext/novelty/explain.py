@@ -32,9 +32,14 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
 
 
 def saliency(detector: NoveltyDetector, X: Rows) -> np.ndarray:
-    """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
+    """``∂ novelty / ∂ u`` of each sample -> [N, *input_shape].
+
+    u, as input and as target, is in the units of the scale: pixels in [0, 1], or a table's standard deviations.
+    """
     batches = _samples(detector, X).split(ROWS_AT_A_TIME)
-    return torch.cat([_saliency(detector, batch).cpu() for batch in batches]).numpy()
+    found = torch.cat([_saliency(detector, batch).cpu() for batch in batches])
+    span = detector._arranged(torch.from_numpy(detector.scaling_.span)[None])
+    return (found / span).numpy()
 
 
 def _saliency(detector: NoveltyDetector, batch: Tensor) -> Tensor:

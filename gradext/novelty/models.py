@@ -8,11 +8,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..losses import bce_logits
+
+WIDE_INPUT = 196  # elements from which on an `Autoencoder` is made for images
+
+
+class Autoencoder(nn.Module):
+    """A plain autoencoder as a multilayer perceptron, D-H-L-H-D with ReLU; the code and the reconstruction are linear.
+
+    forward: x [B, D] or image-shaped [B, ...] with D elements a sample -> reconstruction [B, D]. hidden_dim, latent_dim
+    None: 128 and half of D, at most 20; from 196 elements on, 256 and 32. Trained by the squared error on values about
+    zero: a VAE's divergence keeps a small table's columns from being learned, a sigmoid's ends hide what lies outside.
+
+    >>> import torch
+    >>> Autoencoder(input_dim=64)(torch.randn(5, 1, 8, 8)).shape
+    torch.Size([5, 64])
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int | None = None, latent_dim: int | None = None) -> None:
+        super().__init__()
+        wide = input_dim >= WIDE_INPUT
+        hidden = (256 if wide else 128) if hidden_dim is None else hidden_dim
+        latent = (32 if wide else max(1, min(20, input_dim // 2))) if latent_dim is None else latent_dim
+        for name, value in (("input_dim", input_dim), ("hidden_dim", hidden), ("latent_dim", latent)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, but got {value!r}")
+        self.input_dim = input_dim
+        self.encoder = nn.Sequential(nn.Linear(input_dim, hidden), nn.ReLU(), nn.Linear(hidden, latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, input_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction [B, D]."""
+        x = x.flatten(1)
+        if x.shape[1] != self.input_dim:
+            raise ValueError(f"x: expected {self.input_dim} elements a sample, but got {x.shape[1]}")
+        return self.decoder(self.encoder(x))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What makes one of the same architecture."""
+        first, last = self.encoder[0], self.encoder[2]
+        return {"input_dim": self.input_dim, "hidden_dim": first.out_features, "latent_dim": last.out_features}
 
 
 class VAE(nn.Module):
@@ -48,6 +89,11 @@ class VAE(nn.Module):
         """(reconstruction [B, D], mu [B, L], logvar [B, L])."""
         z, mu, logvar = self._encode(x)
         return self.decoder(z), mu, logvar
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What makes one of the same architecture."""
+        return {"input_dim": self.input_dim, "hidden_dim": self.mu.in_features, "latent_dim": self.mu.out_features}
 
     def loss(self, x: Tensor) -> Tensor:
         """The training objective, ``BCE(x, reconstruction) + KL``, each summed over its elements -> [B]; nats.
@@ -101,6 +147,12 @@ class ConvVAE(VAE):
             nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1), nn.LeakyReLU(0.2),
             nn.ConvTranspose2d(channels, C, 4, 2, 1), nn.Flatten(), nn.Sigmoid(),
         )  # fmt: skip
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What makes one of the same architecture."""
+        channels = self.encoder[0].out_channels
+        return {"image_shape": list(self.sample_shape), "channels": channels, "latent_dim": self.mu.out_features}
 
 
 def latent_loss(mu: Tensor, logvar: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
 from .models import latent_loss
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
+from .scaling import MARGIN, SOFT, VECTORS
 from .writing import atomic_write
 
 # act'(z) of what an activation made of z, y = act(z): (layer, z, y) -> derivative. Torch's own are unknown to ONNX.
@@ -62,6 +63,11 @@ class ScoringGraph(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    low: Tensor
+    high: Tensor
+    floor: Tensor
+    span: Tensor
+    width: Tensor
 
     def __init__(self, detector: NoveltyDetector, dtype: str | None = None) -> None:
         super().__init__()
@@ -76,8 +82,13 @@ class ScoringGraph(nn.Module):
             raise ValueError(f"model: expected a Sigmoid at its end for loss='bce' in ONNX, but got {layers[-1]}")
         self.places = _places(detector, layers)
         self.layers, self.logvar = nn.ModuleList(copy.deepcopy(layers)), copy.deepcopy(logvar)
-        for name, array in (("shift", detector.shift_), ("scale", detector.scale_)):
-            self.register_buffer(name, torch.from_numpy(array))
+        scaling = detector.scaling_
+        if detector.channels_last_:
+            raise ValueError("X: expected channels first, for ONNX, but they are last; fit on [N, C, H, W]")
+        for name in VECTORS:
+            self.register_buffer(name, torch.from_numpy(getattr(scaling, name)))
+        self.register_buffer("width", torch.from_numpy(scaling.width))
+        self.bent, self.ceiling = scaling.bent, detector.ceiling_
         self.to("cpu", self.dtype).eval().requires_grad_(False)
         # Of a sample before and after each layer: numbers, for what ONNX makes of a tensor's own shape holds for one N.
         values = list(itertools.accumulate(
@@ -89,6 +100,9 @@ class ScoringGraph(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         x = (X - self.shift) / self.scale
+        if self.bent:
+            x = torch.where(x.abs() > SOFT, torch.sign(x) * (SOFT + torch.log(1 + (x.abs() - SOFT).clamp_min(0))), x)
+        x = (x - self.floor) / self.span
         values = [x.reshape(-1, *self.shapes[0])]
         for layer, shape in zip(self.layers, self.shapes[1:], strict=True):
             values.append(values[-1].reshape(-1, *shape) if type(layer) in RESHAPES else layer(values[-1]))
@@ -107,7 +121,14 @@ class ScoringGraph(nn.Module):
                 delta = self._backward(k, values[k], values[k + 1], delta)
         gradients = LayerFactors((name, factors[k]) for k, name in self.places.items())
         pixels = RECONSTRUCTION_LOSSES[self.loss](output, target).flatten(1)
-        return self._novelty(Characterization(pixels, latent, gradients))
+        novelty = self._novelty(Characterization(pixels, latent, gradients))
+        if self.ceiling is None:
+            return novelty
+        beyond = torch.maximum(X - self.high, self.low - X) / self.width - MARGIN
+        excess = beyond.max(1).values.clamp_min(0)
+        highest, median = self.ceiling
+        unit = max(highest - median, abs(highest), float(np.finfo(np.float32).tiny))
+        return torch.where(excess > 0, torch.maximum(novelty, highest + unit * torch.log(1 + excess)), novelty)
 
     def _backward(self, k: int, z: Tensor, y: Tensor, delta: Tensor) -> Tensor:
         """∂L/∂z from ``delta`` = ∂L/∂y, y = layer(z)."""
@@ -131,7 +152,9 @@ class ScoringGraph(nn.Module):
     def _check(self, detector: NoveltyDetector, fitted: torch.dtype) -> None:
         """What a module's forward does, nothing tells but running it."""
         uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
-        X = detector.shift_ + detector.scale_ * uniform
+        scaling = detector.scaling_
+        X = scaling.low + scaling.width * (1.4 * uniform - 0.2)
+        X[0, 0] = scaling.high[0] + 9 * scaling.width[0]
         with warnings.catch_warnings():
             # Of samples unlike those of training, of columns without names.
             warnings.simplefilter("ignore", UserWarning)

@@ -168,6 +168,12 @@ def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> 
     return list(names)
 
 
+def with_constant(gradient: GradFactors) -> GradFactors:
+    """The factors of a layer's weight and bias together: the activations [B, (T,) I] with a 1 after them."""
+    activation = gradient.activation
+    return GradFactors(torch.cat([activation, torch.ones_like(activation[..., :1])], dim=-1), gradient.delta)
+
+
 def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:
     """The same in the order of the layers' names; one layer may have several weights."""
     keys = [key for name in layers for key in factors if key == name or key.startswith(f"{name}.")]

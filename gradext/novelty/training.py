@@ -65,9 +65,9 @@ class Checkpoint:
         clear_leftovers(self.path)
 
 
-def auto_epochs(samples: int, batch_size: int) -> int:
-    """50 epochs, or on small sets as many as make 2,000 steps."""
-    return max(50, math.ceil(2000 / math.ceil(samples / batch_size)))
+def auto_epochs(samples: int, batch_size: int, *, steps: int = 2000, least: int = 50) -> int:
+    """``least`` epochs, or on small sets as many as make so many steps."""
+    return max(least, math.ceil(steps / math.ceil(samples / batch_size)))
 
 
 class Samples(Protocol):
@@ -92,12 +92,14 @@ def train(
     progress: bool = True,
     description: str = "training",
     checkpoint: Checkpoint | None = None,
+    patience: int | None = None,
 ) -> History:
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
     Tensors are moved to the model's device once, other `Samples` batch by batch.
     Adam on the mean over the batch of ``loss(x) -> [B]`` (default ``model.loss``) plus ``penalty(model, batch)``, such
     as a `GradientAlignment`, which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`.
+    ``patience``: end after so many epochs without a better validation loss; None: run all.
     The same seed, data, machine and thread count give the same weights, with a ``checkpoint`` even if the run was
     stopped and goes on; the file stays for its owner to remove. The global random state is left as it was. The bar is
     shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
@@ -132,6 +134,8 @@ def train(
             disable=None if progress else True,
         )  # fmt: skip
         for epoch in bar:
+            if patience is not None and epoch - history.best_epoch > patience:
+                break
             model.train()
             total = torch.zeros((), device=device)
             for index in torch.randperm(len(x), generator=order, device="cpu").split(batch_size):
