@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument(
         "data",
         metavar="DATA",
-        help="a folder of images (nested or not), a .npy, .npz, .csv or .parquet file, or a set by name: digits, "
-        "mnist, mnist:train, mnist:test, ...",
+        help="a folder of images (nested or not) or one image, an inspection folder (train/good, test/*), a .npy, "
+        ".npz, .csv, .tsv or .parquet file, or a set by name: digits, mnist, mnist:train, mnist:test, ...",
     )
     data.add_argument(
         "--data-dir",
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="WHERE",
         help="the rows' labels: a table's column, an .npz' array, or a file with one a line; images have folders",
     )
+    data.add_argument("--columns", nargs="+", metavar="NAME", help="a table's columns to take (default: all)")
+    data.add_argument("--drop", nargs="+", default=[], metavar="NAME", help="a table's columns to leave out")
     data.add_argument("--skip-unreadable", action="store_true", help="go on without images that cannot be used")
     data.add_argument("--device", help="where to compute, such as cuda (default: the CPU)")
     data.add_argument("--json", action="store_true", help="print one JSON object")
@@ -85,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "last of an autoencoder, the first of a vae)",
     )
     fit.add_argument(
-        "--size", metavar="HxW", help="resize images to this (default: all must be of the first one's size)"
+        "--size", metavar="HxW", help="resize images to this (default: as they are; large or unequal ones to 64 pixels)"
     )
+    fit.add_argument("--pad", action="store_true", help="with --size: keep proportions, with black edges")
     fit.add_argument("--mode", choices=("L", "RGB"), help="grey or colour (default: as the first image)")
     fit.add_argument(
         "--model",
@@ -109,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     score.add_argument(
         "--target-fpr", type=float, metavar="P", help="call novel at this rate of false alarms (default: the fit's)"
     )
+    score.add_argument("--maps", metavar="FOLDER", help="write a picture of where each image is novel")
     score.add_argument("--out", required=True, metavar="TABLE", help="a .csv or .parquet file to write")
     score.set_defaults(run=_novelty)
 

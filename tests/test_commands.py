@@ -480,3 +480,116 @@ def test_auroc_is_that_of_the_scores(digits, model, tmp_path, capsys):
     novel = [not row["sample"].startswith("0/") for row in table]
     expected = roc_auc_score(novel, [float(row["novelty"]) for row in table])
     assert json.loads(capsys.readouterr().out)["auroc"] == pytest.approx(expected, abs=1e-12)
+
+
+# --- folders and files as they are -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inspection(tmp_path_factory):
+    """An inspection folder: 60 good images to train on, 8 good and 8 with a bright square to test, masks, a model."""
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("inspection") / "part", np.random.default_rng(0)
+    y, x = np.mgrid[:24, :24]
+    for folder, count in (("train/good", 60), ("test/good", 8), ("test/crack", 8)):
+        (root / folder).mkdir(parents=True)
+        for k in range(count):
+            image = 120 + 60 * np.sin(x / 2 + rng.uniform(0, 6)) * np.cos(y / 3) + rng.normal(0, 8, (24, 24))
+            if folder == "test/crack":
+                mask = np.zeros((24, 24), np.uint8)
+                mask[6:12, 9:15] = 255
+                image[mask > 0] = 250
+                (root / "ground_truth" / "crack").mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(root / "ground_truth" / "crack" / f"{k:03}_mask.png")
+            Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(root / folder / f"{k:03}.png")
+    assert main(["fit", str(root), "--out", str(root.parent / "m"), "--quiet"]) == 0
+    return root
+
+
+def test_an_inspection_folder_needs_no_option(inspection, tmp_path, capsys):
+    model, maps = str(inspection.parent / "m"), tmp_path / "maps"
+    assert load(model).input_shape_ == (24, 24)
+    assert main(["evaluate", model, str(inspection), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["normal"], result["novel"]) == (8, 8)
+    assert result["auroc"] > 0.95
+    out = tmp_path / "s.csv"
+    assert main(["score", model, str(inspection), "--out", str(out), "--maps", str(maps)]) == 0
+    assert len(rows_of(out)) == 16
+    from PIL import Image
+
+    aurocs = []
+    for k in range(8):
+        heat = np.asarray(Image.open(maps / "test" / "crack" / f"{k:03}.png"))
+        mask = np.asarray(Image.open(inspection / "ground_truth" / "crack" / f"{k:03}_mask.png"))
+        aurocs.append(roc_auc_score(mask.ravel() > 0, heat.ravel()))
+    assert np.mean(aurocs) > 0.95
+    for folder in (str(inspection), str(inspection / "maps")):
+        assert main(["score", model, str(inspection), "--out", str(out), "--maps", folder]) == 1
+        assert "expected a folder apart from the data" in capsys.readouterr().err
+
+
+def test_one_picture_is_scored(inspection, tmp_path):
+    out = tmp_path / "s.csv"
+    picture = inspection / "test" / "crack" / "000.png"
+    assert main(["score", str(inspection.parent / "m"), str(picture), "--out", str(out)]) == 0
+    assert [row["sample"] for row in rows_of(out)] == ["000.png"]
+
+
+def test_a_table_with_an_index_a_name_and_a_reason(tmp_path, capsys):
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    frame = pandas.DataFrame(rng.normal(size=(200, 4)), columns=list("abcd"))
+    frame.to_csv(tmp_path / "train.csv")
+    model, out = str(tmp_path / "m"), tmp_path / "s.csv"
+    assert main(["fit", str(tmp_path / "train.csv"), "--out", model, "--quiet"]) == 0
+    assert "'Unnamed: 0' counts the rows and is left out" in capsys.readouterr().err
+    test = frame.iloc[:3].assign(name=["x", "y", "z"])
+    test.loc[1, "c"] = 60.0
+    test[["name", "d", "c", "b", "a"]].to_csv(tmp_path / "test.csv", sep=";", decimal=",", index=False)
+    assert main(["score", model, str(tmp_path / "test.csv"), "--out", str(out)]) == 0
+    error = capsys.readouterr().err
+    assert "columns that the model does not know are left out: name" in error
+    assert "warning" not in error
+    rows = rows_of(out)
+    assert (rows[1]["feature"], float(rows[1]["value"]), rows[1]["novel"]) == ("c", 60.0, "1")
+    assert float(rows[1]["share"]) > 0.5
+    assert abs(float(rows[1]["expected"])) < 30
+
+
+def test_photos_that_no_memory_holds_are_told_with_a_size(tmp_path, capsys):
+    from PIL import Image
+
+    for k in range(4):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(
+            tmp_path / f"{k}.png"
+        )
+    arguments = ["fit", str(tmp_path), "--out", str(tmp_path / "m")]
+    assert main([*arguments, "--size", "9000x12000"]) == 1
+    error = capsys.readouterr().err
+    assert "GB of memory, and this machine has" in error
+    assert "such as --size 48x64" in error
+    assert error.count("\n") == 1
+
+
+def test_progress_is_told_where_there_is_no_terminal(capfd):
+    X = np.random.default_rng(0).random((200, 6))
+    NoveltyDetector(verbose=True, epochs=30, hidden_dim=8, random_state=0).fit(X)
+    error = capfd.readouterr().err
+    lines = error.splitlines()
+    assert len(lines) == 11
+    assert "epoch 3 of 30" in lines[0]
+    assert "s left" in lines[0]
+    assert "the best was" in lines[-1]
+    NoveltyDetector(epochs=30, hidden_dim=8, random_state=0).fit(X)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((5, 3)))
+    for device in ("mps", "xpu", "cuda:9", "nonsense"):
+        assert main(["fit", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m"), "--device", device]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert len(error) < 300

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -26,11 +27,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from .. import datasets
 from .._version import __version__
 from ..datasets import DatasetError
-from ..sources import Source, open_source
+from ..sources import AUTO_SIDE, Source, open_source
 from . import guards, persistence, reporting, scoring, writing
 from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
+from .scaling import is_image
 from .training import Checkpoint
 
 
@@ -38,8 +40,13 @@ def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     writing.check_writable(out)
     with _output(arguments), _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
-        source = _source(arguments, size=_size(arguments.size), mode=arguments.mode)
-        rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
+        source = _source(
+            arguments, size=_size(arguments.size), mode=arguments.mode, pad=arguments.pad, auto_size=True, part="train",
+        )  # fmt: skip
+        _tell_notes(source, processes)
+        chosen = arguments.normal or source.normal
+        rows = np.flatnonzero(_normal(source, arguments)) if chosen else np.arange(len(source))
+        _check_memory(source, arguments)
         detector = NoveltyDetector(
             arguments.score, model=arguments.model, layer=_layer(arguments.layer), epochs=arguments.epochs,
             hidden_dim=arguments.hidden_dim,
@@ -91,17 +98,19 @@ def score(arguments: argparse.Namespace) -> int:
     with _output(arguments), _processes(arguments) as processes, _warnings_told():
         rank, world = processes.rank, processes.world
         detector, source = _open(arguments)
+        _check_maps(arguments, detector)
         model_id = hashlib.sha256(Path(arguments.model).read_bytes() + repr(detector.offset_).encode()).hexdigest()
         with _kept_told(scoring.partial_path(arguments.out, rank, world)):
             scoring.score_to_file(
                 detector, source, arguments.out, model_id=model_id, rank=rank, world=world,
-                progress=not arguments.quiet and rank == 0,
+                progress=not arguments.quiet and rank == 0, maps=arguments.maps,
             )  # fmt: skip
             if world > 1:
                 torch.distributed.barrier()
             if rank > 0:
                 return 0
-            errors = scoring.finish(arguments.out, len(source), world)
+            reasons = not is_image(detector.input_shape_)
+            errors = scoring.finish(arguments.out, len(source), world, reasons=reasons)
     for entry in errors:
         _tell(f"skipped: {entry['error']}")
     _print(
@@ -167,7 +176,8 @@ def report(arguments: argparse.Namespace) -> int:
         raise ValueError("a report is made by one process: run it without torchrun")
     with _output(arguments), _warnings_told():
         detector, source = _open(arguments)
-        labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
+        told = arguments.normal is not None or source.normal is not None
+        labelled = source.labels is not None and (told or set(source.labels) <= {"0", "1"})
         normal = _normal(source, arguments) if labelled or arguments.normal else None
         training = None if arguments.training is None else _training(arguments, detector)
         page = reporting.page(
@@ -233,7 +243,55 @@ def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
     _warn_of_calibration(detector, arguments.target_fpr)
     if arguments.target_fpr is not None:
         detector.offset_ = -detector.threshold(arguments.target_fpr)
-    return detector, _source(arguments, image_format=detector.image_format_)
+    source = _source(
+        arguments, image_format=detector.image_format_, part="test",
+        fitted_columns=getattr(detector, "feature_names_in_", None),
+    )  # fmt: skip
+    _tell_notes(source, Processes())
+    return detector, source
+
+
+def _tell_notes(source: Source, processes: Processes) -> None:
+    if processes.rank == 0 and int(os.environ.get("RANK", "0")) == 0:
+        for note in source.notes:
+            _tell(f"note: {note}")
+
+
+def _check_memory(source: Source, arguments: argparse.Namespace) -> None:
+    """Raise ValueError for images whose model would not fit into memory, with a size that would."""
+    if source.image_format is None or arguments.model not in (None, "autoencoder", "vae"):
+        return
+    shape = source.image_format.shape
+    # Weights of both ends in single precision, with their gradients and Adam's two moments, and in double for scores.
+    needed = 2 * math.prod(shape) * (arguments.hidden_dim or 256) * (4 * 4 + 8)
+    if needed > 0.6 * _memory():
+        factor = AUTO_SIDE / max(shape[-2:])
+        smaller = "x".join(str(max(4, 4 * round(side * factor / 4))) for side in shape[-2:])
+        raise ValueError(
+            f"{arguments.data}: a model of images of {source.image_format} needs about {needed / 1e9:.0f} GB of "
+            f"memory, and this machine has {_memory() / 1e9:.0f}; bring them to another size, such as --size {smaller}"
+        )
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory; where nobody tells, a terabyte."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
+def _check_maps(arguments: argparse.Namespace, detector: NoveltyDetector) -> None:
+    """Raise ValueError for ``--maps`` where there are no images, or where maps would lie among the data."""
+    if arguments.maps is None:
+        return
+    if not is_image(detector.input_shape_):
+        raise ValueError(f"--maps: expected a model of images, but its samples have shape {detector.input_shape_}")
+    folder, data = Path(arguments.maps).resolve(), Path(arguments.data).resolve()
+    if data.exists() and (folder == data or data in folder.parents or folder in data.parents):
+        raise ValueError(f"--maps {arguments.maps}: expected a folder apart from the data, {arguments.data}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--maps {arguments.maps}: expected a folder, but it is a file")
 
 
 def _warn_of_calibration(detector: NoveltyDetector, target_fpr: float | None) -> None:
@@ -250,13 +308,17 @@ def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple
         "data_dir": arguments.data_dir,
         "image_format": detector.image_format_,
         "skip_unreadable": arguments.skip_unreadable,
+        "part": "train",
+        "fitted_columns": getattr(detector, "feature_names_in_", None),
+        "columns": arguments.columns,
+        "drop": arguments.drop,
     }
     try:
         source = open_source(arguments.training, labels=_label_name(arguments), **options)
     except DatasetError:  # normal samples alone need no labels; whatever else is wrong is told by the second try
         source = open_source(arguments.training, **options)
     labels = np.full(len(source), "") if source.labels is None else source.labels
-    wanted = arguments.normal or (["0"] if set(labels) <= {"0", "1"} else [])
+    wanted = arguments.normal or source.normal or (["0"] if set(labels) <= {"0", "1"} else [])
     normal = np.isin(labels, wanted)
     return source, np.flatnonzero(normal if normal.any() else ~normal)
 
@@ -272,6 +334,8 @@ def _source(arguments: argparse.Namespace, **image_options) -> Source:
         data_dir=arguments.data_dir,
         labels=arguments.labels,
         skip_unreadable=arguments.skip_unreadable,
+        columns=arguments.columns,
+        drop=arguments.drop,
         **image_options,
     )
 
@@ -295,6 +359,8 @@ def _normal(source: Source, arguments: argparse.Namespace) -> np.ndarray:
     if source.labels is None:
         raise DatasetError(f"{arguments.data}: expected labels, but it has none; say where they are with --labels")
     present = sorted(set(source.labels.tolist()))
+    if arguments.normal is None and source.normal is not None:
+        return np.isin(source.labels, source.normal)
     if arguments.normal is None:
         if not set(present) <= {"0", "1"}:
             shown = ", ".join(present[:12])

@@ -139,6 +139,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             (`Scaling.excess`) is more novel than all of them, whatever a saturated model says of it.
         profile_: the `guards.Profile` of the scaled training samples, which `score_samples` compares with; None in old
             files.
+        warnings_: what `fit` warned of, for the report.
         image_format_: the `ImageFormat` that ``gradext fit`` brought image files to; None where there were none.
         n_features_in_: D, the number of values in a sample.
         feature_names_in_: [D], of data frames only.
@@ -248,6 +249,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             checkpoint = replace(checkpoint, run=f"{checkpoint.run} {seed}")
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
         self.image_format_: ImageFormat | None = None
+        self.warnings_: list[str] = []
         self.scaling_ = self._fit_scaling(X, training)
         training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
         parts = _cut(training, X.shape[1])
@@ -265,7 +267,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.calibration_ = Calibration(novelty)
         self.fitted_fpr_ = self.target_fpr
         if self.contamination is None:
-            self._warn_where_too_few(self.target_fpr)
+            _warn(guards.of_calibration(len(self.calibration_.scores), self.target_fpr), self.warnings_)
             self.offset_ = -_just_above(self.calibration_.threshold(self.target_fpr))
         else:
             novelty = self._novelty(X, np.arange(len(X)), processes)
@@ -338,7 +340,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> Scaling:
         parts = list(_cut(rows, X.shape[1]))
         scaling = fit_scaling(X, parts, self.input_shape_, self.scaling, centred=self._kind == "autoencoder")
-        _warn(guards.of_features(scaling.low, scaling.high, alone=not is_image(self.input_shape_)))
+        _warn(guards.of_features(scaling.low, scaling.high, alone=not is_image(self.input_shape_)), self.warnings_)
         return scaling
 
     def _without_far_out(self, X: np.ndarray, rows: np.ndarray, *, tell: bool = True) -> np.ndarray:
@@ -348,7 +350,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         spread = np.concatenate([self.scaling_.spread(X[part]) for part in _cut(rows, X.shape[1])])
         far = guards.far_out(spread)
         if tell and self.contamination is None:
-            _warn(guards.of_far_out(np.sort(rows[far]), len(rows)))
+            _warn(guards.of_far_out(np.sort(rows[far]), len(rows)), self.warnings_)
         return rows[~far]
 
     @property
@@ -469,9 +471,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             self.ceiling_ = float(finite.max()), float(np.median(finite))
         counts, sums = zip(*processes.gather((dead, latent)), strict=True)
         dead, latent = sum(counts), reduce(torch.add, sums)
-        _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer))
+        _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer), self.warnings_)
         if self.contamination is None:
-            _warn(guards.of_training_scores(novelty, training))
+            _warn(guards.of_training_scores(novelty, training), self.warnings_)
         return score
 
     def _fit_classifier(self, X: np.ndarray, training: np.ndarray, seed: int) -> FittedScore:
@@ -482,10 +484,6 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         held = samples.held()
         distorted = distort(held, std=self.noise_std, clip=self.noise_clip, seed=seed)
         return fit_score(self.novelty_score, self._characterize(held), self._characterize(distorted), seed=seed)
-
-    def _warn_where_too_few(self, target_fpr: float) -> None:
-        for message in guards.of_calibration(len(self.calibration_.scores), target_fpr):
-            warnings.warn(message, guards.DetectorWarning, stacklevel=4)
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
@@ -530,8 +528,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                 return -self.offset_
             target_fpr = self.target_fpr
         threshold = _just_above(self.calibration_.threshold(target_fpr))
-        if self.calibration_.attainable_fpr > target_fpr:
-            self._warn_where_too_few(target_fpr)
+        _warn(guards.of_calibration(len(self.calibration_.scores), target_fpr))
         return threshold
 
     def p_values(self, X: Rows | Batches) -> np.ndarray:
@@ -637,7 +634,8 @@ def working_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=torch.device(name or "cpu")).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise ValueError(f"device: expected one that works here, such as 'cpu', but got {name!r}: {error}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device: expected one that works here, such as 'cpu', but got {name!r}: {reason}") from None
 
 
 def _squeezed(shape: Sequence[int]) -> list[int]:
@@ -699,6 +697,9 @@ def _cut(rows: np.ndarray, features: int) -> Iterator[np.ndarray]:
         yield rows[start : start + size]
 
 
-def _warn(messages: Iterable[str]) -> None:
+def _warn(messages: Iterable[str], kept: list[str] | None = None) -> None:
+    """Give each as a `DetectorWarning`, and keep it for the report."""
     for message in messages:
+        if kept is not None:
+            kept.append(message)
         warnings.warn(message, guards.DetectorWarning, stacklevel=3)

@@ -8,7 +8,7 @@ described architecture has. The JSON object, format version 3:
     parameters                          of the estimator, but for a ``model`` of one's own and ``random_state``
     architecture                        {"type": a name of `MODELS`, sizes}, or {"type": "own", "class": its name}
     n_features, feature_names, input_shape, channels_last, layers, loss, offset, target_fpr, ceiling, bent,
-    image_format, history, profile
+    warnings, image_format, history, profile
     sha256                              of all else
 
 The tensors: ``model.*`` the state of the autoencoder, ``score.*`` that of the `FittedScore`, ``calibration`` [n], and
@@ -104,6 +104,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
         "target_fpr": float(detector.fitted_fpr_),
         "ceiling": None if detector.ceiling_ is None else list(detector.ceiling_),
         "bent": detector.scaling_.bent,
+        "warnings": detector.warnings_,
         "image_format": None if detector.image_format_ is None else asdict(detector.image_format_),
         "history": asdict(detector.history_) if detector.history_ else None,
         "profile": asdict(detector.profile_) if detector.profile_ else None,
@@ -250,6 +251,9 @@ def _rebuild(
     history = _entry(description, "history", dict, optional=True)
     detector.history_ = None if history is None else _history(history)
 
+    detector.warnings_ = _entry(description, "warnings", list)
+    if not all(isinstance(text, str) for text in detector.warnings_):
+        raise ModelFileError(f"warnings: expected texts, but got {detector.warnings_!r}")
     profile = _entry(description, "profile", dict, optional=True)
     detector.profile_ = None if profile is None else _profile(profile)
 
