@@ -93,8 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit.add_argument("--mode", choices=("L", "RGB"), help="grey or colour (default: as the first image)")
     fit.add_argument(
         "--model",
-        choices=("autoencoder", "vae", "conv"),
-        help="autoencoder (default), vae (the paper's), conv (a convolutional vae, for images)",
+        choices=("autoencoder", "vae", "conv", "rotation"),
+        help="autoencoder (default), vae (the paper's), conv (a convolutional vae, for images), rotation (a network "
+        "that tells turned images apart, for natural ones)",
     )
     fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default: by the held-out loss)")
     fit.add_argument("--hidden-dim", type=int, metavar="N", help="hidden units of the model (default: by the data)")

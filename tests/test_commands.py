@@ -514,6 +514,8 @@ def test_an_inspection_folder_needs_no_option(inspection, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert (result["normal"], result["novel"]) == (8, 8)
     assert result["auroc"] > 0.95
+    assert result["pixel_auroc"] > 0.95
+    assert [(kind["label"], kind["normal"]) for kind in result["labels"]] == [("good", True), ("crack", False)]
     out = tmp_path / "s.csv"
     assert main(["score", model, str(inspection), "--out", str(out), "--maps", str(maps)]) == 0
     assert len(rows_of(out)) == 16

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import torch.distributed
 from PIL import Image
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 
 from .. import datasets
 from .._version import __version__
 from ..datasets import DatasetError
 from ..sources import AUTO_SIDE, Source, open_source
-from . import guards, persistence, reporting, scoring, writing
+from . import evaluation, guards, persistence, reporting, scoring, writing
 from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
@@ -149,23 +149,37 @@ def evaluate(arguments: argparse.Namespace) -> int:
         )
     called = novelty > -detector.offset_
     ranked = scoring.in_finite_numbers(novelty, -detector.offset_)
+    kinds = (
+        [] if source.labels is None else evaluation.by_label(source.labels[index], ~novel, ranked, -detector.offset_)
+    )
+    pixels = evaluation.pixel_auroc(detector, source) if source.masks else None
+    area, low, high = evaluation.auroc_interval(novel, ranked)
     result = {
         "normal": int((~novel).sum()),
         "novel": int(novel.sum()),
-        "auroc": float(roc_auc_score(novel, ranked)),
+        "auroc": area,
+        "auroc_interval": [low, high],
         "average_precision": float(average_precision_score(novel, ranked)),
         "false_alarm_rate": float(called[~novel].mean()),
         "detection_rate": float(called[novel].mean()),
+        "pixel_auroc": pixels,
+        "labels": [kind.as_dict() for kind in kinds],
         "skipped": _skipped(source),
     }
+    more = "" if pixels is None else f"\nby pixel           AUROC {pixels:.4f}, against {len(source.masks)} masks"
+    if len(kinds) > 2:
+        width = max(len(kind.label) for kind in kinds)
+        for kind in kinds:
+            ranks = "normal" if kind.auroc is None else f"AUROC {kind.auroc:.3f} ({kind.low:.3f} to {kind.high:.3f})"
+            more += f"\n{kind.label:<{width}}  {kind.samples:>6}  {kind.called_novel:>6.1%} called novel  {ranks}"
     _print(
         arguments,
         result,
         f"{result['normal']} normal and {result['novel']} novel samples\n"
-        f"AUROC              {result['auroc']:.4f}\n"
+        f"AUROC              {result['auroc']:.4f}  (95%: {low:.4f} to {high:.4f})\n"
         f"average precision  {result['average_precision']:.4f}\n"
         f"at the threshold   {result['detection_rate']:.1%} of the novel found, "
-        f"{result['false_alarm_rate']:.1%} false alarms",
+        f"{result['false_alarm_rate']:.1%} false alarms{more}",
     )
     return 0
 

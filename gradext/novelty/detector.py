@@ -26,7 +26,7 @@ from . import guards
 from .batches import BLOCK_ROWS, NO_SAMPLES, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
-from .models import VAE, WIDE_INPUT, Autoencoder, ConvVAE
+from .models import VAE, WIDE_INPUT, Autoencoder, ConvVAE, RotationNet
 from .passes import Blocks, Processes
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, layer_names, parts_of
 from .scaling import CHOICES, Scaling, fit_scaling, is_image
@@ -38,9 +38,10 @@ __all__ = ["CLASSIFIER_SCORES", "Batches", "FittedScore", "NoveltyDetector", "Ro
 NEEDS_LATENT = frozenset(("combined_evidence", "joint_density"))
 HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE}
+MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE, "rotation": RotationNet}
 # Training of an `Autoencoder` without epochs=: steps at least, epochs at least, and steps without progress at its end.
 STEPS, WIDE_STEPS, EPOCHS, PATIENCE = 300, 500, 5, 100
+TURN_STEPS = 600  # of a `RotationNet`
 
 
 class Rows(Protocol):
@@ -88,8 +89,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             ``"joint_density"``, ``"combined_evidence"``; of the losses alone, ``"reconstruction_error"``,
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
-        model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images); None: an
-            `Autoencoder`, or a `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x ->
+        model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
+            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); None: an `Autoencoder`,
+            or a `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x ->
             reconstruction`` or ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
             ``loss(x) -> [B]``, that is what is trained.
         input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``. Images
@@ -378,6 +380,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         first = first.to(device).requires_grad_()
         with torch.enable_grad():
             reconstruction, latent = parts_of(self.model_(first))
+        if kind == "rotation":
+            self.loss_, self.layers_ = "rotation", ["head"]
+            return
         if reconstruction.shape[:1] != first.shape[:1] or reconstruction.numel() != first.numel():
             raise ValueError(
                 f"model: expected a reconstruction of {list(first.shape)}, but got {list(reconstruction.shape)}; "
@@ -401,6 +406,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if kind == "conv":
             given.pop("hidden_dim", None)
             return ConvVAE((1, *self.input_shape_)[-3:], **given)
+        if kind == "rotation":
+            if not is_image(self.input_shape_):
+                raise ValueError(f"model: 'rotation' is of images, but samples have shape {list(self.input_shape_)}")
+            return RotationNet((1, *self.input_shape_)[-3:])
         return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
@@ -433,6 +442,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         epochs, patience = self.epochs, None
         if epochs is None:
             steps = {"steps": WIDE_STEPS if wide else STEPS, "least": EPOCHS} if plain else {}
+            steps = {"steps": TURN_STEPS, "least": EPOCHS} if self._kind == "rotation" else steps
             epochs = auto_epochs(len(training), batch, **steps)
             patience = max(2, math.ceil((PATIENCE if plain else 4 * PATIENCE) / math.ceil(len(training) / batch)))
 

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from ..layer_grads import batch_layer_factors
 from .detector import NoveltyDetector, Rows
-from .representations import RECONSTRUCTION_LOSSES, Characterization, factors_of, in_order, parts_of
+from .representations import ERRORS, Characterization, factors_of, in_order, parts_of
 from .scaling import is_image
 
 ROWS_AT_A_TIME = 256
@@ -25,7 +26,8 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
     samples = _samples(detector, X)
     parts: list[dict[str, Tensor]] = []
     for batch in samples.split(ROWS_AT_A_TIME):
-        factors = factors_of(detector.model_, batch, detector.loss_, None)
+        layers = detector.layers_ if detector.loss_ == "rotation" else None
+        factors = factors_of(detector.model_, batch, detector.loss_, layers)
         parts.append({name: f.sq_norm().detach() for name, f in factors.items()})
     squares = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     total = functools.reduce(torch.add, squares.values())
@@ -42,6 +44,7 @@ def residual(detector: NoveltyDetector, X: Rows) -> np.ndarray:
 
 
 def _residual_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
+    _needs_reconstruction(detector)
     parts = []
     for batch in samples.split(ROWS_AT_A_TIME):
         with torch.no_grad():
@@ -56,7 +59,13 @@ def expected(detector: NoveltyDetector, X: Rows) -> np.ndarray:
     return _expected_of(detector, _samples(detector, X))
 
 
+def _needs_reconstruction(detector: NoveltyDetector) -> None:
+    if detector.loss_ == "rotation":
+        raise ValueError("model: a RotationNet reconstructs nothing, so that there is no residual")
+
+
 def _expected_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
+    _needs_reconstruction(detector)
     parts = []
     for batch in samples.split(ROWS_AT_A_TIME):
         with torch.no_grad():
@@ -68,10 +77,18 @@ def _expected_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
 
 
 def heat(detector: NoveltyDetector, X: Rows) -> np.ndarray:
-    """Maps [N, H, W] of images: the largest size of the `residual` over the channels."""
+    """Maps [N, H, W] of images: the largest size of the `residual` over the channels.
+
+    Of a `RotationNet`, which reconstructs nothing, the `saliency`'s in place of the residual's, smoothed.
+    """
     if not is_image(detector.input_shape_):
         raise ValueError(f"X: expected images, but samples have the shape {list(detector.input_shape_)}")
-    sizes = np.abs(residual(detector, X))
+    if detector.loss_ == "rotation":
+        sizes = np.abs(saliency(detector, X))
+        smooth = float(max(detector.input_shape_[-2:])) / 16
+        sizes = gaussian_filter(sizes, (*[0] * (sizes.ndim - 2), smooth, smooth))
+    else:
+        sizes = np.abs(residual(detector, X))
     return sizes if sizes.ndim == 3 else sizes.max(1)
 
 
@@ -122,7 +139,7 @@ def _saliency(detector: NoveltyDetector, batch: Tensor) -> Tensor:
     shifted = _Shifted(detector.model_, batch).eval()
 
     def error(output: Tensor, target: Tensor) -> Tensor:
-        return RECONSTRUCTION_LOSSES[detector.loss_](output, target + shifted.shift).flatten(1)
+        return ERRORS[detector.loss_](output, target + shifted.shift).flatten(1)
 
     layers = [f"model.{name}" for name in detector.layers_]
     factors = batch_layer_factors(

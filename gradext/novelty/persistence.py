@@ -40,7 +40,7 @@ from .calibration import Calibration
 from .detector import DTYPES, MODELS, NoveltyDetector, working_device
 from .fitted import CLASSIFIER_SCORES, fit_score
 from .guards import Profile
-from .representations import RECONSTRUCTION_LOSSES, characterize, layer_names
+from .representations import ERRORS, characterize, layer_names
 from .scaling import VECTORS, Scaling
 from .training import History
 from .writing import atomic_write
@@ -236,8 +236,8 @@ def _rebuild(
     if detector.channels_last_ and len(input_shape) != 3:
         raise ModelFileError(f"channels_last: expected false for samples of shape {input_shape}, but got true")
     detector.loss_ = _entry(description, "loss", str)
-    if detector.loss_ not in RECONSTRUCTION_LOSSES:
-        raise ModelFileError(f"loss: expected one of {list(RECONSTRUCTION_LOSSES)}, but got {detector.loss_!r}")
+    if detector.loss_ not in ERRORS or (detector.loss_ == "rotation") != (kind == "rotation"):
+        raise ModelFileError(f"loss: expected one of {list(ERRORS)} that fits the model, but got {detector.loss_!r}")
     detector.offset_ = _entry(description, "offset", float)
     detector.fitted_fpr_ = _entry(description, "target_fpr", float)
     ceiling = _entry(description, "ceiling", list, optional=True)

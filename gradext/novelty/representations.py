@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..factors import GradFactors, LayerFactors
 from ..layer_grads import batch_layer_factors
 from ..layers import LayerChoice
-from .models import latent_loss
+from .models import latent_loss, rotation_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,8 @@ def continued_bce(output: Tensor, target: Tensor) -> Tensor:
 
 LayerChoices = LayerChoice | list[LayerChoice] | tuple[LayerChoice, ...]
 RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
+# By the name of a detector's loss: of `RotationNet` the turns' cross entropy stands for the reconstruction error.
+ERRORS = RECONSTRUCTION_LOSSES | {"rotation": lambda output, target: rotation_loss(output)}
 
 
 def parts_of(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ def characterize(
             gradients = in_order(factors_of(model, batch, loss, names), names)
             with torch.no_grad():
                 reconstruction, latent = parts_of(model(batch))
-                pixels = RECONSTRUCTION_LOSSES[loss](reconstruction, batch).flatten(1)
+                pixels = ERRORS[loss](reconstruction, batch).flatten(1)
             parts.append(Characterization(pixels, latent, gradients))
     finally:
         for module, training in modes:
@@ -141,6 +143,8 @@ def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) 
     By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1]. Samples that leave it
     are taken apart, so that no sample's gradient depends on its company.
     """
+    if loss == "rotation":
+        return batch_layer_factors(model, batch, loss=_summed_turns, layers=layers)
     rows = ((batch >= 0) & (batch <= 1)).flatten(1).all(1) if loss == "bce" else None
     if rows is None or rows.all():
         return batch_layer_factors(model, batch, loss=loss, layers=layers)
@@ -154,9 +158,13 @@ def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) 
     return LayerFactors((name, factors[order]) for name, factors in LayerFactors.cat(parts).items())
 
 
+def _summed_turns(output: Tensor, target: Tensor) -> Tensor:
+    return rotation_loss(output).sum(1)
+
+
 def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
     """The layers' names in the order of the choice, read off samples ``x``: what runs first is known by running."""
-    named, modules = continued_bce if loss == "bce" else loss, dict(model.named_modules())
+    named, modules = {"bce": continued_bce, "rotation": _summed_turns}.get(loss, loss), dict(model.named_modules())
     names: dict[str, None] = {}
     choices: Iterable[LayerChoice] = layer if isinstance(layer, (list, tuple)) else [layer]
     for choice in choices:
