@@ -210,13 +210,13 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from .onnx import export_onnx
+    from .onnx import default_dtype, export_onnx
 
     writing.check_writable(arguments.out)
     with _output(arguments):
         detector = persistence.load(arguments.model)
         export_onnx(detector, arguments.out, dtype=arguments.dtype)
-    dtype = arguments.dtype or detector.dtype
+    dtype = arguments.dtype or default_dtype(detector)
     result = {
         "out": arguments.out,
         "score": detector.score_.name,
