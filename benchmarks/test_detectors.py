@@ -19,7 +19,7 @@ def test_a_measurement_and_its_table(tmp_path):
     ]
     assert all(0.5 < row["auroc"] <= 1 and row["fit_seconds"] > 0 for row in rows)
     text = detectors.summary(rows, "Tables")
-    assert text.count("| gradext |") == 1
+    assert text.count("\n| gradext |") == 1
     detectors.picture({"Tables": rows}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
 

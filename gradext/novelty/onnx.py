@@ -61,8 +61,8 @@ class ScoringGraph(nn.Module):
     sigmoid. ``dtype``: of `DTYPES`; None: `default_dtype`.
 
     onnxruntime computes ELU, GELU, Softplus and convolutions in fp32 alone. Inputs outside of [0, 1] that saturate that
-    sigmoid altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in the way,
-    and where random samples get other scores than the detector's.
+    sigmoid altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in
+    the way, and where random samples get other scores than the detector's.
     """
 
     shift: Tensor
