@@ -396,8 +396,11 @@ def _table(
     elif columns is None and len(frame.columns) > 1 and _is_row_number(frame.iloc[:, 0], frame.columns[0]):
         notes.append(f"{path}: the column {frame.columns[0]!r} counts the rows and is left out; --columns takes it in")
         frame = frame.iloc[:, 1:]
+    if not frame.columns.is_unique:
+        doubled = frame.columns[frame.columns.duplicated()][0]
+        raise DatasetError(f"{path}: expected columns of different names, got {doubled!r} twice")
     text = [c for c in frame.columns if frame[c].dtype.kind not in "fiub"]
-    if text:
+    if text and len(frame):
         raise DatasetError(
             f"{path}: expected numeric columns, got {_some(text)} with values such as {str(frame[text[0]].iloc[0])!r}; "
             f"leave them out by --drop {' '.join(text[:5])}, name one with --labels, or write one column of 0 and 1 "
