@@ -295,10 +295,10 @@ def main() -> None:
                         found = measured(name, data, seed)
                         if found:
                             rows.append({"kind": kind, "task": task, "seed": seed, "name": name, **found})
+                            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
                             print(
                                 kind, task, seed, name, f"{found['auroc']:.3f} {found['fit_seconds']:.2f} s", flush=True
                             )
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     titles = {"tables": "Twelve tables", "images": "One-class images, 2,000 for training"}
     parts = {titles[kind]: [row for row in rows if row["kind"] == kind] for kind in kinds}
     parts = {title: found for title, found in parts.items() if found}
