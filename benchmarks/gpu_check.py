@@ -239,6 +239,8 @@ def render(folder: Path) -> int:
             continue
         lines += ["", f"## {step}", "", f"{len(cases)} cases, {len(broken)} failed."]
         lines += [f"- {row['case']}: {row['error']}" for row in broken]
+        facts = {key for row in cases for key in row} - {"step", "at", "case", "error", "routes", *UNITS, *NOTES}
+        lines += [f"- {row['case']}, {key}: {row[key]}" for row in cases for key in sorted(facts) if key in row]
         if routes:
             lines += ["", "| case | route | device, ms | host, ms | GB/s | TFLOP/s | |", "| --- | " + "--- | " * 6]
             lines += [line for row in routes for line in route_lines(row)]
@@ -248,18 +250,20 @@ def render(folder: Path) -> int:
     return 0
 
 
+UNITS = {"bytes": 1e9, "flops": 1e12}  # of a case, that a route's rates are told in
+NOTES = ("waits", "paste")
+
+
 def route_lines(row: dict) -> Iterator[str]:
     for name, found in row["routes"].items():
         if "wrong" in found:
             yield f"| {row['case']} | {name} | | | | | {found['wrong']} |"
             continue
         seconds = found["device"]
-        notes = [row[key] for key in ("waits", "paste") if key in row]
+        notes = [row[key] for key in NOTES if key in row]
         notes += ["bound by the host"] if found.get("bound_by_host") else []
         notes += ["no graph"] if "no_graph" in found else []
-        rates = [
-            f"{row[key] / seconds / unit:.1f}" if key in row else "" for key, unit in (("bytes", 1e9), ("flops", 1e12))
-        ]
+        rates = [f"{row[key] / seconds / unit:.1f}" if key in row else "" for key, unit in UNITS.items()]
         yield (
             f"| {row['case']} | {name} | {1e3 * seconds:.4f} | {1e3 * found['host']:.4f} | {rates[0]} | {rates[1]} | "
             f"{', '.join(notes)} |"

@@ -251,6 +251,30 @@ def test_norms_of_all_layers(dtype):
     assert torch.equal(found, ops.sq_norm_group(layers))
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("T", [None, 3, 300])
+def test_sums_over_the_batch_and_projections(T, dtype):
+    """As fp64 has them, but for one rounding of each weighted delta to its own type."""
+    delta, activation, diag, _ = factors(6, T, 200, 136, dtype)
+    left, right = factors(200, None, 16, 1, dtype)[0], factors(136, None, 24, 1, dtype)[0]
+    weights = torch.rand(6, device=DEVICE)
+    gradients = reference.outer(delta.double(), activation.double())
+    squares = gradients.square()
+    rounded = torch.finfo(dtype).eps
+    summed = 1e-13 if dtype == torch.float64 else 1e-5
+    weighted = (weights.double()[:, None, None] * gradients).sum(0)
+    for found, exact, allowed in (
+        (ops.weighted_sum(delta, activation), gradients.sum(0), summed),
+        (ops.weighted_sum(delta, activation, weights), weighted, summed + rounded),
+        (ops.project(delta, activation, left, right), left.double().mT @ gradients @ right.double(), summed),
+        (ops.square_sum(delta, activation), squares.sum(0), summed),
+        (ops.quadratic(delta, activation, diag), (squares * diag.double()).sum((1, 2)), 20 * summed),
+    ):
+        assert found.dtype == reference.accumulation_type(dtype)
+        error = (found.double() - exact).norm() / exact.norm()
+        assert error <= allowed
+
+
 def products(dtype=torch.float32):
     """More than one launch holds, of mixed shapes and types."""
     made = []

@@ -221,7 +221,8 @@ __device__ float mma_gram_share(const Layer& p, std::int64_t b, std::uint32_t sp
   return share;
 }
 
-constexpr int kNormBlocks = 2;  // that a multiprocessor has to hold at once
+template <class In>
+constexpr int kNormBlocks = sizeof(In) == 8 ? 1 : 2;  // that a multiprocessor has to hold at once
 
 // Which routes a build for an architecture holds for a type: those of tensor cores from sm_80 on, in place of the CUDA
 // cores' for half precision.
@@ -234,7 +235,7 @@ constexpr bool kHasMma = true, kHalfOnCores = true;
 #endif
 
 template <class In, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kNormBlocks)
+__global__ void __launch_bounds__(kThreads, kNormBlocks<In>)
     sq_norm_layers(const __grid_constant__ Layers<kCapacity> all, Sum<In>* shares) {
   using Real = Sum<In>;
   union Shared {
@@ -361,7 +362,7 @@ constexpr Cost kCosts[] = {{SqNormRoute::gradient_64, 64, false, 18},
 std::vector<SqNormPlan> sq_norm_plan(const std::vector<SqNormParams>& layers, DType dtype, int multiprocessors,
                                      int capability) {
   const bool half = dtype == DType::f16 || dtype == DType::bf16;
-  const std::int64_t slots = kNormBlocks * std::int64_t{multiprocessors};
+  const std::int64_t slots = (dtype == DType::f64 ? 1 : 2) * std::int64_t{multiprocessors};
   struct Choice {
     std::int64_t tiles = 1;
     double work = 0, time = 0;  // of a sample; of all, where every layer has an equal part of the GPU
