@@ -22,7 +22,7 @@ def draw(model: nn.Module, x: Tensor, target: Tensor, size: int) -> tuple[Tensor
 
     ``Σ_k w_k g_{row k}`` has the mean over the pool as its expectation.
     """
-    norms = gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target, layers="all").norm()
+    norms = gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target).norm()
     p = norms / norms.sum()
     rows = torch.multinomial(p, size, replacement=True)
     return rows, 1 / (len(x) * size * p[rows])
@@ -30,7 +30,7 @@ def draw(model: nn.Module, x: Tensor, target: Tensor, size: int) -> tuple[Tensor
 
 def variance(model: nn.Module, x: Tensor, target: Tensor, size: int, uniform: bool, repeats: int = 50) -> float:
     """The mean squared distance of the estimate from the mean gradient over the pool."""
-    factors = gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target, layers="all")
+    factors = gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target)
     mean, total = factors.mean(), 0.0
     for _ in range(repeats):
         if uniform:

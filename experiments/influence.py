@@ -21,7 +21,7 @@ import gradext
 def influence(
     model: nn.Module, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], damping: float = 0.1
 ) -> Tensor:
-    """``⟨g_i, F⁻¹ mean_j g'_j⟩`` over all layers for every training sample i -> [N]; negative ones do harm."""
+    """``⟨g_i, F⁻¹ mean_j g'_j⟩`` over all weights for every training sample i -> [N]; negative ones do harm."""
     factors, reference = _factors(model, *train), _factors(model, *validation).mean()
     inverses = gradext.GradStatistics(kron_fisher=True).partial_fit(factors).kron_inverses(damping)
     for name, (A_inv, D_inv) in inverses.items():
@@ -37,7 +37,7 @@ def nearest(model: nn.Module, train: tuple[Tensor, Tensor], test: tuple[Tensor, 
 
 
 def _factors(model: nn.Module, x: Tensor, target: Tensor) -> gradext.LayerFactors:
-    return gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target, layers="all")
+    return gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target, layers="*.weight")
 
 
 def main() -> None:

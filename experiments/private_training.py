@@ -3,7 +3,7 @@
     python -m experiments.private_training
 
 Trains a small network on scikit-learn's digits by DP-SGD (Abadi et al., "Deep learning with differential privacy", CCS
-2016): every sample's gradient over all layers is clipped to a norm, the clipped ones are added, noise is added to the
+2016): every sample's gradient over all parameters is clipped to a norm, the clipped ones are added, noise is added to the
 sum. The factors give the norms and the sum; no tensor [B, O, I] exists. Accounting for the privacy that was spent is
 a matter of its own (Opacus has accountants).
 """
@@ -29,14 +29,11 @@ def private_step(
     generator: torch.Generator | None = None,
 ) -> None:
     """One optimizer step with ``(Σ_b min(1, max_norm / ‖g_b‖) g_b + max_norm · noise_multiplier · N(0, 1)) / B``."""
-    factors = gradext.batch_layer_factors(
-        model, x, loss="cross_entropy", target=target, layers="all", include_bias=True
-    )
+    factors = gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target)
     parameters = dict(model.named_parameters())
     for name, total in factors.clipped_sum(max_norm).items():
-        parameter = parameters[name if name in parameters else f"{name}.weight"]
         noise = torch.randn(total.shape, dtype=total.dtype, device=total.device, generator=generator)
-        parameter.grad = (total + max_norm * noise_multiplier * noise) / len(x)
+        parameters[name].grad = (total + max_norm * noise_multiplier * noise) / len(x)
     optimizer.step()
     optimizer.zero_grad()
 

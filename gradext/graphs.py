@@ -33,9 +33,10 @@ def make_graphed_layer_grads(
     clone what is to be kept. Weights and buffers may change in place (an optimizer's step, `load_state_dict`).
 
     What Python decides is decided at the recording: hooks, a callable ``loss``, ``reduce``, branches on values,
-    autocast, the training mode. Dropout draws anew at each replay, from the GPU's default generator. The checks that
-    would wait for the GPU (``check_finite``, targets outside [0, 1]) are made once, on the sample. Models of which the
-    graph alone does not tell whose rows are whose cannot be recorded.
+    autocast, the training mode. Dropout draws anew at each replay, from the GPU's default generator. The check that
+    would wait for the GPU (``check_finite``) is made once, on the sample. Models of which the graph alone does not tell
+    whose rows are whose cannot be recorded, which a CaptureError says.
+
 
     Args:
         model: on a GPU, in the mode that it is to run in.

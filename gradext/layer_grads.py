@@ -216,7 +216,10 @@ def _takes(model: nn.Module, keywords: Mapping) -> bool:
 def as_constant(value):
     """Inputs that need no gradient and may be used in a graph, in nested structures too."""
     if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value.detach() if value.requires_grad else value
+        if value.is_inference():
+            with torch.inference_mode(False):  # within it the copy would be one of its tensors too
+                return value.clone()
+        return value.detach() if value.requires_grad else value
     if type(value) in (tuple, list):
         return type(value)(as_constant(v) for v in value)
     return {key: as_constant(v) for key, v in value.items()} if type(value) is dict else value

@@ -187,18 +187,21 @@ def _checked_target(loss: str, output: Tensor, target: Tensor) -> tuple[str, Ten
     if loss == "auto":  # by the model alone: no sample's values decide over another's gradient
         loss = "bce" if _ends_in_sigmoid(output) else "mse"
     if loss in ("bce", "bce_logits") and target.device.type == "cpu" and target.numel():
-        # Only on the CPU: on a GPU the check would stall the stream.
-        inside = ((target >= 0) & (target <= 1)).reshape(len(target), -1).all(1)
-        if not inside.all():
-            wrong = (~inside).nonzero().flatten().tolist()
-            shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
-            because = " (the model ends in a sigmoid)" if asked == "auto" else ""
-            raise ValueError(
-                f"target: expected values in [0, 1] for loss={asked!r}{because}, but those of samples {shown} span "
-                f"[{target[wrong].min().item():g}, {target[wrong].max().item():g}] (NaN included); scale the data, or "
-                "use loss='mse'"
-            )
+        _refuse_outside_unit_interval(target, asked)  # on a GPU the check would stall the stream
     return loss, target
+
+
+def _refuse_outside_unit_interval(target: Tensor, asked: str) -> None:
+    inside = ((target >= 0) & (target <= 1)).reshape(len(target), -1).all(1)
+    if not inside.all():
+        wrong = (~inside).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+        because = " (the model ends in a sigmoid)" if asked == "auto" else ""
+        raise ValueError(
+            f"target: expected values in [0, 1] for loss={asked!r}{because}, but those of samples {shown} span "
+            f"[{target[wrong].min().item():g}, {target[wrong].max().item():g}] (NaN included); scale the data, or use "
+            "loss='mse'"
+        )
 
 
 def _sum(values: Tensor) -> Tensor:

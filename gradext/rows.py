@@ -69,6 +69,11 @@ class Structure:
         return self.states.get((edge.node, edge.output_nr))
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, so that nothing may wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], checked: bool = True) -> Structure:
     """Walk the graph from ``root``, whose first dimension holds the samples, to its leaves and to ``ends``.
 
@@ -161,33 +166,206 @@ def _merged(a: State, b: State, name: str) -> State:
 # --- what each kind of node does -------------------------------------------------------------------------------------
 
 _POINTWISE = set(
-    """Abs Acos Acosh Add Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy
-    BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Copy Copysign Cos Cosh Div Elu Erf Erfc Erfinv
-    Exp Exp2 Expand Expm1 Floor Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh Huber HuberLoss Hypot LeakyRelu
-    Lerp Lgamma LiftFresh Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill Maximum Minimum Mish
-    MseLoss Mul NanToNum NativeDropout Neg Polar Pow PreluKernel RRelu RreluWithNoise Real Reciprocal Relu Remainder
-    Round Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss Softplus Softshrink Special Sqrt Square Sub Tan
-    Tanh Threshold ToCopy Trunc Where Xlogy FusedDropout CopyBackwards ViewAs Positive ToDense Angle Conj ConjPhysical
-    Complex ViewAsReal ViewAsComplex GluJvp SpecialXlog1Py SpecialEntr SpecialExpit SpecialErfcx Digamma""".split()
+    [
+        "Abs",
+        "Acos",
+        "Acosh",
+        "Add",
+        "Addcdiv",
+        "Addcmul",
+        "Alias",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atan2",
+        "Atanh",
+        "BinaryCrossEntropy",
+        "BinaryCrossEntropyWithLogits",
+        "Ceil",
+        "Celu",
+        "Clamp",
+        "ClampMax",
+        "ClampMin",
+        "Clone",
+        "Copy",
+        "Copysign",
+        "Cos",
+        "Cosh",
+        "Div",
+        "Elu",
+        "Erf",
+        "Erfc",
+        "Erfinv",
+        "Exp",
+        "Exp2",
+        "Expand",
+        "Expm1",
+        "Floor",
+        "Fmod",
+        "Frac",
+        "Gelu",
+        "Hardshrink",
+        "Hardsigmoid",
+        "Hardswish",
+        "Hardtanh",
+        "Huber",
+        "HuberLoss",
+        "Hypot",
+        "LeakyRelu",
+        "Lerp",
+        "Lgamma",
+        "LiftFresh",
+        "Log",
+        "Log10",
+        "Log1P",
+        "Log2",
+        "LogSigmoid",
+        "Logaddexp",
+        "Logaddexp2",
+        "Logit",
+        "MaskedFill",
+        "Maximum",
+        "Minimum",
+        "Mish",
+        "MseLoss",
+        "Mul",
+        "NanToNum",
+        "NativeDropout",
+        "Neg",
+        "Polar",
+        "Pow",
+        "PreluKernel",
+        "RRelu",
+        "RreluWithNoise",
+        "Real",
+        "Reciprocal",
+        "Relu",
+        "Remainder",
+        "Round",
+        "Rsqrt",
+        "Rsub",
+        "Sgn",
+        "Sigmoid",
+        "Sign",
+        "Silu",
+        "Sin",
+        "Sinc",
+        "Sinh",
+        "SmoothL1Loss",
+        "Softplus",
+        "Softshrink",
+        "Special",
+        "Sqrt",
+        "Square",
+        "Sub",
+        "Tan",
+        "Tanh",
+        "Threshold",
+        "ToCopy",
+        "Trunc",
+        "Where",
+        "Xlogy",
+        "FusedDropout",
+        "CopyBackwards",
+        "ViewAs",
+        "Positive",
+        "ToDense",
+        "Angle",
+        "Conj",
+        "ConjPhysical",
+        "Complex",
+        "ViewAsReal",
+        "ViewAsComplex",
+        "GluJvp",
+        "SpecialXlog1Py",
+        "SpecialEntr",
+        "SpecialExpit",
+        "SpecialErfcx",
+        "Digamma",
+    ]
 )
-_SAME_ORDER = set("View UnsafeView ReshapeAlias Reshape Unsqueeze Squeeze Flatten Unflatten Contiguous".split())
+_SAME_ORDER = set(
+    ["View", "UnsafeView", "ReshapeAlias", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Unflatten", "Contiguous"]
+)
 _REDUCTIONS = set(
-    """Sum Mean Var Std Norm LinalgVectorNorm Amax Amin Logsumexp Max Min Prod Median Nanmedian Nansum Kthvalue Mode
-    VarMean StdMean""".split()
+    [
+        "Sum",
+        "Mean",
+        "Var",
+        "Std",
+        "Norm",
+        "LinalgVectorNorm",
+        "Amax",
+        "Amin",
+        "Logsumexp",
+        "Max",
+        "Min",
+        "Prod",
+        "Median",
+        "Nanmedian",
+        "Nansum",
+        "Kthvalue",
+        "Mode",
+        "VarMean",
+        "StdMean",
+    ]
 )
 _ALONG = set(
-    "Softmax LogSoftmax SafeSoftmax MaskedSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Sort Topk Flip Roll Glu Renorm"
-    .split()
+    [
+        "Softmax",
+        "LogSoftmax",
+        "SafeSoftmax",
+        "MaskedSoftmax",
+        "Cumsum",
+        "Cumprod",
+        "Cummax",
+        "Cummin",
+        "Logcumsumexp",
+        "Sort",
+        "Topk",
+        "Flip",
+        "Roll",
+        "Glu",
+        "Renorm",
+    ]
 )
 # Each image by itself, each channel by itself.
 _BY_CHANNEL = set(
-    """MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
-    AdaptiveMaxPool2D AdaptiveMaxPool3D MkldnnMaxPool2D MkldnnAdaptiveAvgPool2D FractionalMaxPool2D MaxUnpool2D
-    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D
-    UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D UpsampleBilinear2DAa UpsampleBicubic2DAa
-    ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D""".split()
+    [
+        "MaxPool2DWithIndices",
+        "MaxPool3DWithIndices",
+        "AvgPool2D",
+        "AvgPool3D",
+        "AdaptiveAvgPool2D",
+        "AdaptiveAvgPool3D",
+        "AdaptiveMaxPool2D",
+        "AdaptiveMaxPool3D",
+        "MkldnnMaxPool2D",
+        "MkldnnAdaptiveAvgPool2D",
+        "FractionalMaxPool2D",
+        "MaxUnpool2D",
+        "UpsampleNearest1D",
+        "UpsampleNearest2D",
+        "UpsampleNearest3D",
+        "UpsampleNearestExact1D",
+        "UpsampleNearestExact2D",
+        "UpsampleBilinear2D",
+        "UpsampleBicubic2D",
+        "UpsampleLinear1D",
+        "UpsampleTrilinear3D",
+        "UpsampleBilinear2DAa",
+        "UpsampleBicubic2DAa",
+        "ReflectionPad1D",
+        "ReflectionPad2D",
+        "ReflectionPad3D",
+        "ReplicationPad1D",
+        "ReplicationPad2D",
+        "ReplicationPad3D",
+    ]
 )
-_BY_IMAGE = set("NativeGroupNorm GridSampler2D GridSampler3D Im2Col Col2Im PixelShuffle PixelUnshuffle".split())
+_BY_IMAGE = set(
+    ["NativeGroupNorm", "GridSampler2D", "GridSampler3D", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle"]
+)
 
 _OFFSET = 1 << 63
 
@@ -274,11 +452,11 @@ def _states_of(node, kind, k, state, shape, shapes, found: Structure, checked: b
         return [state, *[SHARED] * (len(shapes) - 1)]
     if kind in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"):
         training = getattr(node, "_saved_training", True)
-        if training and d == 1 or not training and d == 0:  # statistics are of a channel
+        if (training and d == 1) or (not training and d == 0):  # statistics are of a channel
             return [state, *[state.at(0) if d == 1 else SHARED] * (len(shapes) - 1)]
         return None
     if kind in _BY_CHANNEL or kind in _BY_IMAGE:
-        if d == 0 and rank > 2 or d == 1 and kind in _BY_CHANNEL:
+        if (d == 0 and rank > 2) or (d == 1 and kind in _BY_CHANNEL):
             return [state if s is not None and len(s) == rank else SHARED for s in shapes]
         return None
     if kind == "ConstantPadNd" or kind == "Unfold" or kind.startswith("Fft"):
@@ -539,8 +717,8 @@ def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Weights) -> Tensor:
     own = weights.values.to(delta.dtype)
     difference = (part - delta * own[owners].unsqueeze(1)).abs()
     largest = delta.abs().nan_to_num(0, 0).amax(1) if delta.shape[1] else delta.real.new_zeros(len(delta))
-    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax")
-    return ~(difference > (scale * own)[owners].unsqueeze(1) * weights.tolerance).any()
+    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax") * weights.values.to(largest.dtype)
+    return ~(difference > scale[owners].unsqueeze(1) * weights.tolerance).any()
 
 
 def verdicts(flags: Iterable[Tensor]) -> list[bool]:

@@ -15,14 +15,15 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from . import rows as row_rules
 from .errors import CaptureError
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
 from .rows import Rows, by_sample, own_rows
@@ -40,13 +41,13 @@ class Entry:
     kwargs: dict
     values: dict[int, Tensor]  # by id of what the function was given: the value of parameters that it stands for
     outputs: list[Tensor]  # those with a gradient
-    edges: list[GradientEdge]
+    edges: list[GradientEdge]  # where the losses' graph meets them: of a view, its base's
+    ends: list[GradientEdge] = field(default_factory=list)  # their own, from before anything is done to them in place
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
     autocast: tuple | None = None
     call: Call | None = None  # as `bind` reads it, where it has
     bound: bool = False
     spent: bool = False  # its graph is freed
-    may_mix: bool = False  # whether samples may depend on each other inside the call
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Entry:
     @property
     def in_place(self) -> bool:
         name = self.name
-        return name == "__setitem__" or name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
+        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
     def overwritten(self) -> bool:
         return any(tensor._version != version for tensor, version in self.versions)
@@ -176,7 +177,9 @@ def _embedding(
     if scale_grad_by_freq:  # by what is in the whole batch
         return None
     rows = weight.shape[0]
-    padding = None if padding_idx is None or padding_idx == -1 and entry.func is torch.embedding else padding_idx % rows
+    padding = (
+        None if padding_idx is None or (padding_idx == -1 and entry.func is torch.embedding) else padding_idx % rows
+    )
 
     def gradient(role, index, delta):
         delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
@@ -249,7 +252,8 @@ def _norm(func, input, weight, bias, rows, positions, **options) -> Call:
 
     def gradient(role, input, delta):
         if role == "weight":
-            delta = delta * func(input, **options).to(delta.dtype)
+            normalised = func(input, **options).to(delta.dtype)
+            delta = delta * normalised if torch.is_grad_enabled() else normalised.mul_(delta)
         # Channels lie behind the samples, normalised dimensions at the end.
         return _sum_to(delta, shapes[role]) if positions else delta.flatten(2).sum(2) if delta.ndim > 2 else delta
 
@@ -412,7 +416,7 @@ def _shares(entry, deltas, rows, batch: int, create_graph: bool) -> tuple[str, l
 def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
     input = call.input
     if batch == 1:
-        if call.rows < 1 or not call.positions and delta.shape[0] != 1:
+        if call.rows < 1 or (not call.positions and delta.shape[0] != 1):
             input, delta = input.unsqueeze(0), delta.unsqueeze(0)
             if not call.positions:
                 return None
@@ -446,6 +450,7 @@ def general(
     entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
 ) -> list[Share]:
     sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
+    sliceable = sliceable and not row_rules.capturing(deltas[0])  # what slices give is compared, by a look at it
     # Whose gradient may be scaled by what is in the whole batch, which shows in no output.
     sliceable = sliceable and entry.name not in ("embedding", "embedding_bag")
     if batch > 1 and sliceable and not create_graph:
@@ -456,34 +461,34 @@ def general(
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
             return found
-        if entry.name in _OVER_ROWS and not entry.may_mix and not _is_random(entry):
-            raise CaptureError(
-                f"{entry.name}: samples mix: a sample's rows come out otherwise without those of others (batch "
-                "normalisation in training mode, a sequence along the samples' dimension); call model.eval(), see that "
-                'the samples lie where the layer expects them (batch_first), or pass mixing="allow"'
-            )
     if entry.spent:
         entry = _again(entry)
-    given = _given(entry)
-    outputs, cotangents = zip(*((o, d) for o, d in zip(entry.outputs, deltas, strict=True)), strict=True)
+    given, ends = _given(entry), entry.ends or entry.outputs
     if batch == 1:
-        gradients = batched_grad(outputs, given, [c.unsqueeze(0) for c in cotangents], create_graph)
+        gradients = batched_grad(ends, given, [delta.unsqueeze(0) for delta in deltas], create_graph)
     else:
-        gradients = _masked(outputs, given, cotangents, rows, batch, create_graph)
+        gradients = _masked(ends, given, deltas, rows, batch, create_graph)
     return [
         Share(entry.values[id(x)], x.new_zeros(batch, *x.shape) if g is None else g)
         for x, g in zip(given, gradients, strict=True)
     ]
 
 
-# Functions that take some dimension as a whole, of which it has to be known that it is not the samples'.
-_OVER_ROWS = {"batch_norm", "lstm", "gru", "rnn_tanh", "rnn_relu"}
-
-
-def _is_random(entry: Entry) -> bool:
-    """Whether a recurrent function draws a dropout: (..., dropout, training, ...) among its arguments."""
-    pairs = zip(entry.args, entry.args[1:], strict=False)
-    return any(isinstance(a, float) and a > 0 and b is True for a, b in pairs)
+def mixes(entry: Entry, rows: Sequence[Rows]) -> bool:
+    """Whether the call itself makes samples depend on each other: what its output's rows alone do not show."""
+    if entry.name == "batch_norm":
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+        given = dict(zip(names, entry.args, strict=False)) | entry.kwargs
+        return bool(given.get("training", False))
+    if entry.name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        data, batch_first = entry.args[0], entry.args[-1] is True
+        if data.ndim != 3:  # packed
+            return False
+        for output, where in zip(entry.outputs, rows, strict=True):
+            is_state = output.shape[:2] != data.shape[:2]
+            if where.dim != (0 if batch_first and not is_state else 1):
+                return True
+    return False
 
 
 def _again(entry: Entry) -> Entry:
@@ -506,7 +511,8 @@ def _again(entry: Entry) -> Entry:
             "watch.factors(losses) before it"
         )
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}
-    return Entry(entry.func, args, kwargs, values, outputs, [])
+    ends = [get_gradient_edge(output) for output in outputs]
+    return Entry(entry.func, args, kwargs, values, outputs, ends, ends)
 
 
 def _given(entry: Entry) -> list[Tensor]:
@@ -526,9 +532,7 @@ def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) ->
     return [None if parts[0][k] is None else torch.cat([part[k] for part in parts]) for k in range(len(given))]
 
 
-def batched_grad(
-    outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False
-) -> list[Tensor | None]:
+def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
     """`torch.autograd.grad` for each of n cotangents [n, *output.shape] -> [n, *input.shape], the graph retained."""
     if len(cotangents[0]) > 1 and not create_graph:
         try:
@@ -564,9 +568,7 @@ def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch:
         dim = first.dim if left else first.dim - (out.ndim - t.ndim)
         return dim if 0 <= dim < t.ndim and t.shape[dim] == size and t.layout is torch.strided else None
 
-    places = [
-        [place(t, left) if isinstance(t, Tensor) else None for t in leaves] for left in (True, False)
-    ]
+    places = [[place(t, left) if isinstance(t, Tensor) else None for t in leaves] for left in (True, False)]
     is_value = [isinstance(t, Tensor) and id(t) in entry.values for t in leaves]
     tried = set()
     for own_values in (False, True):

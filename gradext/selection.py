@@ -232,7 +232,9 @@ def _unknown(item: Any, everything: Mapping[str, Tensor], modules: Mapping[str, 
         names = [*everything, *(name for name in modules if name)]
         near = difflib.get_close_matches(item, names, n=3, cutoff=0.4)
         near += [n for n in names if item and (n.endswith(f".{item}") or f".{item}." in n)][: 3 - len(near)]
-        pattern = f"; a pattern such as '*.{item}' means all of that name" if any(f".{item}" in n for n in names) else ""
+        pattern = (
+            f"; a pattern such as '*.{item}' means all of that name" if any(f".{item}" in n for n in names) else ""
+        )
         return (
             f"the model has no parameter, module or match of {item!r}; nearest names: "
             f"{', '.join(dict.fromkeys(near or names[:4]))}{pattern}"

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from .factors import LayerFactors
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
+from .watch import _tensors_of
 
 Reduced = TypeVar("Reduced")
 
@@ -121,8 +122,11 @@ class _Parts:
         self.named = isinstance(x, Mapping)
         args, kwargs = as_call(x)
         self.inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        if not self.inputs:
-            raise TypeError(f"batches: expected inputs in each batch, but got {type(x).__name__}")
+        if not any(t.ndim for t in _tensors_of(list(self.inputs.values()))):
+            raise TypeError(
+                "batches: expected a tensor [B, ...], or a tuple or dict that holds one, in each batch, but got "
+                f"{type(x).__name__}"
+            )
         if cut is None:
             places: list[int | str] = [0] if isinstance(x, Tensor) else []
             if places and isinstance(target, Tensor):
@@ -144,9 +148,9 @@ class _Parts:
             raise ValueError(f"cut: expected as many samples in every input that is cut, but got {sizes}")
         self.count = counts.pop() if counts else None
 
-    def of(self, rows: slice) -> tuple[Any, Any]:
-        inputs = {place: self.cut[place][rows] if place in self.cut else v for place, v in self.inputs.items()}
-        target = self.cut["target"][rows] if "target" in self.cut else self.target
+    def of(self, rows: slice, made: Callable[[Tensor], Tensor] = lambda part: part) -> tuple[Any, Any]:
+        inputs = {place: made(self.cut[place][rows]) if place in self.cut else v for place, v in self.inputs.items()}
+        target = made(self.cut["target"][rows]) if "target" in self.cut else self.target
         if isinstance(self.x, Tensor):
             return inputs[0], target
         return (inputs if self.named else tuple(inputs.values())), target
@@ -164,7 +168,7 @@ def _bytes_per_sample(
     model: nn.Module, parts: _Parts, memory_budget: int, reduce: Callable | None, options: Mapping[str, Any]
 ) -> int:
     """What one more sample needs: what its graph saves, its factors, and its gradients if they are formed."""
-    x, target = parts.of(slice(0, 1))
+    x, target = parts.of(slice(0, 1), torch.clone)  # of its own memory: not the whole batch's
     model_memory = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 

@@ -219,9 +219,11 @@ class _Mode(TorchFunctionMode):
                 return
             plain = [result]
         else:
-            plain = [t for t in result if isinstance(t, Tensor) and not t.requires_grad] if (
-                isinstance(result, (list, tuple))
-            ) else []
+            plain = (
+                [t for t in result if isinstance(t, Tensor) and not t.requires_grad]
+                if (isinstance(result, (list, tuple)))
+                else []
+            )
             if not plain and result is not None:
                 return
         mark = self.token if any(map(self._is_sample, others)) else -self.token
@@ -316,7 +318,9 @@ class _Mode(TorchFunctionMode):
                 self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
             return result
         versions = [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in entry_values]
-        entry = Entry(func, args, kwargs, entry_values, outputs, [_edge_of(t) for t in outputs], versions)
+        edges = [_edge_of(t) for t in outputs]
+        ends = [get_gradient_edge(t) for t in outputs]
+        entry = Entry(func, args, kwargs, entry_values, outputs, edges, ends, versions)
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 entry.autocast = (kind, torch.get_autocast_dtype(kind))
@@ -396,9 +400,11 @@ def _edge_of(output: Tensor) -> GradientEdge:
 def _seen_from(output: Tensor, delta: Tensor) -> Tensor:
     """The delta of an output, from that of its base."""
     base = output._base
-    if delta.shape == output.shape and (base is None or base.stride() == output.stride()):
+    if base is None or not base.requires_grad:
         return delta
-    if base is None or base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+    if base.shape == output.shape and base.stride() == output.stride():
+        return delta
+    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
         return delta.reshape(output.shape)
     if delta.stride() != base.stride():
         delta = torch.empty_strided(base.shape, base.stride(), dtype=delta.dtype, device=delta.device).copy_(delta)
@@ -409,8 +415,11 @@ def _seen_from(output: Tensor, delta: Tensor) -> Tensor:
 def _rows_from(output: Tensor, state: State, batch: int) -> State:
     """Where the samples lie in an output, from where they lie in its base."""
     base = output._base
-    if base is None or not isinstance(state, Rows):
+    if base is None or not base.requires_grad or isinstance(state, Shared):
         return state
+    if isinstance(state, Unproved):
+        hint = None if state.hint is None else _rows_from(output, state.hint, batch)
+        return state._replace(hint=hint if isinstance(hint, Rows) else None)
     if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
         return row_rules._reshaped(state, tuple(base.shape), tuple(output.shape), batch)
     same = base.stride(state.dim), base.shape[state.dim]
@@ -518,7 +527,11 @@ class watch:
         ):
             raise ValueError(
                 "segments: expected the sample of each row, a one-dimensional tensor of integers, but got "
-                + (f"shape {tuple(segments.shape)}, {segments.dtype}" if isinstance(segments, Tensor) else repr(segments))
+                + (
+                    f"shape {tuple(segments.shape)}, {segments.dtype}"
+                    if isinstance(segments, Tensor)
+                    else repr(segments)
+                )
             )
         if train and create_graph:
             raise ValueError("create_graph: expected False with train=True; use watch(model, create_graph=True)")
@@ -605,7 +618,18 @@ class watch:
                 call = rules.registered_call(name, module, inputs[0], given)
                 values = {id(t): own[role] for role, t in given.items()}
                 mode._record(
-                    Entry(_no_function, tuple(given.values()), {}, values, [output], [_edge_of(output)], versions, call=call, bound=True)
+                    Entry(
+                        _no_function,
+                        tuple(given.values()),
+                        {},
+                        values,
+                        [output],
+                        [_edge_of(output)],
+                        [get_gradient_edge(output)],
+                        versions,
+                        call=call,
+                        bound=True,
+                    )  # fmt: skip
                 )
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -653,7 +677,9 @@ class watch:
                 )
             losses = mode.one_dimensional[-1]
         if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point():
-            came = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+            came = (
+                f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+            )
             raise ValueError(
                 f"losses: expected a floating-point tensor of shape (B,), one value for each sample, but got {came}; use "
                 "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
@@ -786,22 +812,23 @@ class _Backward:
         twice = [_Live.of(entry, structure) for entry in differentiated] if structure.states else []
         for item in work if self.trained else ():
             item.entry.spent = True
-        for item in work:
-            item.entry.may_mix = self.watched._mixing == "allow"
         self._segments(work)
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
         watched_graph = self.watched._create_graph
+        if self.trained:
+            self._undo_weights(work)
         totals = self._totals(work) if self.watched._hooked else {}
         for item in work:
             if item not in lost:
-                if item.entry.overwritten() and rules.bind(item.entry) is not None:
+                if self.watched._mixing == "error" and self.batch > 1 and rules.mixes(item.entry, item.rows):
+                    self._refuse_mixing(item)
+                if item.entry.overwritten() and (rules.bind(item.entry) is not None or item.entry.name in rules._MUL):
                     raise CaptureError(
                         f"{item.names(self.mode)}: the input of {item} was modified in place after the call had used it, "
                         "so that the gradient can no longer be computed; make that operation out of place"
                     )
                 rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, watched_graph)
-                found = [self._own(share) for share in found]
                 self._compare(item, found, totals)
                 self._take(rule, found)
         if lost or unseen or twice:
@@ -857,8 +884,8 @@ class _Backward:
         )
 
     def _structure(self) -> Structure:
-        capturing = self.root.gradient.is_cuda and torch.cuda.is_current_stream_capturing()
-        found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=not capturing)
+        checked = not row_rules.capturing(self.root.gradient)
+        found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked)
         if not all(row_rules.verdicts(found.checks)):
             found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)
         return found
@@ -867,7 +894,7 @@ class _Backward:
         segments = self.watched._segments
         if segments is None:
             return
-        if len(segments) and not (0 <= int(segments.min()) and int(segments.max()) < self.batch):
+        if len(segments) and not (int(segments.min()) >= 0 and int(segments.max()) < self.batch):
             raise ValueError(
                 f"segments: expected samples in 0..{self.batch - 1}, as there are {self.batch} losses, but they span "
                 f"{int(segments.min())}..{int(segments.max())}"
@@ -926,19 +953,19 @@ class _Backward:
                 item.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in item.outputs]
             return []
         doubtful = [
-            item
-            for item in work
-            if self._must_prove() or any(isinstance(state, Unproved) for state in item.states)
+            item for item in work if self._must_prove() or any(isinstance(state, Unproved) for state in item.states)
         ]
-        lost = [
-            item
-            for item in work
-            if any(isinstance(state, Shared) for state in item.states)
-        ]
+        lost = [item for item in work if any(isinstance(state, Shared) for state in item.states)]
         doubtful = [item for item in doubtful if item not in lost]
         for item in work:
             if item not in lost and item not in doubtful:
                 item.rows = list(item.states)
+        if doubtful and row_rules.capturing(self.root.gradient):
+            raise CaptureError(
+                f"{doubtful[0]}: the graph does not tell which rows are whose (at {doubtful[0].reason()}), and the proof "
+                "waits for the device, which a CUDA graph cannot record; call batch_layer_grads itself, or leave the "
+                "parameter out with exclude="
+            )
         if doubtful and self.trained:
             raise CaptureError(
                 f"{doubtful[0]}: the graph does not tell which rows are whose (at {doubtful[0].reason()}), which takes a "
@@ -953,18 +980,30 @@ class _Backward:
             )
         return lost
 
-    def _own(self, share: Share) -> Share:
-        """Of a sample's own loss, where the backward was that of weighted ones."""
-        if self.weights is None:
-            return share
-        scale, gradient, rows = self.weights.reciprocal(), share.gradient, share.rows
-        if isinstance(gradient, GradFactors):
-            return share._replace(gradient=gradient.weighted(scale))
-        own, dim = scale.to(gradient.dtype), 0
-        if rows is not None and self.batch > 1:
-            dim = rows.dim
-            own = own[rows.owners_of(gradient.shape[dim], self.batch, gradient.device)]
-        return share._replace(gradient=gradient * own.reshape(-1, *[1] * (gradient.ndim - dim - 1)))
+    def _undo_weights(self, work: list[_Live]) -> None:
+        """From the deltas of weighted losses those of each sample's own loss; in place where nobody else holds them."""
+        assert self.weights is not None
+        scale, done = self.weights.reciprocal(), set()
+        holders: dict[int, int] = {}
+        for t in {
+            id(t): t for t in (*self.mode.captured.values(), *(d for item in work for d in item.deltas))
+        }.values():
+            holders[memory(t)] = holders.get(memory(t), 0) + 1
+        for item in work:
+            for k, (delta, rows) in enumerate(zip(item.deltas, item.rows, strict=True)):
+                place = memory(delta), delta.storage_offset(), delta.numel()
+                if place in done:
+                    continue
+                own = scale.to(delta.dtype)
+                if self.batch > 1:
+                    own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
+                    own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
+                storage = delta.untyped_storage()
+                if torch._C._storage_Use_Count(storage._cdata) > holders[memory(delta)] + 1 or 0 in delta.stride():
+                    item.deltas[k] = delta * own
+                else:
+                    delta.mul_(own)
+                    done.add(place)
 
     def _by_weights(self, doubtful: list[_Live], dtypes: set[torch.dtype]) -> list[_Live]:
         """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""
@@ -1049,9 +1088,7 @@ class _Backward:
         position = 0
         for item in lost:
             mine = rules._given(item.entry)
-            found = [
-                Share(item.entry.values[id(x)], gradients[position + k]) for k, x in enumerate(mine)
-            ]
+            found = [Share(item.entry.values[id(x)], gradients[position + k]) for k, x in enumerate(mine)]
             position += len(mine)
             self._take("backward a sample", found)
         self._take(
@@ -1089,12 +1126,7 @@ class _Backward:
                 hit = hits[position]
                 position += 1
                 if hit is not None and hit.numel() and int(hit.max()) > 1:
-                    raise CaptureError(
-                        f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others "
-                        f"(at {self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution "
-                        "do not exist; detach what the samples share, tell ragged rows by segments=, or pass "
-                        'mixing="allow" for ∂ losses[b] as it stands'
-                    )
+                    self._refuse_mixing(item)
         return found
 
     def _backward_to(self, inputs, gradient: Tensor) -> list[Tensor | None]:
@@ -1107,9 +1139,17 @@ class _Backward:
         finally:
             self.mode.replay = False
 
+    def _refuse_mixing(self, item: _Live) -> None:
+        raise CaptureError(
+            f"{item.names(self.mode)}: samples mix: at {item} the loss of a sample depends on rows of others (at "
+            f"{self._culprit(item)}), so that per-sample gradients in the sense of privacy or attribution do not exist; "
+            "detach what the samples share, see that the samples lie where each layer expects them (batch_first), tell "
+            'ragged rows by segments=, or pass mixing="allow" for ∂ losses[b] as it stands'
+        )
+
     def _culprit(self, item: _Live) -> str:
         reason = item.reason()
-        if "BatchNorm" in reason:
+        if "BatchNorm" in reason or reason == "batch_norm":
             found = [
                 f"{name or 'the model'} ({type(module).__name__})"
                 for name, module in self.watched._model.named_modules()
@@ -1123,7 +1163,12 @@ class _Backward:
     def _refuse_one_for_all(self, unseen: list[str], gradients: list[Tensor]) -> None:
         """Refuse a custom function of the losses that gives one sample the gradient of all."""
         node = None if self.root.edge is None else self.root.edge.node
-        if node is None or self.batch < 2 or not unseen or not isinstance(node, torch.autograd.function.BackwardCFunction):
+        if (
+            node is None
+            or self.batch < 2
+            or not unseen
+            or not isinstance(node, torch.autograd.function.BackwardCFunction)
+        ):
             return
         for name, gradient in zip(unseen, gradients, strict=True):
             silent = (gradient.flatten(1) == 0).all(1)
@@ -1288,7 +1333,8 @@ class _Live:
         states = [structure.of(edge) for edge in entry.edges]
         kept = [k for k, state in enumerate(states) if state is not None]
         if len(kept) < len(states):  # what the losses do not depend on has no gradient
-            entry = Entry(**{**vars(entry), "outputs": [entry.outputs[k] for k in kept]})
+            parts = {name: [getattr(entry, name)[k] for k in kept] for name in ("outputs", "ends")}
+            entry = Entry(**{**vars(entry), **parts})
         outputs = list(entry.outputs)
         found = []
         for k, output in zip(kept, outputs, strict=True):
@@ -1313,9 +1359,7 @@ class _Live:
         return self.entry.name
 
 
-_ADVICE = (
-    '; leave it out with exclude=, use torch\'s own functions, or pass fallback=None for one backward a sample'
-)
+_ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ import torch, gradext
 model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 4))
 x = torch.rand(5, 4)
 assert gradext.batch_layer_grads(model, x)["0.weight"].shape == (5, 3, 4)
-assert gradext.batch_layer_factors(model, x)["2"].norm().shape == (5,)
+assert gradext.batch_layer_factors(model, x)["2.weight"].norm().shape == (5,)
 print("works")
 """
 

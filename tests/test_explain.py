@@ -21,9 +21,9 @@ def detector(digits):
 def test_layer_shares_are_those_of_the_squared_norms(detector, digits):
     X = digits[1][:9]
     shares = layer_shares(detector, X)
-    assert list(shares) == ["decoder.0", "decoder.2"]
-    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double())
-    squares = {name.removesuffix(".weight"): g.square().sum((1, 2)) for name, g in grads.items()}
+    assert list(shares) == ["decoder.0.weight", "decoder.2.weight"]
+    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double(), layers=list(shares))
+    squares = {name: g.square().sum((1, 2)) for name, g in grads.items()}
     total = sum(squares.values())
     for name, share in shares.items():
         np.testing.assert_allclose(share, (squares[name] / total).detach(), rtol=1e-9)
@@ -64,11 +64,15 @@ def test_a_layer_of_several_weights(score, digits):
     torch.manual_seed(0)
     X = digits[0].reshape(-1, 8, 8)
     detector = NoveltyDetector(score, model=Attentive(), layer=("last", "first"), epochs=3, random_state=0).fit(X)
-    assert detector.layers_ == ["decoder.last", "decoder.attention"]
+    assert detector.layers_ == ["decoder.last.weight", "decoder.attention.in_proj_weight"]
     assert np.isfinite(detector.score_samples(X[:5])).all()
     assert saliency(detector, X[:5]).shape == (5, 8, 8)
-    seen = characterize(detector.model_, torch.from_numpy(X[:5]).double(), layer=detector.layers_)
-    assert list(seen.gradients) == ["decoder.last", "decoder.attention.in_proj_weight", "decoder.attention.out_proj"]
+    weights = ["decoder.attention.in_proj_weight", "decoder.attention.out_proj.weight"]
+    seen = characterize(detector.model_, torch.from_numpy(X[:5]).double(), layer="decoder.attention")
+    assert list(seen.gradients) == weights
+    both = NoveltyDetector(score, model=Attentive(), layer="decoder.attention", epochs=3, random_state=0).fit(X)
+    assert both.layers_ == weights
+    assert np.isfinite(both.score_samples(X[:5])).all()
 
 
 def test_shares_are_of_the_gradients_that_are_scored(digits):
@@ -78,12 +82,14 @@ def test_shares_are_of_the_gradients_that_are_scored(digits):
         model[2].bias.fill_(800.0)
     X = digits[0][:100]
     detector = NoveltyDetector(model=model, epochs=0, random_state=0).fit(X)
-    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double())
+    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double(), layers="*.weight")
     squares = {name: g.square().sum((1, 2)) for name, g in grads.items()}
     total = sum(squares.values())
     assert (total > 0).all()
-    for name, share in layer_shares(detector, X).items():
-        np.testing.assert_allclose(share, squares[f"{name}.weight"] / total, rtol=1e-9)
+    shares = layer_shares(detector, X)
+    assert shares.keys() == squares.keys()
+    for name, share in shares.items():
+        np.testing.assert_allclose(share, squares[name] / total, rtol=1e-9)
 
 
 def test_saliency_leaves_the_model_as_it_was(detector, digits):
@@ -93,10 +99,12 @@ def test_saliency_leaves_the_model_as_it_was(detector, digits):
 
 def test_nearest_training_gradients_are_those_of_the_written_out_ones(detector, digits):
     index, cosine = nearest_training(detector, digits[1][:7], digits[0], k=3)
+    name = "decoder.0.weight"
     G, H = (
-        batch_layer_grads(detector.model_, torch.from_numpy(x).double(), layers="first")["decoder.0.weight"].flatten(1)
+        batch_layer_grads(detector.model_, torch.from_numpy(x).double(), layers=name)[name].flatten(1)
         for x in (digits[1][:7], digits[0])
     )
+
     expected = torch.nn.functional.cosine_similarity(G[:, None], H[None], dim=2).topk(3, dim=1)
     np.testing.assert_array_equal(index, expected.indices)
     np.testing.assert_allclose(cosine, expected.values.detach(), rtol=1e-9)

@@ -60,8 +60,15 @@ def test_auto_knows_a_sigmoid(ending):
     target = torch.rand(output.shape)
     value = per_sample_loss("auto", output, target)
     torch.testing.assert_close(value, LOSSES[expected](output, target.to(output.dtype)))
-    target[3] = 1.5
-    torch.testing.assert_close(per_sample_loss("auto", output, target), LOSSES["mse"](output, target.to(output.dtype)))
+    target[3] = 1.5  # the loss is the model's, not the values'
+    if expected == "bce":
+        with pytest.raises(
+            ValueError, match=r"values in \[0, 1\] for loss='auto' \(the model ends in a sigmoid\).*les 3"
+        ):
+            per_sample_loss("auto", output, target)
+    else:
+        value = per_sample_loss("auto", output, target)
+        torch.testing.assert_close(value, LOSSES["mse"](output, target.to(output.dtype)))
 
 
 def test_half_precision_outputs_are_summed_in_single():

@@ -78,9 +78,9 @@ def test_conv_vae_is_a_vae_of_images_flat_or_not(shape):
     divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
     torch.testing.assert_close(model.loss(x), pixels + divergence)
     seen = characterize(model, x.flatten(1), layer=("first", "encoder.0", "last"))
-    assert list(seen.gradients) == ["decoder.0", "encoder.0", "decoder.5"]
+    assert list(seen.gradients) == ["decoder.0.weight", "encoder.0.weight", "decoder.5.weight"]
     for name, gradients in seen.gradients.items():
-        weight = model.get_parameter(f"{name}.weight")
+        weight = model.get_parameter(name)
         for k in range(5):
             loss = torch.nn.functional.binary_cross_entropy(
                 model(x[k : k + 1])[0], x[k : k + 1].flatten(1), reduction="sum"
@@ -135,8 +135,8 @@ def test_alignment_is_the_mean_cosine_and_can_be_differentiated(digits):
 
     def expected():
         cosines = []
-        for name in ("decoder.0", "decoder.2"):
-            weight = model.get_parameter(f"{name}.weight")
+        for name in ("decoder.0.weight", "decoder.2.weight"):
+            weight = model.get_parameter(name)
             for sample in x.split(1):
                 value = torch.nn.functional.binary_cross_entropy(model(sample)[0], sample, reduction="sum")
                 (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
@@ -206,10 +206,10 @@ def test_characterize_takes_either_end_of_the_decoder_and_any_batching(model, di
 def test_characterize_keeps_several_layers_in_the_order_of_the_choice(model, digits):
     x = digits[0][:5]
     both = characterize(model, x, layer=("last", "first"))
-    assert list(both.gradients) == ["decoder.2", "decoder.0"]
-    assert both.gradient is both.gradients["decoder.2"]
+    assert list(both.gradients) == ["decoder.2.weight", "decoder.0.weight"]
+    assert both.gradient is both.gradients["decoder.2.weight"]
     for name in both.gradients:
-        expected = loop_layer_grads(model, x, bce, [f"{name}.weight"])[f"{name}.weight"]
+        expected = loop_layer_grads(model, x, bce, [name])[name]
         torch.testing.assert_close(both.gradients[name].materialize(), expected)
         torch.testing.assert_close(both[1:3].gradients[name].materialize(), expected[1:3])
 
@@ -370,7 +370,8 @@ def test_scores_are_their_formulas(model, digits):
         found = torch.stack([of(sample.gradients[name]).double().log() for name in names], dim=1)
         return (found - logs.mean(0)) / logs.std(0, correction=0)
 
-    names = ["decoder.0", "encoder.0", "decoder.2"]
+    names = ["decoder.0.weight", "encoder.0.weight", "decoder.2.weight"]
+
     whitened = torch.einsum("bo,op,bp->b", delta, inverse(inliers.gradient.delta), delta)
 
     def whitened_norm(gradient, delta_inverse):

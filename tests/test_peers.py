@@ -100,7 +100,7 @@ def make(situation: str) -> tuple[nn.Module, Tensor, float]:
 
 
 def with_gradext(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    return gradext.batch_layer_grads(model, x, loss=squared, layers="all", include_bias=True)
+    return gradext.batch_layer_grads(model, x, loss=squared)
 
 
 def with_torch_func(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

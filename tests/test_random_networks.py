@@ -6,6 +6,7 @@ A network is a list of steps, each of which makes a value [B, T, D] (or [B, D]) 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,21 +30,30 @@ ACTIVATIONS = {
 }
 
 
+class Product(torch.autograd.Function):
+    """x @ weight, where no function mode sees it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
+
+
 class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding: str | None = None  # the layer by which whole numbers become the first value
         self.steps: list[tuple[str, Callable]] = []  # (what it says, (network, values) -> the next value)
-        self.ran: list[str] = []  # the layers whose weights were used, in order
-        self.reached: list[str] = []  # those of them that the output depends on
 
     def __repr__(self) -> str:
         return "Network(" + "; ".join([self.embedding or "input", *(text for text, _ in self.steps)]) + ")"
 
-    def use(self, name: str, *, ignored: bool = False) -> nn.Module:
-        if torch.is_grad_enabled():
-            self.ran.append(name)
-            self.reached += [] if ignored else [name]
+    def use(self, name: str) -> nn.Module:
         return self.get_submodule(name)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,9 +95,8 @@ class Example(NamedTuple):
     target: Tensor
     loss: str | Callable
     oracle: Callable  # the same loss, written plainly
-    layers: str | list[str] | None
-    include_bias: bool
-    check: str | None
+    layers: list[str] | None
+    way: str
     grad_mode: Callable
 
     def __repr__(self) -> str:
@@ -167,7 +176,7 @@ class _Builder:
         name = self.layer(nn.Linear(self.widths[-1], 2))
 
         def step(network, values):
-            network.use(name, ignored=True)(values[-1])
+            network.use(name)(values[-1])
             return values[-1] * 1
 
         self.step(f"{name} ignored", self.widths[-1], step)
@@ -230,10 +239,101 @@ class _Builder:
             def step(network, values):
                 layer, x = network.use(name), values[-1] if batch_first else values[-1].transpose(0, 1)
                 y = layer(x, x, x.tanh())[0]
-                network.use(f"{name}.out_proj")
                 return y if batch_first else y.transpose(0, 1)
 
             self.step(f"MultiheadAttention {name}, {batch_first=}", width, step)
+
+    def bare(self) -> None:
+        """A parameter of the network's own, for all samples."""
+        width, same = self.widths[-1], ("shift", "scale", "gain", "offset of one number")
+        kinds = [*same, *(["positions", "token", "prompt"] if self.positions else [])]
+        kind = self.one_of(kinds)
+        name = f"bare{len(self.network._parameters)}"
+        shape = {"gain": (), "offset of one number": (1,), "positions": (self.positions or 1, width)}.get(
+            kind, (width,)
+        )
+        self.network.register_parameter(name, nn.Parameter(torch.randn(shape).double()))
+
+        def step(network, values):
+            p, x = getattr(network, name), values[-1]
+            if kind in ("scale", "gain"):
+                return x * (1 + p)
+            if kind == "token":  # in front of the others, and mixed with them
+                x = torch.cat([p.expand(len(x), 1, -1), x], dim=1)
+                return x.cumsum(1)[:, 1:]
+            if kind == "prompt":
+                return x + (x @ p)[..., None] * p
+            return x + p
+
+        self.step(f"bare {kind}", width, step)
+
+    def product(self) -> None:
+        """A weight of the network's own, by einsum, from the left, or low in rank."""
+        width = self.widths[-1]
+        new = self.draw(st.integers(1, 4))
+        kinds = ["einsum", "low rank", *(["between positions", "for each position"] if self.positions else ["left"])]
+        kind = self.one_of(kinds)
+        name, positions = f"own{len(self.network._parameters)}", self.positions or 1
+        shapes = {"between positions": (positions, positions), "for each position": (positions, width, new)}
+        out = width if kind == "between positions" else new
+        shape = shapes.get(kind, (new, width))
+        self.network.register_parameter(name, nn.Parameter(torch.randn(shape).double()))
+        if kind == "low rank":
+            down = nn.Parameter(torch.randn(new, 2).double())
+            self.network.register_parameter(f"{name}_down", down)
+
+        def step(network, values):
+            p, x = getattr(network, name), values[-1]
+            if kind == "einsum":
+                return torch.einsum("...i,oi->...o", x, p)
+            if kind == "low rank":
+                down = getattr(network, f"{name}_down")
+                return F.linear(x, p + down @ (down.t() @ p))
+            if kind == "between positions":
+                return p @ x
+            if kind == "for each position":
+                return torch.einsum("bti,tio->bto", x, p)
+            return (p @ x.t()).t()
+
+        self.step(f"own weight, {kind}", out, step)
+
+    def exchanged(self) -> None:
+        """Samples, or positions of all samples, in another order and back."""
+        kind = self.one_of(["reversed", "sorted", "rows"] if self.positions else ["reversed", "sorted"])
+        name = self.layer(nn.Linear(self.widths[-1], self.widths[-1]))
+
+        def step(network, values):
+            layer, x = network.use(name), values[-1]
+            if kind == "reversed":
+                return layer(x.flip(0)).tanh().flip(0)
+            rows = x.flatten(0, 1) if kind == "rows" else x
+            order = rows.detach().flatten(1).sum(1).argsort()
+            return layer(rows[order]).tanh()[order.argsort()].view_as(x)
+
+        self.step(f"{name}, {kind}", self.widths[-1], step)
+
+    def unseen(self) -> None:
+        names = [name for name, layer in self.linear.items() if layer.in_features == self.widths[-1]]
+        if names:
+            name = self.one_of(names)
+
+            def step(network, values):
+                return Product.apply(values[-1], network.use(name).weight.t())
+
+            self.step(f"{name} in a function of its own", self.linear[name].out_features, step)
+
+    def recurrent(self) -> None:
+        if self.positions:
+            kind, width = self.one_of([nn.LSTM, nn.GRU, nn.RNN]), self.draw(st.integers(1, 3))
+            batch_first = self.draw(st.booleans())
+            name = self.layer(kind(self.widths[-1], width, batch_first=batch_first))
+
+            def step(network, values):
+                x = values[-1] if batch_first else values[-1].transpose(0, 1)
+                y = network.use(name)(x)[0]
+                return y if batch_first else y.transpose(0, 1)
+
+            self.step(f"{kind.__name__} {name}, {batch_first=}", width, step)
 
     def activation(self) -> None:
         name = self.one_of(ACTIVATIONS)
@@ -291,7 +391,8 @@ def examples(draw) -> Example:
     steps = [
         *(builder.new_linear, builder.old_linear, builder.transposed_linear, builder.without_gradients),
         *(builder.ignored, builder.norm, builder.channels, builder.image, builder.attention, builder.activation),
-        *(builder.residual, builder.concatenation),
+        *(builder.residual, builder.concatenation, builder.bare, builder.product, builder.exchanged, builder.unseen),
+        builder.recurrent,
     ]
     for step in draw(st.lists(st.sampled_from(steps), max_size=8)):
         step()
@@ -311,8 +412,9 @@ def examples(draw) -> Example:
         if isinstance(module, nn.BatchNorm1d):
             module.eval()
     output = network(x)
-    names = list(dict.fromkeys(network.ran))
-    layers = draw(st.sampled_from(["all", None, "first", "last"]) | st.lists(st.sampled_from(names), min_size=1))
+    names = [name for name, module in network.named_modules() if name and list(module.parameters())]
+    names += [name for name, _ in network.named_parameters()]
+    layers = draw(st.none() | st.lists(st.sampled_from(names), min_size=1, max_size=4))
     for parameter in network.parameters():
         parameter.requires_grad_(draw(st.booleans()))
     target = torch.randint(output.shape[1], (batch,)) if loss == "cross_entropy" else torch.rand_like(output.detach())
@@ -323,46 +425,44 @@ def examples(draw) -> Example:
         loss=squared if loss == "callable" else loss,
         oracle=squared if loss == "callable" else ORACLES["bce" if loss == "auto" else loss],
         layers=layers,
-        include_bias=draw(st.booleans()),
-        check=draw(st.sampled_from([None, "sum", "sample"])),
+        way=draw(st.sampled_from(["grads", "factors", "watch"])),
         grad_mode=draw(st.sampled_from([contextlib.nullcontext, torch.no_grad, torch.inference_mode])),
     )
 
 
+def gradients(example: Example) -> dict[str, Tensor]:
+    network, keys = example.network, {"layers": example.layers}
+    if example.way == "watch" and callable(example.loss):
+        with gradext.watch(network, **keys) as watch:
+            losses = example.loss(network(example.x), example.target)
+        return watch.grads(losses)
+    keys |= {"loss": example.loss, "target": example.target}
+    if example.way == "factors":
+        factors = gradext.batch_layer_factors(network, example.x, **keys)
+        return {name: f.materialize() for name, f in factors.items()}
+    return gradext.batch_layer_grads(network, example.x, **keys)
+
+
 def check(example: Example, loop) -> None:
-    network, ran = example.network, example.network.ran
-    candidates = network.reached or ran
-    chosen = {"all": ran, None: ran, "first": candidates[:1], "last": candidates[-1:]}.get(
-        example.layers if isinstance(example.layers, str | None) else "",
-        [name for name in ran for item in example.layers or () if name == item or name.startswith(item + ".")],
-    )
-    names = {
-        f"{name}.{parameter}"
-        for name in chosen
-        for parameter, value in network.get_submodule(name)._parameters.items()
-        if value is not None and (example.include_bias or "bias" not in parameter)
-    }
+    network = example.network
+    named = dict(network.named_parameters())
+    names = {name for name, p in named.items() if p.requires_grad} or set(named)
+    if example.layers is not None:
+        names = {n for n in named for item in example.layers if n == item or n.startswith(f"{item}.")}
+    flags = {name: p.requires_grad for name, p in named.items()}
     expected = loop(network, example.x, example.target, example.oracle)
     largest = max(value.abs().max() for value in expected.values())
-    # Sums cannot be compared where they are but rounding noise, of what was not chosen perhaps.
-    comparable = example.check != "sum" or not any(0 < expected[name].abs().max() < 1e-6 * largest for name in names)
-    for _ in range(2):  # the second call may read the uses off the graph that the first one found
-        with example.grad_mode():
-            grads = gradext.batch_layer_grads(
-                network,
-                example.x,
-                loss=example.loss,
-                target=example.target,
-                layers=example.layers,
-                include_bias=example.include_bias,
-                check=example.check if comparable else None,
-            )
+    for _ in range(2):
+        with example.grad_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what takes one backward a sample
+            grads = gradients(example)
         assert set(grads) == names
         for name, value in grads.items():
             assert value.shape == expected[name].shape
             # A gradient that cancels to nothing is rounding noise, which is relative to what cancelled.
             bound = 1e-9 * expected[name].abs().max() + 1e-12 * largest
             assert (value - expected[name]).abs().max() <= bound, name
+        assert {name: p.requires_grad for name, p in named.items()} == flags
 
 
 COMMON = {

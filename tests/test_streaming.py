@@ -33,7 +33,7 @@ class Largest(TorchDispatchMode):
 def test_any_cut_gives_the_gradients_of_the_whole():
     model, data = network(), torch.rand(57, 20, dtype=torch.float64)
     expected = gradext.batch_layer_grads(model, data, loss=squared)
-    one = sum(p.numel() for name, p in model.named_parameters() if "weight" in name) * 8
+    one = sum(p.numel() for p in model.parameters()) * 8
     for cut in (57,), (1, 56), (20, 0, 20, 17):
         chunks = gradext.iter_layer_grads(model, data.split(cut), loss=squared, memory_budget=9 * one)
         found = [{name: value.clone() for name, value in chunk.items()} for chunk in chunks]
@@ -67,8 +67,40 @@ def test_named_inputs():
     model, x, scale = Named(), torch.rand(40, 5), torch.rand(40, 1)
     expected = gradext.batch_layer_grads(model, {"scale": scale, "x": x}, loss=squared)["a.weight"]
     for batch in {"scale": scale, "x": x}, UserDict(scale=scale, x=x):  # a tokenizer's output is of the latter type
-        chunks = gradext.iter_layer_grads(model, [batch], loss=squared, memory_budget=3000)
-        torch.testing.assert_close(torch.cat([chunk["a.weight"].clone() for chunk in chunks]), expected)
+        for cut in ["x", "scale"], None:  # of several inputs each is taken whole, unless it is said which are cut
+            chunks = gradext.iter_layer_grads(model, [batch], loss=squared, memory_budget=3000, cut=cut)
+            found = [chunk["a.weight"].clone() for chunk in chunks]
+            assert (len(found) > 1) == (cut is not None)
+            torch.testing.assert_close(torch.cat(found), expected)
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+
+    def forward(self, x, shift):
+        return self.a(x + shift[: x.shape[1]].mean(0))
+
+
+def test_what_happens_to_have_as_many_rows_is_not_cut():
+    """Constants for all samples, of as many rows as there are samples."""
+    model, x, shift = Shifted(), torch.rand(40, 40, 5), torch.rand(40, 5)
+    expected = gradext.batch_layer_grads(model, (x, shift), loss=squared)["a.weight"]
+    chunks = gradext.iter_layer_grads(model, [(x, shift)], loss=squared, memory_budget=40_000, cut=[0])
+    found = [chunk["a.weight"].clone() for chunk in chunks]
+    assert len(found) > 1
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [(["y"], "'y'"), ([1], "as many samples"), ([7], "7"), (["target"], "'target'")],
+)
+def test_wrong_cuts_are_refused(cut, message):
+    batch = (torch.rand(4, 3, 5), torch.rand(3, 5), 2.0)
+    with pytest.raises(ValueError, match=f"cut: expected.*{message}"):
+        list(gradext.iter_layer_grads(Shifted(), [batch], loss=squared, cut=[0, *cut]))
 
 
 @pytest.mark.parametrize("reduce", [None, lambda factors: factors.norm()])
@@ -100,8 +132,14 @@ def test_biases_of_layers_that_are_added_up():
 
     model, data = Sum(), torch.rand(20, 20)
     for loss in squared, lambda output, target: output.sum(1):
-        chunks = list(gradext.iter_layer_grads(model, data.split(5), loss=loss, include_bias=True))
+        chunks = list(gradext.iter_layer_grads(model, data.split(5), loss=loss))
         assert [chunk["b.bias"].shape for chunk in chunks] == [(5, 3)] * 4
+        grads = gradext.batch_layer_grads(model, data, loss=loss)
+        torch.testing.assert_close(grads["a.bias"], grads["b.bias"], rtol=0, atol=0)
+        before = grads["b.bias"].clone()
+        grads["a.bias"][0] += 1  # each result may be written to
+        torch.testing.assert_close(grads["b.bias"], before, rtol=0, atol=0)
+        torch.testing.assert_close(grads["a.bias"][1:], before[1:], rtol=0, atol=0)
 
 
 def test_wrong_arguments_are_refused():
@@ -116,7 +154,7 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize("batch", [3, None, "text", torch.tensor(1.0), {"a": 1}])
 def test_batches_without_a_tensor_are_refused(batch):
-    with pytest.raises(TypeError, match=r"batches: expected a tensor \[B, ...\], or a tuple or dict that holds one"):
+    with pytest.raises((TypeError, ValueError), match=r"expected (a tensor|names or positions of inputs)"):
         list(gradext.iter_layer_grads(network(), [batch], loss=squared))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -37,50 +37,15 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(accumulation_type(t.dtype)) for t in tensors)
 
 
-def _silu_backward(upstream: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)  # torch's own formula; its operator has no derivative
-    return upstream * s * (1 + z * (1 - s))
-
-
-_aten = torch.ops.aten
-# How a delta comes from two tensors of its shape: the residuals of the usual losses, and ``upstream · act'(z)`` with z
-# the layer's output before the activation, by torch's own backward where it has one that is differentiable.
-EPILOGUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "residual": lambda output, target: output - target,
-    "sigmoid_residual": lambda logit, target: torch.sigmoid(logit) - target,
-    "mse_residual": lambda output, target: 2 * (output - target),
-    "relu": lambda upstream, z: _aten.threshold_backward(upstream, z, 0),
-    "leaky_relu": lambda upstream, z: _aten.leaky_relu_backward(upstream, z, 0.01, False),
-    "sigmoid": lambda upstream, z: _aten.sigmoid_backward(upstream, torch.sigmoid(z)),
-    "tanh": lambda upstream, z: _aten.tanh_backward(upstream, torch.tanh(z)),
-    "gelu": lambda upstream, z: _aten.gelu_backward(upstream, z),
-    "silu": _silu_backward,
-    "elu": lambda upstream, z: _aten.elu_backward(upstream, 1, 1, 1, False, z),
-    "softplus": lambda upstream, z: upstream * torch.sigmoid(z),
-}
-
-
-def apply_epilogue(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
-    """``EPILOGUES[epilogue](delta, operand)`` in the type that sums are taken in."""
-    return EPILOGUES[epilogue](*widen(delta, operand))
-
-
 def outer(
     delta: Tensor,
     activation: Tensor,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
 ) -> Tensor:
-    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; BTOI operations.
-
-    With an epilogue the delta is ``EPILOGUES[epilogue](delta, operand)``.
-    """
+    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; BTOI operations."""
     dtype = out.dtype if out is not None else dtype or delta.dtype
     delta, activation = widen(delta, activation)
-    if epilogue is not None and operand is not None:  # `ops` sees that both are given or none
-        delta = apply_epilogue(epilogue, delta, operand)
     if delta.ndim == 2:
         delta, activation = delta.unsqueeze(-1), activation.unsqueeze(-2)
         if out is not None:
@@ -195,6 +160,40 @@ def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Te
 def _largest(gram: Tensor) -> float:
     """The largest number, those of the diagonal among them, than which none has a larger absolute value."""
     return float(gram.amax()) if gram.numel() else 0.0
+
+
+def wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of half-precision matrices summed and returned in fp32, on a GPU without widening them first.
+
+    Of other types it is `_product`, which does not drift.
+    """
+    if x.device.type == "cuda" and x.dtype == y.dtype and x.dtype.itemsize == 2 and x.ndim == 2:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return _product(*widen(x, y))
+
+
+def weighted_sum(delta: Tensor, activation: Tensor, weights: Tensor | None) -> Tensor:
+    """``Σ_b w_b Σ_t δ_bt a_btᵀ`` -> [O, I], one matrix product over all positions of all samples; BTOI operations."""
+    if weights is None:
+        d, a = (x.reshape(-1, x.shape[-1]) if x.numel() else x.flatten(0, -2) for x in (delta, activation))
+        return wide_product(d.mT, a)
+    delta, activation = widen(delta, activation)
+    weights = weights.to(delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
+    if delta.shape[-1] > activation.shape[-1]:  # the smaller one, of which a copy takes less
+        activation = activation * weights
+    else:
+        delta = delta * weights
+    return _product(delta.flatten(0, -2).mT, activation.flatten(0, -2))
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ`` -> [B, P, Q]; BT(OP + IQ + PQ) operations."""
+    shape = delta.shape[:-1]
+    u, v = (
+        wide_product(x.flatten(0, -2), y if x.dtype == y.dtype else y.to(x.dtype)).unflatten(0, shape)
+        for x, y in ((delta, left), (activation, right))
+    )
+    return u.unsqueeze(2) * v.unsqueeze(1) if u.ndim == 2 else _gradients(u, v)
 
 
 def row_norms(x: Tensor, p: float = 2) -> Tensor:

@@ -46,8 +46,9 @@ def _saliency(detector: NoveltyDetector, batch: Tensor) -> Tensor:
 
     layers = [f"model.{name}" for name in detector.layers_]
     factors = batch_layer_factors(
-        shifted, batch, loss=lambda output, target: error(output, target).sum(1), layers=layers, create_graph=True
-    )
+        shifted, batch, loss=lambda output, target: error(parts_of(output)[0], target).sum(1), layers=layers,
+        create_graph=True,
+    )  # fmt: skip
     reconstruction, latent = parts_of(shifted(batch))
     sample = Characterization(error(reconstruction, batch), latent, in_order(factors, layers))
     (gradient,) = torch.autograd.grad(detector.score_.differentiable(sample).sum(), shifted.shift)

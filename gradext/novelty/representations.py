@@ -73,8 +73,9 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target.reshape(output.shape)).square()
 
 
-def continued_bce(output: Tensor, target: Tensor) -> Tensor:
-    """`reconstruction_loss` summed over each sample's elements -> [B]; nats."""
+def continued_bce(output: Tensor | tuple, target: Tensor) -> Tensor:
+    """`reconstruction_loss` of a model's output, summed over each sample's elements -> [B]; nats."""
+    output = output if isinstance(output, Tensor) else output[0]
     return reconstruction_loss(output, target).flatten(1).sum(1)
 
 

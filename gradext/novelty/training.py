@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..layer_grads import batch_layer_factors
 from .batches import rows_at_a_time
-from .representations import LayerChoices, layer_names, reconstruction_loss
+from .representations import LayerChoices, continued_bce, layer_names
 from .writing import atomic_write, clear_leftovers
 
 
@@ -196,10 +196,9 @@ class GradientAlignment:
         self.batches = 0
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
-        loss = lambda output, target: reconstruction_loss(output, target).sum(1)  # noqa: E731
         if self._names is None:
             self._names = layer_names(model, x[:1], self.layers, "bce")
-        factors = batch_layer_factors(model, x, loss=loss, layers=self._names, create_graph=True)
+        factors = batch_layer_factors(model, x, loss=continued_bce, layers=self._names, create_graph=True)
         value = x.new_zeros(())
         for name, gradient in factors.items():
             if name in self.mean:
