@@ -312,10 +312,6 @@ def test_bookkeeping(case):
     torch.testing.assert_close(half.materialize().double(), G, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(factors.regrouped(2).materialize(), G.unflatten(0, (2, 2)).sum(1))
     torch.testing.assert_close(factors.detach().materialize(), G)
-    weights = random(4)
-    weighted = factors.weighted(weights.float())
-    assert weighted.dtype == D64
-    torch.testing.assert_close(weighted.materialize(), torch.einsum("b,b...->b...", weights.float().double(), G))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -193,7 +193,11 @@ def weighted_sum(delta: Tensor, activation: Tensor, weights: Tensor | None) -> T
         d, a = (x.reshape(-1, x.shape[-1]) if x.numel() else x.flatten(0, -2) for x in (delta, activation))
         return wide_product(d.mT, a)
     delta, activation = widen(delta, activation)
-    delta = delta * weights.to(delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
+    weights = weights.to(delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
+    if delta.shape[-1] > activation.shape[-1]:  # the smaller one, of which a copy takes less
+        activation = activation * weights
+    else:
+        delta = delta * weights
     return _product(delta.flatten(0, -2).mT, activation.flatten(0, -2))
 
 

@@ -13,7 +13,7 @@ from .. import ops, ranges
 from ..backends.reference import accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
-from .products import GradFactors, by_sample, flat_form, regroup, times
+from .products import GradFactors, flat_form, regroup, times
 from .projections import hashes, signs
 
 
@@ -101,9 +101,6 @@ class EmbeddingFactors(GradFactors):
     def _with_form(self, weight_shape: tuple[int, ...] | None) -> EmbeddingFactors:
         return EmbeddingFactors(self.index, self.delta_rows, self.rows, weight_shape, self.by_columns)
 
-    def weighted(self, weights: Tensor) -> EmbeddingFactors:
-        return self._of(self.index, by_sample(self.delta_rows, weights))
-
     def _exchanged(self) -> EmbeddingFactors:
         return EmbeddingFactors(self.index, self.delta_rows, self.rows, None, not self.by_columns)
 
@@ -170,7 +167,7 @@ class EmbeddingFactors(GradFactors):
     def _add_sum(self, weights: Tensor | None, total: Tensor) -> Tensor:
         """Adds ``Σ_b w_b G[b]`` to [O, I] in place; BTD operations."""
         (rows,) = widen(self.delta_rows)
-        rows = rows if weights is None else by_sample(rows, weights)
+        rows = rows if weights is None else rows * weights.to(rows.dtype)[:, None, None]
         self._by_rows(total).index_add_(0, self.index.flatten(), rows.flatten(0, 1))
         return total
 
@@ -220,22 +217,26 @@ class EmbeddingFactors(GradFactors):
         if tuple(self.shape[1:]) != flat_form(self._form) or rank >= self.rows:
             return super()._project_randomly(rank, seed)
         # Of the side that is looked up, the rows in question alone.
-        kind, wide = accumulation_type(self.dtype), self.delta_rows.shape[2]
+        wide = self.delta_rows.shape[2]
         of_index, of_rows = (1, 0) if self.by_columns else (0, 1)
-        looked_up = signs(self.index, kind, rank, seed, of_index)
-        other = None if rank >= wide else signs(torch.arange(wide, device=self.device), kind, rank, seed, of_rows)
-        return self.to(kind)._projected(looked_up, other)
+        looked_up = signs(self.index, self.dtype, rank, seed, of_index)
+        columns = torch.arange(wide, device=self.device)
+        other = None if rank >= wide else signs(columns, self.dtype, rank, seed, of_rows)
+        return self._projected(looked_up, other).mul_(self._scale_of_signs(rank))
 
     def _project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         looked_up, other = (right, left) if self.by_columns else (left, right)
         if looked_up is not None:
             return self._projected(F.embedding(self.index, looked_up), other)
-        rows = self.delta_rows if other is None else self.delta_rows @ other.to(self.dtype)
+        (rows,) = widen(self.delta_rows)
+        rows = rows if other is None else rows @ other.to(rows.dtype)
         return EmbeddingFactors(self.index, rows, self.rows, None, self.by_columns).materialize()
 
     def _projected(self, looked_up: Tensor, other: Tensor | None) -> Tensor:
-        rows = self.delta_rows if other is None else self.delta_rows @ other.to(self.dtype)
-        return self._by_rows(ops.outer(looked_up.to(self.dtype), rows))
+        """With the rows [B, T, R] that were looked up in the one matrix."""
+        (rows,) = widen(self.delta_rows)
+        rows = rows if other is None else rows @ other.to(rows.dtype)
+        return self._by_rows(ops.outer(looked_up.to(rows.dtype), rows))
 
     def _sketch(self, dim: int, seed: int) -> Tensor:
         """Each position's row into buckets shifted by its index's own; BTD operations."""

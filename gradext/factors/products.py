@@ -212,13 +212,6 @@ class GradFactors:
         gradients = self.materialize(dtype=accumulation_type(self.dtype))
         return GradFactors.of(gradients.reshape(len(self), *self._form))
 
-    def weighted(self, weights: Tensor) -> GradFactors:
-        """The factors of ``weights[b] G[b]``, weights [B]: a pass over the smaller factor."""
-        activation, delta = self.activation, self.delta
-        if activation.shape[-1] < delta.shape[-1]:
-            return GradFactors(by_sample(activation, weights), delta, self.weight_shape)
-        return GradFactors(activation, by_sample(delta, weights), self.weight_shape)
-
     def regrouped(self, batch: int) -> GradFactors:
         """Each sample's gradient summed over the consecutive ones that belong to it: B·n of them become B."""
         activation, delta = (regroup(factor, batch) for factor in self._explicit())
@@ -469,9 +462,11 @@ class GradFactors:
     def project(self, left: Tensor | int, right: Tensor | None = None, *, seed: int = 0) -> Tensor:
         """``leftᵀ G[b] right`` with left [O, R], right [I, S] -> [B, R, S]; BT(OR + IS + RS) operations.
 
+        In the type that sums are kept in, fp32 for half precision.
+
         With a rank instead, both are random signs by ``seed``, [O, r] of ±1/√r and [I, s] of ±1/√s, r = min(rank, O)
         and s = min(rank, I), or the identity where the rank is full. They are made here, by integer arithmetic, the
-        same ones on every device and in every batch, and not kept; half precision is projected in fp32.
+        same ones on every device and in every batch, and not kept.
         ``⟨project(G), project(H)⟩`` has mean ``⟨G, H⟩`` over seeds and a variance of at most
         ``(2/r + 2/s + 4/rs)‖G‖²‖H‖²``, the terms of a full rank being 0: so a standard deviation of 0.52, 0.25 and 0.18
         of ‖G‖‖H‖ at most for ranks 16, 64 and 128, and none for full ones.
@@ -493,17 +488,23 @@ class GradFactors:
             raise ValueError(f"rank: expected a positive integer, but got {rank!r}")
         if tuple(self.shape[1:]) != flat_form(self._form):
             return self._by_blocks(lambda written: written._project_randomly(rank, seed))
-        sizes, kind = self.shape[1:], accumulation_type(self.dtype)
         left, right = (
-            None if rank >= n else signs(torch.arange(n, device=self.device), kind, rank, seed, stream)
-            for stream, n in enumerate(sizes)
+            None if rank >= n else signs(torch.arange(n, device=self.device), self.dtype, rank, seed, stream)
+            for stream, n in enumerate(self.shape[1:])
         )
-        return self._wide()._project(left, right)
+        return self._project(left, right).mul_(self._scale_of_signs(rank))
+
+    def _scale_of_signs(self, rank: int) -> float:
+        """What makes random signs keep inner products: 1/√rank for each side that is not the identity."""
+        return math.prod(rank**-0.5 for n in self.shape[1:] if rank < n)
 
     def _project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """``leftᵀ G[b] right`` where None is the identity."""
-        delta = self.delta if left is None else self.delta @ left.to(self.dtype)
-        activation = self.activation if right is None else self.activation @ right.to(self.dtype)
+        if left is not None and right is not None:
+            return ops.project(self.delta, self.activation, left, right)
+        delta, activation = widen(self.delta, self.activation)
+        delta = delta if left is None else delta @ left.to(delta.dtype)
+        activation = activation if right is None else activation @ right.to(activation.dtype)
         return ops.outer(delta, activation)
 
     def _by_blocks(self, function: Callable[[WrittenFactors], Tensor]) -> Tensor:
@@ -550,8 +551,7 @@ class GradFactors:
         return self._sum(weights)
 
     def _sum(self, weights: Tensor | None) -> Tensor:
-        activation, delta = (self if weights is None else self._wide().weighted(weights))._rows()
-        return self._like_weight(delta.mT @ activation)
+        return self._like_weight(ops.weighted_sum(self.delta, self.activation, weights))
 
     def mean(self) -> Tensor:
         """``(1/B) Σ_b G[b]`` -> [O, I]. Raises ValueError for an empty batch."""
@@ -654,11 +654,6 @@ class GradFactors:
         by = (ranges.exponents(delta) - ranges.exponents(activation)) // 2
         balanced = ranges.times_two_to(by, activation), ranges.times_two_to(-by, delta)
         return GradFactors(*balanced, self.weight_shape)
-
-
-def by_sample(x: Tensor, weights: Tensor) -> Tensor:
-    """x [B, ...] times weights [B]."""
-    return x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def flat_form(shape: Sequence[int]) -> tuple[int, int]:

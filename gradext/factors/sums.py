@@ -106,9 +106,6 @@ class SumFactors(GradFactors):
     def placed(self, start: int, size: int, dim: int = 0) -> GradFactors:
         return self._each(lambda part: part.placed(start, size, dim))
 
-    def weighted(self, weights: Tensor) -> GradFactors:
-        return self._each(lambda part: part.weighted(weights))
-
     def regrouped(self, batch: int) -> GradFactors:
         return self._each(lambda part: part.regrouped(batch))
 

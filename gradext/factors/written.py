@@ -12,7 +12,7 @@ from .. import ops, ranges
 from ..backends.reference import _product, accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
-from .products import GradFactors, by_sample, flat_form, times
+from .products import GradFactors, flat_form, times
 from .projections import sketch_written
 
 
@@ -87,9 +87,6 @@ class WrittenFactors(GradFactors):
 
     def _with_form(self, weight_shape: tuple[int, ...] | None) -> WrittenFactors:
         return WrittenFactors(self.gradients.reshape(len(self), *(weight_shape or self.shape[1:])))
-
-    def weighted(self, weights: Tensor) -> WrittenFactors:
-        return WrittenFactors(by_sample(self.gradients, weights))
 
     def reshaped(self, weight_shape: Sequence[int]) -> WrittenFactors:
         self._check_weight_shape(weight_shape)
@@ -172,7 +169,7 @@ class WrittenFactors(GradFactors):
         (found,) = widen(self._as_columns())
         found = found if left is None else left.to(found.dtype).mT @ found
         found = found if right is None else found @ right.to(found.dtype)
-        return found.to(self.dtype, copy=left is right is None)
+        return found.clone() if left is right is None else found
 
     def _sketch(self, dim: int, seed: int) -> Tensor:
         (flat,) = widen(self._flat())
