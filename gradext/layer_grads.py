@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -138,7 +138,17 @@ def batch_layer_factors(
 
 
 def _gradients(
-    model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite: bool, create_graph: bool
+    model: nn.Module,
+    x: Any,
+    loss: str | PerSampleLoss,
+    target: Any,
+    layers: LayerChoice,
+    exclude: LayerChoice,
+    fallback: str | None,
+    mixing: str,
+    segments: Tensor | None,
+    check_finite: bool,
+    create_graph: bool,
 ) -> tuple[dict[str, GradFactors | Tensor], watch]:
     """The per-sample gradient of every chosen parameter, in the form that its rule gives."""
     if create_graph and torch.is_inference_mode_enabled():
@@ -213,7 +223,7 @@ def _takes(model: nn.Module, keywords: Mapping) -> bool:
     return True
 
 
-def as_constant(value):
+def as_constant(value: Any) -> Any:
     """Inputs that need no gradient and may be used in a graph, in nested structures too."""
     if isinstance(value, Tensor):
         if value.is_inference():
@@ -226,7 +236,7 @@ def as_constant(value):
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module):
+def buffers_kept(model: nn.Module) -> Iterator[None]:
     """What a forward in training mode updates (running statistics, power iterations) is as before on exit."""
     kept = [
         (module, name, buffer, buffer.clone())

@@ -30,8 +30,10 @@ __all__ = [
     "outer",
     "outer_group",
     "project",
+    "quadratic",
     "sq_norm",
     "sq_norm_group",
+    "square_sum",
     "weighted_sum",
 ]
 
@@ -201,6 +203,22 @@ def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor, *, b
         if matrix.ndim != 2 or matrix.shape[0] != size:
             raise ValueError(f"{name}: expected shape [{size}, any], but got {list(matrix.shape)}")
     return _composed("project", backend, delta, activation, left.to(delta.dtype), right.to(delta.dtype))
+
+
+def square_sum(delta: Tensor, activation: Tensor, *, backend: str | None = None) -> Tensor:
+    """``Σ_b G[b]²`` elementwise -> [O, I]: B times the diagonal of the empirical Fisher matrix. Differentiable.
+
+    T = 1: BOI operations; T > 1: BTOI, through blocks of gradients of a size that suits the device.
+    """
+    check_factors(delta, activation)
+    return _composed("square_sum", backend, delta, activation)
+
+
+def quadratic(delta: Tensor, activation: Tensor, diag: Tensor, *, backend: str | None = None) -> Tensor:
+    """``Σ_oi diag_oi G[b]_oi²`` with diag [O, I] -> [B], at the cost of `square_sum`. Differentiable."""
+    check_factors(delta, activation)
+    _check_operand("diag", diag, "[O, I]", (delta.shape[-1], activation.shape[-1]), delta)
+    return _composed("quadratic", backend, delta, activation, diag)
 
 
 def _composed(name: str, backend: str | None, *tensors: Tensor | None) -> Tensor:

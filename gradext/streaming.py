@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .factors import LayerFactors
+from .factors import LayerFactors, LayerGrads
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
 from .watch import _tensors_of
 
@@ -27,7 +27,7 @@ def iter_layer_grads(
     paired: bool = ...,
     progress: bool = ...,
     **options: Any,
-) -> Iterator[dict[str, Tensor]]: ...
+) -> Iterator[LayerGrads]: ...
 @overload
 def iter_layer_grads(
     model: nn.Module,
@@ -93,7 +93,7 @@ def iter_layer_grads(
             if parts.count == 0:
                 continue
             if parts.count is None:
-                chunks = [(x, target)]
+                chunks: Iterable[tuple[Any, Any]] = [(x, target)]
             else:
                 if size is None:
                     size = max(1, memory_budget // _bytes_per_sample(model, parts, memory_budget, reduce, options))

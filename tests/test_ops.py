@@ -601,3 +601,28 @@ def test_wrong_weighted_sums_and_projections():
         ops.project(delta, activation, operand(5, 2), operand(5, 2))
     with pytest.raises(ValueError, match=r"right: expected shape \[5, any\]"):
         ops.project(delta, activation, operand(4, 2), operand(4, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T", "O", "I"), SHAPES)
+def test_sums_of_squares_and_quadratic_forms(B, T, O, I, dtype, monkeypatch):
+    delta, activation = factors(B, T, O, I, dtype)
+    diag = operand(O, I, dtype=dtype).abs()
+    squares = plain_outer(delta.double(), activation.double()).square()
+    wide = reference.accumulation_type(dtype)
+    for elements in (reference.BLOCK_ELEMENTS, 1):  # in one block, and sample by sample
+        monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
+        for found, expected in (
+            (ops.square_sum(delta, activation), squares.sum(0)),
+            (ops.quadratic(delta, activation, diag), (squares * diag.double()).sum((1, 2))),
+        ):
+            assert found.dtype == wide
+            torch.testing.assert_close(found, expected.to(wide), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [None, 3])
+def test_sums_of_squares_and_quadratic_forms_are_differentiable(T):
+    inputs = [t.requires_grad_() for t in (*factors(3, T, 4, 5), operand(4, 5))]
+    assert torch.autograd.gradcheck(lambda d, a, diag: (ops.square_sum(d, a), ops.quadratic(d, a, diag)), inputs)
+    with pytest.raises(ValueError, match=r"diag: expected shape \[O, I\] with \[O, I\] = \[4, 5\]"):
+        ops.quadratic(*inputs[:2], inputs[2].mT)
