@@ -129,8 +129,9 @@ def test_statistics_are_of_all_samples_but_those_of_calibration(score, digits, m
     options = {"layer": ("first", "last"), **FAST, "epochs": 3}
     fitted = NoveltyDetector(score, **options).fit(digits[0])
     training, validation, calibration = parts[0]
-    others = torch.from_numpy(digits[0][np.concatenate([training, validation])]).double()
-    expected = Statistics.of(characterize(fitted.model_, others, layer=("first", "last")), [score])
+    others = fitted._as_samples(digits[0][np.concatenate([training, validation])], torch.float64)
+    seen = characterize(fitted.model_, others, layer=("first", "last"), loss=fitted.loss_)
+    expected = Statistics.of(seen, [score])
     for name, value in fitted.score_.tensors().items():
         assert torch.equal(value, expected.tensors()[name]), name
     other = digits[0].copy()

@@ -403,7 +403,12 @@ def test_scores_are_their_formulas(model, digits):
     )
     z_evidence = (evidence - inside_evidence.mean(0)) / inside_evidence.std(0, correction=0)
     kronecker = torch.einsum("bi,ij,bj->b", activation, inverse(inliers.gradient.activation), activation) * whitened
+    constant, of_inliers = (
+        torch.cat([seen.gradient.activation, torch.ones(len(seen), 1)], dim=1).double() for seen in (sample, inliers)
+    )
+    with_bias = torch.einsum("bi,ij,bj->b", constant, inverse(of_inliers), constant)
     expected = {
+        "whitened_gradient": whitened.sqrt() * with_bias.pow(0.25),
         "gradient_norm": gradient.norm(dim=1),
         "delta_norm": delta.norm(dim=1),
         "gradient_cosine": 1 - gradient @ mean / (gradient.norm(dim=1) * mean.norm()),
