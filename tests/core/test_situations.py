@@ -524,6 +524,18 @@ def recurrent(kind, **options):
     return {"rnn": kind(D, 3, batch_first=True, **options), "b": linear(3)}
 
 
+def outputs_and_states(m, x):
+    outputs, states = m.rnn(x)
+    return outputs, *(s.transpose(0, 1) for s in (states if isinstance(states, tuple) else (states,)))
+
+
+def cells(m, x):
+    state = None
+    for t in range(x.shape[1]):
+        state = m.cell(x[:, t], state)
+    return state[0]
+
+
 def step_by_step(m, x):
     state = m.start.expand(len(x), -1)
     for t in range(x.shape[1]):
@@ -539,6 +551,17 @@ LAYERS = {
         for kind in (nn.LSTM, nn.GRU, nn.RNN)
         for options in ({}, {"num_layers": 2, "bidirectional": True}, {"bias": False})
     },
+    **{
+        f"{kind.__name__}, its outputs and its last states": lambda kind=kind: case(
+            outputs_and_states, x_of(B, 5, D), {"rnn": kind(D, 3, batch_first=True)}
+        )
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+    },
+    "an LSTM cell, its first state": lambda: case(
+        lambda m, x: m.cell(x), x_of(), {"cell": nn.LSTMCell(D, 3)}, loss=lambda o, t: o[0].sin().sum(1)
+    ),
+    "an LSTM cell, both states": lambda: case(lambda m, x: m.cell(x), x_of(), {"cell": nn.LSTMCell(D, 3)}),
+    "LSTM cells, step by step": lambda: case(cells, x_of(B, 5, D), {"cell": nn.LSTMCell(D, 3)}),
     "an LSTM, its last state": lambda: case(lambda m, x: m.b(m.rnn(x)[1][0][-1]), x_of(B, 5, D), recurrent(nn.LSTM)),
     "an LSTM, projected": lambda: case(
         lambda m, x: m.rnn(x)[0], x_of(B, 5, D), {"rnn": nn.LSTM(D, 3, proj_size=2, batch_first=True)}
