@@ -186,18 +186,27 @@ def recurrence(x: Tensor, p: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
-@pytest.mark.parametrize("layer", [True, False], ids=["of a layer", "of the input"])
+# As many samples as there are of everything, half as many, one; and the function of the input itself.
+SITUATIONS = {
+    "all of one size": (B, True),
+    "a multiple": (2, True),
+    "one sample": (1, True),
+    "of the input": (B, False),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("name", OF_CUBES)
-def test_functions_of_samples_with_positions(name, layer, judge):
-    function, shapes = OF_CUBES[name]
-    judge(lambda: {"model": Net(function, shapes, layer), "x": torch.randn(CUBE), "frozen": layer})
+def test_functions_of_samples_with_positions(name, situation, judge):
+    (function, shapes), (batch, layer) = OF_CUBES[name], SITUATIONS[situation]
+    judge(lambda: {"model": Net(function, shapes, layer), "x": torch.randn(batch, B, B), "frozen": batch == B})
 
 
-@pytest.mark.parametrize("layer", [True, False], ids=["of a layer", "of the input"])
+@pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("name", OF_MATRICES)
-def test_functions_of_samples(name, layer, judge):
-    function, shapes = OF_MATRICES[name]
-    judge(lambda: {"model": Net(function, shapes, layer), "x": torch.randn(MATRIX), "frozen": layer})
+def test_functions_of_samples(name, situation, judge):
+    (function, shapes), (batch, layer) = OF_MATRICES[name], SITUATIONS[situation]
+    judge(lambda: {"model": Net(function, shapes, layer), "x": torch.randn(batch, B), "frozen": batch == B})
 
 
 LOSSES = {
