@@ -30,6 +30,7 @@ from gradext.novelty import (
 )
 from gradext.novelty.detector import CLASSIFIER_SCORES, fit_score
 from gradext.novelty.plots import overlap
+from gradext.novelty.training import PlainAdam
 from gradext.oracles import loop_layer_grads
 
 
@@ -113,6 +114,21 @@ def test_train_keeps_the_best_epoch_and_the_global_random_state(digits):
         loss = model.eval().loss(digits[0][60:80]).mean().item()
     assert loss == pytest.approx(history.validation[history.best_epoch], rel=1e-6)
     assert history.validation[-1] < history.validation[0]
+
+
+def test_adam_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Linear(5, 3).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = PlainAdam(list(ours.parameters()), lr=0.01), torch.optim.Adam(theirs.parameters(), lr=0.01)
+    for k in range(20):
+        x = torch.randn(7, 5, dtype=torch.float64)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            (model(x) - k).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-12, atol=1e-12)
 
 
 def test_train_is_seeded(digits):
