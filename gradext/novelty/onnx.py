@@ -23,7 +23,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..factors import GradFactors, LayerFactors
+from ..factors import GradFactors, LayerFactors, numerics
 from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
 from .models import latent_loss
@@ -121,11 +121,11 @@ class ScoringGraph(nn.Module):
     def _novelty(self, sample: Characterization) -> Tensor:
         if self.score.features is None or self.score.classifier is None:
             return self.score.differentiable(sample)
-        features = self.score.features(sample)
-        if isinstance(features, GradientFeatures):
-            direction = features.direction
-            features = replace(features, direction=_PlainFactors(direction.activation, direction.delta))
-        return self.score.classifier(features)
+        made = self.score.features
+        if made.representation != "gradient":
+            return self.score.classifier(made(sample))
+        features = GradientFeatures.of(_plain(made.whitened(sample.gradient)), made.mean, made.std)
+        return self.score.classifier(replace(features, direction=_plain(features.direction)))
 
     @torch.no_grad()
     def _check(self, detector: NoveltyDetector, fitted: torch.dtype) -> None:
@@ -154,6 +154,9 @@ class _PlainFactors(GradFactors):
     def dot(self, reference: Tensor) -> Tensor:
         return ((self.delta @ reference) * self.activation).sum(1)
 
+    def cosine(self, reference: Tensor) -> Tensor:
+        return numerics.cosine(self.dot(reference), self.norm(), reference.norm())
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         value = ((self.delta @ weight) * self.activation).sum(2).t()  # [H, N, I] -> [N, H]
         return value if bias is None else value + bias
@@ -164,6 +167,10 @@ class _PlainFactors(GradFactors):
     def quadratic_kron(self, A_inv: Tensor, D_inv: Tensor) -> Tensor:
         of_delta, of_activation = (((v @ M) * v).sum(1) for v, M in ((self.delta, D_inv), (self.activation, A_inv)))
         return of_delta * of_activation
+
+
+def _plain(gradient: GradFactors) -> _PlainFactors:
+    return _PlainFactors(gradient.activation, gradient.delta)
 
 
 def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: str | None = None) -> None:
