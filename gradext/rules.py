@@ -177,7 +177,9 @@ def _embedding(
     if scale_grad_by_freq:  # by what is in the whole batch
         return None
     rows = weight.shape[0]
-    padding = None if padding_idx is None or (padding_idx == -1 and entry.func is torch.embedding) else padding_idx % rows
+    padding = (
+        None if padding_idx is None or (padding_idx == -1 and entry.func is torch.embedding) else padding_idx % rows
+    )
 
     def gradient(role, index, delta):
         delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
@@ -250,7 +252,8 @@ def _norm(func, input, weight, bias, rows, positions, **options) -> Call:
 
     def gradient(role, input, delta):
         if role == "weight":
-            delta = delta * func(input, **options).to(delta.dtype)
+            normalised = func(input, **options).to(delta.dtype)
+            delta = delta * normalised if torch.is_grad_enabled() else normalised.mul_(delta)
         # Channels lie behind the samples, normalised dimensions at the end.
         return _sum_to(delta, shapes[role]) if positions else delta.flatten(2).sum(2) if delta.ndim > 2 else delta
 

@@ -816,6 +816,8 @@ class _Backward:
         self._deltas(work, unseen)
         lost = self._proved(work, structure.dtypes)
         watched_graph = self.watched._create_graph
+        if self.trained:
+            self._undo_weights(work)
         totals = self._totals(work) if self.watched._hooked else {}
         for item in work:
             if item not in lost:
@@ -827,7 +829,6 @@ class _Backward:
                         "so that the gradient can no longer be computed; make that operation out of place"
                     )
                 rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, watched_graph)
-                found = [self._own(share) for share in found]
                 self._compare(item, found, totals)
                 self._take(rule, found)
         if lost or unseen or twice:
@@ -979,18 +980,30 @@ class _Backward:
             )
         return lost
 
-    def _own(self, share: Share) -> Share:
-        """Of a sample's own loss, where the backward was that of weighted ones."""
-        if self.weights is None:
-            return share
-        scale, gradient, rows = self.weights.reciprocal(), share.gradient, share.rows
-        if isinstance(gradient, GradFactors):
-            return share._replace(gradient=gradient.weighted(scale))
-        own, dim = scale.to(gradient.dtype), 0
-        if rows is not None and self.batch > 1:
-            dim = rows.dim
-            own = own[rows.owners_of(gradient.shape[dim], self.batch, gradient.device)]
-        return share._replace(gradient=gradient * own.reshape(-1, *[1] * (gradient.ndim - dim - 1)))
+    def _undo_weights(self, work: list[_Live]) -> None:
+        """From the deltas of weighted losses those of each sample's own loss; in place where nobody else holds them."""
+        assert self.weights is not None
+        scale, done = self.weights.reciprocal(), set()
+        holders: dict[int, int] = {}
+        for t in {
+            id(t): t for t in (*self.mode.captured.values(), *(d for item in work for d in item.deltas))
+        }.values():
+            holders[memory(t)] = holders.get(memory(t), 0) + 1
+        for item in work:
+            for k, (delta, rows) in enumerate(zip(item.deltas, item.rows, strict=True)):
+                place = memory(delta), delta.storage_offset(), delta.numel()
+                if place in done:
+                    continue
+                own = scale.to(delta.dtype)
+                if self.batch > 1:
+                    own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
+                    own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
+                storage = delta.untyped_storage()
+                if torch._C._storage_Use_Count(storage._cdata) > holders[memory(delta)] + 1 or 0 in delta.stride():
+                    item.deltas[k] = delta * own
+                else:
+                    delta.mul_(own)
+                    done.add(place)
 
     def _by_weights(self, doubtful: list[_Live], dtypes: set[torch.dtype]) -> list[_Live]:
         """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""

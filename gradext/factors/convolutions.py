@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops, ranges
 from ..backends.reference import accumulation_type
 from .numerics import widen
-from .products import GradFactors, _by_sample
+from .products import GradFactors, by_sample
 
 _convolution_backward = torch.ops.aten.convolution_backward
 # About as many elements are unfolded at a time: what stays in a CPU's cache, and what keeps a GPU busy.
@@ -133,7 +133,7 @@ class ConvFactors(GradFactors):
         return ConvFactors(self.image, self.plain, self.windows, self.groups, shape, self.conv_shape)
 
     def weighted(self, weights: Tensor) -> ConvFactors:
-        return self._of(self.image, _by_sample(self.plain, weights))
+        return self._of(self.image, by_sample(self.plain, weights))
 
     def _exchanged(self) -> GradFactors:
         return GradFactors(self.delta, self.activation) if self.groups == 1 else self._written(lambda g: g.mT)

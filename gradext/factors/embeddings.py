@@ -13,7 +13,7 @@ from .. import ops, ranges
 from ..backends.reference import accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
-from .products import GradFactors, _by_sample, flat_form, regroup, times
+from .products import GradFactors, by_sample, flat_form, regroup, times
 from .projections import hashes, signs
 
 
@@ -102,7 +102,7 @@ class EmbeddingFactors(GradFactors):
         return EmbeddingFactors(self.index, self.delta_rows, self.rows, weight_shape, self.by_columns)
 
     def weighted(self, weights: Tensor) -> EmbeddingFactors:
-        return self._of(self.index, _by_sample(self.delta_rows, weights))
+        return self._of(self.index, by_sample(self.delta_rows, weights))
 
     def _exchanged(self) -> EmbeddingFactors:
         return EmbeddingFactors(self.index, self.delta_rows, self.rows, None, not self.by_columns)
@@ -170,8 +170,7 @@ class EmbeddingFactors(GradFactors):
     def _add_sum(self, weights: Tensor | None, total: Tensor) -> Tensor:
         """Adds ``Σ_b w_b G[b]`` to [O, I] in place; BTD operations."""
         (rows,) = widen(self.delta_rows)
-        if weights is not None:
-            rows = rows * weights.to(rows.dtype)[:, None, None]
+        rows = rows if weights is None else by_sample(rows, weights)
         self._by_rows(total).index_add_(0, self.index.flatten(), rows.flatten(0, 1))
         return total
 
@@ -225,7 +224,7 @@ class EmbeddingFactors(GradFactors):
         of_index, of_rows = (1, 0) if self.by_columns else (0, 1)
         looked_up = signs(self.index, kind, rank, seed, of_index)
         other = None if rank >= wide else signs(torch.arange(wide, device=self.device), kind, rank, seed, of_rows)
-        return self._projected(looked_up, other)
+        return self.to(kind)._projected(looked_up, other)
 
     def _project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         looked_up, other = (right, left) if self.by_columns else (left, right)

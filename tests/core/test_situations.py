@@ -1679,7 +1679,7 @@ def steps(model, batches, before) -> list[Tensor]:
     return [*losses, *(p.detach().clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("first", ["grads", "watch", "frozen"])
+@pytest.mark.parametrize("first", ["grads", "watch", "frozen", "another layer"])
 @pytest.mark.parametrize("name", KEPT)
 def test_what_a_model_keeps_of_its_weights_goes_on_training_it(name, first):
     form, use = KEPT[name]
@@ -1692,7 +1692,7 @@ def test_what_a_model_keeps_of_its_weights_goes_on_training_it(name, first):
                     losses = loss(model(x), x)
                 watch.factors(losses)
             else:
-                gradext.batch_layer_grads(model, x, loss=loss)
+                gradext.batch_layer_grads(model, x, loss=loss, layers="b" if first == "another layer" else None)
         except gradext.CaptureError:
             pass  # a view that was made before the call
 
