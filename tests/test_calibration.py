@@ -165,9 +165,10 @@ def test_contamination_is_the_share_of_training_samples_called_novel(digits):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_contamination_counts_what_overflows_as_novel(dtype, digits):
     X = np.concatenate([digits[0], digits[1][:20]]).astype(np.float64)
-    X[[3, 30]] = 1e300
+    X[[3, 30]] = 1e308
     model = nn.Sequential(nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 64))
-    options = {"model": model, "epochs": 0, "scaling": "none", "loss": "mse", "random_state": 0, "dtype": dtype}
+    options = {"model": model, "epochs": 0, "scaling": "none", "loss": "mse", "layer": "last", "random_state": 0}
+    options["dtype"] = dtype
     detector = NoveltyDetector(contamination=0.1, **options)
     predicted = detector.fit(X, X_calibration=digits[0]).predict(X)
     assert (predicted == -1).sum() == pytest.approx(0.1 * len(X), abs=1)

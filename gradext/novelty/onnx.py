@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..factors import GradFactors, LayerFactors
+from ..factors import GradFactors, LayerFactors, numerics
 from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
 from .models import latent_loss
@@ -148,11 +148,11 @@ class ScoringGraph(nn.Module):
     def _novelty(self, sample: Characterization) -> Tensor:
         if self.score.features is None or self.score.classifier is None:
             return self.score.differentiable(sample)
-        features = self.score.features(sample)
-        if isinstance(features, GradientFeatures):
-            direction = features.direction
-            features = replace(features, direction=_PlainFactors(direction.activation, direction.delta))
-        return self.score.classifier(features)
+        made = self.score.features
+        if made.representation != "gradient":
+            return self.score.classifier(made(sample))
+        features = GradientFeatures.of(_plain(made.whitened(sample.gradient)), made.mean, made.std)
+        return self.score.classifier(replace(features, direction=_plain(features.direction)))
 
     @torch.no_grad()
     def _check(self, detector: NoveltyDetector, fitted: torch.dtype) -> None:
@@ -194,6 +194,9 @@ class _PlainFactors(GradFactors):
     def dot(self, reference: Tensor) -> Tensor:
         return ((self.delta @ reference) * self.activation).sum(1)
 
+    def cosine(self, reference: Tensor) -> Tensor:
+        return numerics.cosine(self.dot(reference), self.norm(), reference.norm())
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         value = ((self.delta @ weight) * self.activation).sum(2).t()  # [H, N, I] -> [N, H]
         return value if bias is None else value + bias
@@ -212,6 +215,10 @@ def default_dtype(detector: NoveltyDetector) -> str:
         return "float32"
     fitted = next(detector.model_.parameters()).dtype
     return next(name for name in DTYPES if DTYPES[name] == fitted)
+
+
+def _plain(gradient: GradFactors) -> _PlainFactors:
+    return _PlainFactors(gradient.activation, gradient.delta)
 
 
 def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: str | None = None) -> None:
