@@ -14,8 +14,9 @@ from . import ops
 from .errors import CaptureError, NonFiniteError
 from .factors import GradFactors, LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
+from .rules import tensors_of
 from .selection import LayerChoice
-from .watch import Apart, _as_factors, _tensors_of, kept_apart, watch
+from .watch import Apart, kept_apart, layer_factors, watch
 
 
 def batch_layer_grads(
@@ -79,7 +80,7 @@ def batch_layer_grads(
     found, watched = _gradients(
         model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite, create_graph
     )
-    parameters = watched._selection.chosen
+    parameters = watched.parameters
     given = _check_outs(out, found, parameters, dtype)
     kinds = {name: None if name in given else dtype or parameters[name].dtype for name in found}
     products = {
@@ -131,8 +132,7 @@ def batch_layer_factors(
     found, watched = _gradients(
         model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite, create_graph
     )
-    result = LayerFactors((name, _as_factors(name, gradient)) for name, gradient in found.items())
-    result.coverage = watched.coverage
+    result = layer_factors(found, watched.coverage)
     del found, watched  # with the graph
     return kept_apart(result)
 
@@ -149,7 +149,7 @@ def _gradients(
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
     x, target = as_constant(x), as_constant(target)
     args, kwargs = as_call(x, model)
-    tensors = _tensors_of([args, kwargs])
+    tensors = tensors_of([args, kwargs])
     if not tensors:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
     watched = watch(
@@ -162,8 +162,7 @@ def _gradients(
         inputs=[args, kwargs, target],
         create_graph=create_graph,
     )
-    watched._retain = False
-    _check_device(watched._selection.chosen, tensors[0])
+    _check_device(watched.parameters, tensors[0])
     if target is None:
         target = tensors[0]
     versions = [(t, t._version) for t in tensors if not t.is_inference()]
@@ -179,7 +178,7 @@ def _gradients(
                     "make that operation out of place"
                 )
             root = backward_root(loss, output, target, create_graph=create_graph)
-        found = watched.gradients(root)
+        found = watched.gradients(root, keep_graph=False)
     if check_finite:
         for name, gradient in found.items():
             for tensor in [gradient] if isinstance(gradient, Tensor) else _parts(gradient):

@@ -12,10 +12,11 @@ Nothing here knows about modules, models or how calls are seen.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import rows as row_rules
 from .errors import CaptureError
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
-from .rows import Rows, by_sample, own_rows
+from .rows import Rows, Shared, State, Structure, Unproved, by_sample, own_rows, state_of_view
+from .selection import listed
 
 # Elements of cotangents, for masked rows, at a time.
 _MASKED_ELEMENTS = 1 << 24
@@ -39,6 +41,7 @@ class Entry:
     func: Callable
     args: tuple
     kwargs: dict
+    names: frozenset[str]  # of the parameters that the values depend on
     values: dict[int, Tensor]  # by id of what the function was given: the value of parameters that it stands for
     outputs: list[Tensor]  # those with a gradient
     edges: list[GradientEdge]  # where the losses' graph meets them: of a view, its base's
@@ -61,8 +64,68 @@ class Entry:
     def overwritten(self) -> bool:
         return any(tensor._version != version for tensor, version in self.versions)
 
+    def stand_ins(self) -> list[Tensor]:
+        """What stands for the values among the arguments, each once."""
+        return list({id(x): x for x in tensors_of([self.args, self.kwargs]) if id(x) in self.values}.values())
+
 
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
+
+
+@dataclass(eq=False)
+class LiveEntry:
+    """An entry with those of its outputs that the losses depend on."""
+
+    entry: Entry
+    states: list[State]  # of each output, as the graph tells
+    deltas: list[Tensor] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)  # where this is settled
+
+    @staticmethod
+    def of(entry: Entry, structure: Structure) -> LiveEntry:
+        states = [structure.of(edge) for edge in entry.edges]
+        kept = [k for k, state in enumerate(states) if state is not None]
+        if len(kept) < len(states):  # what the losses do not depend on has no gradient
+            parts = {name: [getattr(entry, name)[k] for k in kept] for name in ("outputs", "edges", "ends")}
+            entry = replace(entry, **parts)
+        found = zip(entry.outputs, (state for state in states if state is not None), strict=True)
+        return LiveEntry(entry, [state_of_view(output, state, structure.batch) for output, state in found])
+
+    def reason(self) -> str:
+        """Where in the graph the samples were lost."""
+        for state in self.states:
+            if isinstance(state, Unproved) and state.reason:
+                return state.reason
+        return "a sum over samples" if any(isinstance(s, Shared) for s in self.states) else self.entry.name
+
+    def holds_samples(self, batch: int) -> bool:
+        """Whether something with rows of samples is among its arguments, not only constants."""
+        tensors = [t for t in tensors_of([self.entry.args, self.entry.kwargs]) if id(t) not in self.entry.values]
+        return any(t.requires_grad or any(size and size % batch == 0 for size in t.shape) for t in tensors)
+
+
+T = TypeVar("T")
+
+
+def cut(flat: Iterable[T], sizes: Iterable[int]) -> Iterator[list[T]]:
+    """A flat list in consecutive parts."""
+    rest = iter(flat)
+    return (list(itertools.islice(rest, size)) for size in sizes)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples, sets and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    found: list[Tensor] = []
+    if not isinstance(value, (list, tuple, set)):
+        value = value.values() if hasattr(value, "values") and not isinstance(value, type) else ()
+    for item in value:
+        if isinstance(item, Tensor):
+            found.append(item)
+        else:
+            found += tensors_of(item)
+    return found
 
 
 class Call(NamedTuple):
@@ -140,11 +203,10 @@ def _convolution(transposed: bool):
     The transposed ones exchange the roles: Σ_t x_t v_tᵀ over the input's positions, v_t the window of δ.
     """
 
+    names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+
     def bind(entry, input, weight, bias=None, stride=1, padding=0, *rest, **named) -> Call | None:
-        if transposed:
-            options = dict(zip(("output_padding", "groups", "dilation"), rest)) | named
-        else:
-            options = dict(zip(("dilation", "groups"), rest)) | named
+        options = dict(zip(names, rest, strict=False)) | named
         dilation, groups = options.get("dilation", 1), options.get("groups", 1)
         dimensions = weight.ndim - 2
         if input.ndim != dimensions + 2:  # one image without a batch dimension
@@ -333,51 +395,35 @@ _ELEMENTWISE = _ADD | _SUB | _RSUB | _MUL
 
 def _elementwise(entry: Entry, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
     """One reduction of δ, or of δ ⊙ the other operand, for each value."""
-    name = entry.name
-    operands = entry.args[:2]
+    name, operands = entry.name, entry.args[:2]
     if name in _EXPAND:
         return [_reduced(delta, entry.args[0], entry, rows, batch)]
     if len(operands) != 2 or entry.kwargs.keys() - {"alpha"} or not all(isinstance(o, Tensor) for o in operands):
         return None
     if entry.kwargs.get("alpha", 1) != 1 or any(o.is_complex() or o.layout is not torch.strided for o in operands):
         return None
+    negative = 1 if name in _SUB else 0 if name in _RSUB else None
     found = []
     for k, operand in enumerate(operands):
-        if id(operand) not in entry.values:
-            continue
-        weighted = delta
-        if name in _MUL:
-            other = operands[1 - k]
-            weighted = delta * other
-        share = _reduced(weighted, operand, entry, rows, batch)
-        negative = k == 1 if name in _SUB else k == 0 if name in _RSUB else False
-        found.append(share._replace(gradient=-share.gradient) if negative else share)
+        if id(operand) in entry.values:
+            weighted = delta * operands[1 - k] if name in _MUL else delta
+            share = _reduced(weighted, operand, entry, rows, batch)
+            found.append(share._replace(gradient=-share.gradient) if k == negative else share)
     return found
 
 
 def _reduced(delta: Tensor, operand: Tensor, entry: Entry, rows: Rows, batch: int) -> Share:
     """δ summed over the dimensions along which ``operand`` was broadcast, but for the samples'."""
-    shape = tuple(operand.shape)
+    value, shape = entry.values[id(operand)], tuple(operand.shape)
     lead = delta.ndim - len(shape)
     spread = [k for k in range(delta.ndim) if k < lead or (shape[k - lead] == 1 and delta.shape[k] != 1)]
-    value = entry.values[id(operand)]
     if rows.dim not in spread:  # the operand has rows of its own for each sample
-        own = rows.at(rows.dim - lead)
         summed = delta.sum(spread, dtype=delta.dtype) if spread else delta
-        return Share(value, summed.reshape(shape).to(operand.dtype), own)
-    ordered = by_sample(delta, rows, batch)  # [B, the others in their order, pre and post in the samples' place]
-    extra = ordered.ndim - delta.ndim  # 0 or 1 or 2: dimensions left of the samples' own
-    if rows.owners is not None:
-        extra = 1
-    axes = []
-    for k in range(delta.ndim):
-        if k < rows.dim:
-            place = [1 + k]
-        elif k == rows.dim:
-            place = list(range(1 + k, 1 + k + extra))
-        else:
-            place = [k + extra]
-        axes += place if k in spread else []
+        return Share(value, summed.reshape(shape).to(operand.dtype), rows.at(rows.dim - lead))
+    ordered = by_sample(delta, rows, batch)
+    extra = ordered.ndim - delta.ndim  # dimensions left in the samples' place: 0, 1 or 2
+    axes = [k + 1 for k in spread if k < rows.dim] + [k + extra for k in spread if k > rows.dim]
+    axes += range(rows.dim + 1, rows.dim + 1 + extra)
     summed = ordered.sum(axes, dtype=delta.dtype) if axes else ordered
     return Share(value, summed.reshape(batch, *shape).to(operand.dtype))
 
@@ -395,17 +441,17 @@ def shares(
 
 def _shares(entry, deltas, rows, batch: int, create_graph: bool) -> tuple[str, list[Share]]:
     call = bind(entry)
-    if call is not None and not entry.overwritten():
+    if entry.overwritten() and (call is not None or entry.name in _MUL):
+        raise CaptureError(
+            f"{listed(sorted(entry.names))}: the input of {entry.name} was modified in place after the call had used it, "
+            "so that the gradient can no longer be computed; make that operation out of place"
+        )
+    if call is not None:
         if not create_graph:
             call = call._replace(input=call.input.detach())
         found = _by_rule(entry, call, deltas[0], rows[0], batch)
         if found is not None:
             return call.rule, found
-    elif call is not None and entry.overwritten():
-        raise CaptureError(
-            f"{entry.name}: its input was modified in place after the call had used it, so that the gradient can no "
-            "longer be computed; make that operation out of place"
-        )
     if len(deltas) == 1 and (entry.name in _ELEMENTWISE or entry.name in _EXPAND):
         found = _elementwise(entry, deltas[0], rows[0], batch)
         if found is not None:
@@ -414,34 +460,30 @@ def _shares(entry, deltas, rows, batch: int, create_graph: bool) -> tuple[str, l
 
 
 def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
-    input = call.input
+    input, grouped = call.input, False
     if batch == 1:
-        if call.rows < 1 or (not call.positions and delta.shape[0] != 1):
-            input, delta = input.unsqueeze(0), delta.unsqueeze(0)
+        if call.rows < 1 or delta.shape[0] != 1:
             if not call.positions:
                 return None
-        elif call.positions and delta.shape[0] != 1:
             input, delta = input.unsqueeze(0), delta.unsqueeze(0)
     elif rows.dim >= call.rows:
         return None
     else:
         input, delta = by_sample(input, rows, batch), by_sample(delta, rows, batch)
-    grouped = not call.positions and (rows.pre * rows.post > 1 or rows.owners is not None) and batch > 1
-    if grouped:
-        input, delta = input.flatten(0, 1), delta.flatten(0, 1)
-        if rows.pre > 1 and rows.post > 1:
-            input, delta = input.flatten(0, 1), delta.flatten(0, 1)
+        grouped = not call.positions and (rows.pre * rows.post > 1 or rows.owners is not None)
+    if grouped:  # each of a sample's images by itself
+        last = 2 if rows.pre > 1 and rows.post > 1 else 1
+        input, delta = input.flatten(0, last), delta.flatten(0, last)
     found = []
     for role, parameter in call.parameters.items():
         value = entry.values.get(id(parameter))
         if value is None:
             continue
         gradient = call.gradient(role, input, delta)
-        if grouped:
-            if isinstance(gradient, Tensor):
-                gradient = gradient.unflatten(0, (batch, -1)).sum(1)
-            else:
-                gradient = gradient.regrouped(batch)
+        if grouped and isinstance(gradient, Tensor):
+            gradient = gradient.unflatten(0, (batch, -1)).sum(1)
+        elif grouped:
+            gradient = gradient.regrouped(batch)
         found.append(Share(value, gradient))
     return found
 
@@ -454,16 +496,13 @@ def general(
     # Whose gradient may be scaled by what is in the whole batch, which shows in no output.
     sliceable = sliceable and entry.name not in ("embedding", "embedding_bag")
     if batch > 1 and sliceable and not create_graph:
-        again = contextlib.nullcontext()
-        if entry.autocast:
-            again = torch.autocast(entry.autocast[0], dtype=entry.autocast[1])
-        with again:
+        with torch.autocast(entry.autocast[0], dtype=entry.autocast[1]) if entry.autocast else contextlib.nullcontext():
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
             return found
     if entry.spent:
         entry = _again(entry)
-    given, ends = _given(entry), entry.ends or entry.outputs
+    given, ends = entry.stand_ins(), entry.ends or entry.outputs
     if batch == 1:
         gradients = batched_grad(ends, given, [delta.unsqueeze(0) for delta in deltas], create_graph)
     else:
@@ -502,23 +541,16 @@ def _again(entry: Entry) -> Entry:
     outputs: list[Tensor] = []
     if not entry.in_place:
         with torch.enable_grad():
-            result = entry.func(*args, **kwargs)
-        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
-    same = len(outputs) == len(entry.outputs)
-    if not same or not all(_close(a[None], b.detach()[None]) for a, b in zip(outputs, entry.outputs, strict=True)):
+            outputs = [t for t in tensors_of(entry.func(*args, **kwargs)) if t.requires_grad]
+    pairs = [(new[None], former.detach()[None]) for new, former in zip(outputs, entry.outputs, strict=False)]
+    if len(outputs) != len(entry.outputs) or not all(_close(new, former) for new, former in pairs):
         raise CaptureError(
-            f"{entry.name}: its gradient needs the graph of the training step, which its backward has freed; call "
-            "watch.factors(losses) before it"
+            f"{listed(sorted(entry.names))}: the gradient at {entry.name} needs the graph of the training step, which its "
+            "backward has freed; call watch.factors(losses) before it"
         )
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}
     ends = [get_gradient_edge(output) for output in outputs]
-    return Entry(entry.func, args, kwargs, values, outputs, ends, ends)
-
-
-def _given(entry: Entry) -> list[Tensor]:
-    """What stands for the values among the arguments, each once."""
-    leaves = pytree.tree_leaves((entry.args, entry.kwargs))
-    return list({id(x): x for x in leaves if isinstance(x, Tensor) and id(x) in entry.values}.values())
+    return Entry(entry.func, args, kwargs, entry.names, values, outputs, ends, ends)
 
 
 def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) -> list[Tensor | None]:
@@ -534,28 +566,30 @@ def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) ->
 
 def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
     """`torch.autograd.grad` for each of n cotangents [n, *output.shape] -> [n, *input.shape], the graph retained."""
-    if len(cotangents[0]) > 1 and not create_graph:
+    n = len(cotangents[0])
+    if n > 1 and not create_graph:
         try:
             found = torch.autograd.grad(
                 outputs, inputs, tuple(cotangents), retain_graph=True, allow_unused=True, is_grads_batched=True
             )
-            return [None if g is None else g.to_dense() if g.is_sparse else g for g in found]
+            return [None if g is None else dense(g) for g in found]
         except (RuntimeError, NotImplementedError, ValueError):
             pass  # torch cannot vectorise some node: one after the other
     rows = [
         torch.autograd.grad(outputs, inputs, [c[b] for c in cotangents], True, create_graph, allow_unused=True)
-        for b in range(len(cotangents[0]))
+        for b in range(n)
     ]
-    dense = [[None if g is None else g.to_dense() if g.is_sparse else g for g in row] for row in rows]
-    stacked = []
-    for k, x in enumerate(inputs):
-        known = [row[k] for row in dense]
-        if all(g is None for g in known):
-            stacked.append(None)
-        else:
-            like = next(g for g in known if g is not None)
-            stacked.append(torch.stack([torch.zeros_like(like) if g is None else g for g in known]))
+    stacked: list[Tensor | None] = []
+    for k in range(len(inputs)):
+        own = [None if row[k] is None else dense(row[k]) for row in rows]
+        like = next((g for g in own if g is not None), None)
+        zeros = None if like is None else torch.zeros_like(like)
+        stacked.append(None if like is None else torch.stack([zeros if g is None else g for g in own]))
     return stacked
+
+
+def dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int) -> list[Share] | None:
@@ -602,7 +636,7 @@ def _vmapped(entry, leaves, structure, is_value, dims, deltas, rows, batch: int)
             new[k] = t
         args, kwargs = pytree.tree_unflatten(new, structure)
         result = entry.func(*args, **kwargs)
-        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = [t for t in tensors_of(result) if t.is_floating_point()]
         return tuple(tensors[: len(entry.outputs)])
 
     def one(own, samples, cotangent):
@@ -686,18 +720,12 @@ def register_layer(*types: type[nn.Module]) -> Callable[[LayerGradients], LayerG
     return register
 
 
-def registered(module: nn.Module) -> LayerGradients | None:
-    return _registered.get(type(module))
-
-
-def registered_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def registered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The outermost modules with a rule of their user's own, by name."""
-    if not _registered:
-        return []
     inside: set[int] = set()
     found = []
-    for name, module in model.named_modules():
-        if id(module) not in inside and registered(module):
+    for name, module in model.named_modules() if _registered else ():
+        if type(module) in _registered and id(module) not in inside:
             inside.update(map(id, module.modules()))
             found.append((name, module))
     return found

@@ -16,6 +16,12 @@ from .errors import CaptureError, UnsupportedLayerError
 LayerChoice = None | str | type | nn.Module | Tensor | Callable[[str, Tensor], bool] | Iterable[Any]
 
 
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The parameters of a model that were chosen, and of the others why not."""
@@ -43,8 +49,7 @@ class Coverage:
             for name, reason in found.items():
                 reasons.setdefault(reason, []).append(name)
             for reason, names in reasons.items():
-                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                lines.append(f"{what} ({reason}): {shown}")
+                lines.append(f"{what} ({reason}): {listed(names)}")
         return "\n".join(lines) or "no parameters"
 
 
