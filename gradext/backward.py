@@ -7,10 +7,9 @@ batched vjp carries these back to the parameters. Nothing here knows about argum
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +90,11 @@ class Backward:
             self._by_backwards(lost + twice, reached)
         return self._to_parameters()
 
+    @property
+    def edge(self) -> GradientEdge:
+        assert self.root.edge is not None  # as there are entries that the losses depend on
+        return self.root.edge
+
     def _structure(self) -> Structure:
         checked = not row_rules.capturing(self.root.gradient)
         found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked)
@@ -127,21 +131,12 @@ class Backward:
         else:
             keep = self.keep_graph or unseen or self._must_prove() or self.options.create_graph
             keep = keep or self.mode.differentiated > 0 or not all(map(_needs_no_graph, work))
-            found = self._gradients_at(edges, self.root.gradient, keep, self.options.create_graph)
+            create = self.options.create_graph
+            found = self.mode.differentiate(self.edge, self.root.gradient, edges, keep, create, self.mode.hooked)
         if exposed:
             found = [None if delta is None else delta.clone() for delta in found]
         for item, deltas in zip(work, _by_entry(work, found), strict=True):
             item.deltas = deltas
-
-    def _gradients_at(
-        self, edges: list[GradientEdge], gradient: Tensor, keep: bool = True, create_graph: bool = False
-    ) -> list[Tensor | None]:
-        assert self.root.edge is not None
-        with _after_hooks(edges if self.mode.hooked else []) as hooked:
-            found = self.mode.differentiate(
-                self.root.edge, gradient, edges, retain_graph=keep, create_graph=create_graph
-            )
-        return [hooked.get(k, delta) for k, delta in enumerate(found)]
 
     def _undo_weights(self, work: list[LiveEntry], weights: Tensor) -> None:
         """From the deltas of weighted losses those of each sample's own loss; in place where nobody else holds them."""
@@ -227,7 +222,8 @@ class Backward:
         weighted = []
         for trial in trials:
             own = gradient * trial.values.view(-1, *[1] * (gradient.ndim - 1))
-            weighted.append([part for parts in _by_entry(doubtful, self._gradients_at(edges, own)) for part in parts])
+            found = self.mode.differentiate(self.edge, own, edges, after_hooks=self.mode.hooked)
+            weighted.append([part for parts in _by_entry(doubtful, found) for part in parts])
         deltas = [delta.detach() for item in doubtful for delta in item.deltas]
         hints = [s if isinstance(s, Rows) else getattr(s, "hint", None) for item in doubtful for s in item.states]
         possible = [row_rules.candidates(d.shape, self.batch, hint) for d, hint in zip(deltas, hints, strict=True)]
@@ -274,9 +270,8 @@ class Backward:
         given = list({id(x): x for item in work for x in item.entry.stand_ins() if not x.is_complex()}.values())
         if not given or self.weights is not None or self.options.create_graph:
             return {}
-        assert self.root.edge is not None
-        found = self.mode.differentiate(self.root.edge, self.root.gradient, given)
-        return {id(x): g.to_dense() if g.is_sparse else g for x, g in zip(given, found, strict=True) if g is not None}
+        found = self.mode.differentiate(self.edge, self.root.gradient, given)
+        return {id(x): rules.dense(g) for x, g in zip(given, found, strict=True) if g is not None}
 
     def _take(self, rule: str, shares: Sequence[Share]) -> None:
         for share in shares:
@@ -449,21 +444,6 @@ def _sum(parts: list[Gradient]) -> Gradient:
     if all(isinstance(part, Tensor) for part in parts):
         return functools.reduce(torch.add, parts)
     return GradFactors.add([GradFactors.of(p) if isinstance(p, Tensor) else p for p in parts])
-
-
-@contextlib.contextmanager
-def _after_hooks(edges: Sequence[GradientEdge]) -> Iterator[dict[int, Tensor]]:
-    """The gradients at edges as hooks on them leave them; torch's engine captures some of them before."""
-    found: dict[int, Tensor] = {}
-    handles = [
-        edge.node.register_prehook(lambda grads, k=k, n=edge.output_nr: found.update({k: grads[n]}))
-        for k, edge in enumerate(edges)
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- who holds a tensor's memory --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .errors import CaptureError, UnsupportedLayerError
 from .losses import Root
 from .mode import WatchMode
 from .rows import Structure
-from .rules import LiveEntry, Share, cut
+from .rules import LiveEntry, Share, cut, dense
 from .selection import listed
 
 _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
@@ -50,7 +50,7 @@ def shares(
 
 def _each_sample(mode: WatchMode, root: Root, inputs: list[Tensor], judged: list[LiveEntry]) -> list[Tensor]:
     """The gradients [B, *x.shape] of each loss by ``inputs``; refuses samples that mix at the entries ``judged``."""
-    assert root.edge is not None
+    assert root.edge is not None  # as the losses depend on something
     gradient, edges = root.gradient.detach(), [edge for item in judged for edge in item.entry.edges]
     found = [x.new_zeros(len(gradient), *x.shape) for x in inputs]
     touched: list[Tensor | int] = [0] * len(edges)  # of each element, by how many samples' losses
@@ -62,7 +62,7 @@ def _each_sample(mode: WatchMode, root: Root, inputs: list[Tensor], judged: list
             if g is None:
                 continue
             if k < len(inputs):
-                found[k][b] = g.to_dense() if g.is_sparse else g
+                found[k][b] = dense(g)
             else:
                 touched[k - len(inputs)] += (g != 0).to(torch.int32)
     for item, counts in zip(judged, cut(touched, (len(item.entry.edges) for item in judged)), strict=True):

@@ -333,23 +333,26 @@ class WatchMode(TorchFunctionMode):
         return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
 
     def differentiate(
-        self,
-        root: GradientEdge,
-        gradient: Tensor,
-        inputs: Sequence[Tensor | GradientEdge],
-        *,
-        retain_graph: bool = True,
-        create_graph: bool = False,
+        self, root: GradientEdge, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False, after_hooks=False
     ) -> list[Tensor | None]:
-        """The gradients at ``inputs``; a checkpointed forward that runs again meets the same stand-ins."""
+        """The gradients at ``inputs``; a checkpointed forward that runs again meets the same stand-ins.
+
+        after_hooks: at edges, as hooks leave them; torch's engine captures some of them before.
+        """
+        changed: dict[int, Tensor] = {}
+        handles = [
+            edge.node.register_prehook(lambda grads, k=k, n=edge.output_nr: changed.update({k: grads[n]}))
+            for k, edge in enumerate(inputs if after_hooks else ())
+        ]
         self.replay = True
         try:
             with self:
-                return list(
-                    torch.autograd.grad((root,), inputs, (gradient,), retain_graph, create_graph, allow_unused=True)
-                )
+                found = torch.autograd.grad((root,), inputs, (gradient,), retain, create_graph, allow_unused=True)
         finally:
             self.replay = False
+            for handle in handles:
+                handle.remove()
+        return [changed.get(k, g) for k, g in enumerate(found)]
 
 
 def _results(result, args: tuple) -> list[Tensor]:

@@ -32,6 +32,8 @@ from .selection import listed
 
 # Elements of cotangents, for masked rows, at a time.
 _MASKED_ELEMENTS = 1 << 24
+# What a call raises under `vmap`, or on slices that it cannot take.
+_NOT_VECTORISED = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
 
 @dataclass(eq=False)
@@ -155,10 +157,10 @@ def _linear(entry, input, weight, bias=None) -> Call | None:
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # a bias may be broadcast
         return None
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return Call("linear", input, parameters, input.ndim - 1, linear_gradient)
+    return Call("linear", input, parameters, input.ndim - 1, _linear_gradient)
 
 
-def linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+def _linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
     """x [B, ..., I], δ [B, ..., O]."""
     if role == "bias":
         return _sum_to(delta, (delta.shape[-1],))
@@ -166,8 +168,8 @@ def linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Te
     return GradFactors(_positions(input), _positions(delta))
 
 
-def _turned_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
-    found = linear_gradient(role, input, delta)
+def _turned(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+    found = _linear_gradient(role, input, delta)
     return found.transposed() if isinstance(found, GradFactors) else found
 
 
@@ -176,12 +178,12 @@ def _matmul(entry: Entry, first, second) -> Call | None:
     if id(second) in entry.values:
         if second.ndim != 2 or first.ndim < 1:
             return None
-        return Call("linear", first, {"weight": second}, first.ndim - 1, _turned_gradient)
+        return Call("linear", first, {"weight": second}, first.ndim - 1, _turned)
     if first.ndim != 2 or second.ndim < 3:
         return None
 
     def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors:
-        return linear_gradient("weight", input.mT, delta.mT)
+        return _linear_gradient("weight", input.mT, delta.mT)
 
     return Call("linear", second, {"weight": first}, second.ndim - 2, gradient)
 
@@ -194,7 +196,7 @@ def _addmm(entry: Entry, bias, input, weight, *, beta=1, alpha=1) -> Call | None
     """``b + x W`` with W [I, O]."""
     if beta != 1 or alpha != 1 or weight.ndim != 2 or bias.shape != weight.shape[1:]:
         return None
-    return Call("linear", input, {"weight": weight, "bias": bias}, input.ndim - 1, _turned_gradient)
+    return Call("linear", input, {"weight": weight, "bias": bias}, input.ndim - 1, _turned)
 
 
 def _convolution(transposed: bool):
@@ -212,12 +214,12 @@ def _convolution(transposed: bool):
         if input.ndim != dimensions + 2:  # one image without a batch dimension
             return None
         kernel = tuple(weight.shape[2:])
-        stride, dilation = per_dimension(stride, dimensions), per_dimension(dilation, dimensions)
+        stride, dilation = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)
         if padding == "same":
             extra = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             pads = tuple((n // 2, n - n // 2) for n in extra)
         else:
-            pads = tuple((n, n) for n in per_dimension(0 if padding == "valid" else padding, dimensions))
+            pads = tuple((n, n) for n in _per_dimension(0 if padding == "valid" else padding, dimensions))
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         windows, shape = Windows(kernel, stride, dilation, pads), tuple(weight.shape)
 
@@ -267,57 +269,37 @@ def _rows_of_table(entry, table, index) -> Call | None:
     return call._replace(gradient=gradient)
 
 
-def _layer_norm(entry, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
-    rows = input.ndim - len(normalized_shape)
-    return _norm(F.layer_norm, input, weight, bias, rows, True, normalized_shape=normalized_shape, eps=eps)
+# The names of the arguments, in order.
+_NORMS = {
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+}
 
 
-def _rms_norm(entry, input, normalized_shape, weight=None, eps=None) -> Call:
-    rows = input.ndim - len(normalized_shape)
-    return _norm(F.rms_norm, input, weight, None, rows, True, normalized_shape=normalized_shape, eps=eps)
-
-
-def _group_norm(entry, input, num_groups, weight=None, bias=None, eps=1e-5) -> Call:
-    return _norm(F.group_norm, input, weight, bias, 1, False, num_groups=num_groups, eps=eps)
-
-
-def _batch_norm(
-    entry, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-) -> Call | None:
-    if training:
-        return None
-    options = {"running_mean": running_mean, "running_var": running_var, "eps": eps}
-    return _norm(F.batch_norm, input, weight, bias, 1, False, **options)
-
-
-def _instance_norm(
-    entry,
-    input,
-    running_mean=None,
-    running_var=None,
-    weight=None,
-    bias=None,
-    use_input_stats=True,
-    momentum=0.1,
-    eps=1e-5,
-) -> Call:
-    # Statistics of the input are the sample's own, and the running ones are only updated then, by the call itself.
-    running = {} if use_input_stats else {"running_mean": running_mean, "running_var": running_var}
-    options = {"use_input_stats": use_input_stats, "eps": eps, **running}
-    return _norm(F.instance_norm, input, weight, bias, 1, False, **options)
-
-
-def _norm(func, input, weight, bias, rows, positions, **options) -> Call:
+def _norm(entry: Entry, *args, **kwargs) -> Call | None:
     """``y = x̂ ⊙ w + b``: Σ over a sample's positions of δ ⊙ x̂, and of δ."""
-    parameters = {role: p for role, p in (("weight", weight), ("bias", bias)) if p is not None}
-    shapes = {role: tuple(p.shape) for role, p in parameters.items()}
+    options = dict(zip(_NORMS[entry.func], args, strict=False)) | kwargs
+    input, func = options.pop("input"), entry.func
+    given = {role: options.pop(role, None) for role in ("weight", "bias")}
+    parameters = {role: parameter for role, parameter in given.items() if parameter is not None}
+    if options.get("training"):  # by what is in the whole batch
+        return None
+    if func is F.instance_norm and options.get("use_input_stats", True):
+        # Statistics of the input are the sample's own, and the running ones are only updated then, by the call itself.
+        options |= {"running_mean": None, "running_var": None}
+    positions = "normalized_shape" in options
+    rows = input.ndim - len(options["normalized_shape"]) if positions else 1
 
-    def gradient(role, input, delta):
+    def gradient(role: str, input: Tensor, delta: Tensor) -> Tensor:
         if role == "weight":
             normalised = func(input, **options).to(delta.dtype)
             delta = delta * normalised if torch.is_grad_enabled() else normalised.mul_(delta)
-        # Channels lie behind the samples, normalised dimensions at the end.
-        return _sum_to(delta, shapes[role]) if positions else delta.flatten(2).sum(2) if delta.ndim > 2 else delta
+        if positions:  # the normalised dimensions lie at the end
+            return _sum_to(delta, tuple(parameters[role].shape))
+        return delta.flatten(2).sum(2) if delta.ndim > 2 else delta  # channels lie behind the samples
 
     return Call("normalisation", input, parameters, rows, gradient, positions)
 
@@ -333,7 +315,7 @@ def _sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if inner == 0 else x.flatten(1, inner).sum(1)
 
 
-def per_dimension(value, dimensions: int) -> tuple[int, ...]:
+def _per_dimension(value, dimensions: int) -> tuple[int, ...]:
     value = (value,) if isinstance(value, int) else tuple(value)
     return value * dimensions if len(value) == 1 else value
 
@@ -348,11 +330,7 @@ _FAST: dict[Callable, Callable[..., Call | None]] = {
     F.embedding: _embedding,
     torch.embedding: _aten_embedding,
     Tensor.__getitem__: _rows_of_table,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    **dict.fromkeys(_NORMS, _norm),
 }
 
 
@@ -390,7 +368,7 @@ _SUB = {"sub", "subtract", "__sub__", "sub_", "__isub__"}
 _RSUB = {"rsub", "__rsub__"}
 _MUL = {"mul", "multiply", "__mul__", "__rmul__"}
 _EXPAND = {"expand", "expand_as", "broadcast_to"}
-_ELEMENTWISE = _ADD | _SUB | _RSUB | _MUL
+_ELEMENTWISE = _ADD | _SUB | _RSUB | _MUL | _EXPAND
 
 
 def _elementwise(entry: Entry, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
@@ -434,29 +412,25 @@ def _reduced(delta: Tensor, operand: Tensor, entry: Entry, rows: Rows, batch: in
 def shares(
     entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool = False
 ) -> tuple[str, list[Share]]:
-    """The gradients of an entry's values, and the name of the rule: ``deltas`` [*output.shape] of each output."""
-    with torch.set_grad_enabled(create_graph):
-        return _shares(entry, deltas, rows, batch, create_graph)
-
-
-def _shares(entry, deltas, rows, batch: int, create_graph: bool) -> tuple[str, list[Share]]:
+    """The name of the rule, and the gradients of an entry's values: ``deltas`` [*output.shape] of each output."""
     call = bind(entry)
     if entry.overwritten() and (call is not None or entry.name in _MUL):
         raise CaptureError(
-            f"{listed(sorted(entry.names))}: the input of {entry.name} was modified in place after the call had used it, "
-            "so that the gradient can no longer be computed; make that operation out of place"
+            f"{listed(sorted(entry.names))}: the input of {entry.name} was modified in place after the call had used "
+            "it, so that the gradient can no longer be computed; make that operation out of place"
         )
-    if call is not None:
-        if not create_graph:
-            call = call._replace(input=call.input.detach())
-        found = _by_rule(entry, call, deltas[0], rows[0], batch)
-        if found is not None:
-            return call.rule, found
-    if len(deltas) == 1 and (entry.name in _ELEMENTWISE or entry.name in _EXPAND):
-        found = _elementwise(entry, deltas[0], rows[0], batch)
-        if found is not None:
-            return "elementwise", found
-    return "general", general(entry, deltas, rows, batch, create_graph)
+    with torch.set_grad_enabled(create_graph):
+        if call is not None:
+            if not create_graph:
+                call = call._replace(input=call.input.detach())
+            found = _by_rule(entry, call, deltas[0], rows[0], batch)
+            if found is not None:
+                return call.rule, found
+        if len(deltas) == 1 and entry.name in _ELEMENTWISE:
+            found = _elementwise(entry, deltas[0], rows[0], batch)
+            if found is not None:
+                return "elementwise", found
+        return "general", _general(entry, deltas, rows, batch, create_graph)
 
 
 def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
@@ -488,14 +462,14 @@ def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) ->
     return found
 
 
-def general(
+def _general(
     entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
 ) -> list[Share]:
-    sliceable = not (entry.in_place or entry.overwritten() or any(r.owners is not None for r in rows))
-    sliceable = sliceable and not row_rules.capturing(deltas[0])  # what slices give is compared, by a look at it
-    # Whose gradient may be scaled by what is in the whole batch, which shows in no output.
-    sliceable = sliceable and entry.name not in ("embedding", "embedding_bag")
-    if batch > 1 and sliceable and not create_graph:
+    sliceable = batch > 1 and not (create_graph or entry.in_place or entry.overwritten())
+    sliceable = sliceable and all(r.owners is None for r in rows)
+    # Slices are compared with what the call gave, by a look at them. A gradient that is scaled by what is in the whole
+    # batch shows in no output.
+    if sliceable and not row_rules.capturing(deltas[0]) and entry.name not in ("embedding", "embedding_bag"):
         with torch.autocast(entry.autocast[0], dtype=entry.autocast[1]) if entry.autocast else contextlib.nullcontext():
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
@@ -516,8 +490,7 @@ def general(
 def mixes(entry: Entry, rows: Sequence[Rows]) -> bool:
     """Whether the call itself makes samples depend on each other: what its output's rows alone do not show."""
     if entry.name == "batch_norm":
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-        given = dict(zip(names, entry.args, strict=False)) | entry.kwargs
+        given = dict(zip(_NORMS[F.batch_norm], entry.args, strict=False)) | entry.kwargs
         return bool(given.get("training", False))
     if entry.name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         data, batch_first = entry.args[0], entry.args[-1] is True
@@ -545,8 +518,8 @@ def _again(entry: Entry) -> Entry:
     pairs = [(new[None], former.detach()[None]) for new, former in zip(outputs, entry.outputs, strict=False)]
     if len(outputs) != len(entry.outputs) or not all(_close(new, former) for new, former in pairs):
         raise CaptureError(
-            f"{listed(sorted(entry.names))}: the gradient at {entry.name} needs the graph of the training step, which its "
-            "backward has freed; call watch.factors(losses) before it"
+            f"{listed(sorted(entry.names))}: the gradient at {entry.name} needs the graph of the training step, which "
+            "its backward has freed; call watch.factors(losses) before it"
         )
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}
     ends = [get_gradient_edge(output) for output in outputs]
@@ -593,81 +566,75 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int) -> list[Share] | None:
-    """A vmapped vjp of the call over the samples' slices of its arguments; None where it is no function of these."""
+    """A vmapped vjp of the call over the samples' slices of its arguments; None where it is no function of these.
+
+    An argument is taken for samples where it has their dimension's size, counted from the left or from the right;
+    values only if it does not go without.
+    """
+    out, first = entry.outputs[0], rows[0]
     leaves, structure = pytree.tree_flatten((entry.args, entry.kwargs))
-    first, out = rows[0], entry.outputs[0]
-    size = out.shape[first.dim]
-
-    def place(t: Tensor, left: bool) -> int | None:
-        dim = first.dim if left else first.dim - (out.ndim - t.ndim)
-        return dim if 0 <= dim < t.ndim and t.shape[dim] == size and t.layout is torch.strided else None
-
-    places = [[place(t, left) if isinstance(t, Tensor) else None for t in leaves] for left in (True, False)]
-    is_value = [isinstance(t, Tensor) and id(t) in entry.values for t in leaves]
-    tried = set()
+    tried = []
     for own_values in (False, True):
-        for dims in places:
-            chosen = tuple(d if own_values or not is_value[k] else None for k, d in enumerate(dims))
-            if chosen in tried or not any(d is not None for d in chosen):
-                continue
-            tried.add(chosen)
-            found = _vmapped(entry, leaves, structure, is_value, chosen, deltas, rows, batch)
-            if found is not None:
-                return found
+        for from_left in (True, False):
+            dims = {}
+            for k, t in enumerate(leaves):
+                if isinstance(t, Tensor) and t.layout is torch.strided and (own_values or id(t) not in entry.values):
+                    dim = first.dim if from_left else first.dim - (out.ndim - t.ndim)
+                    if 0 <= dim < t.ndim and t.shape[dim] == out.shape[first.dim]:
+                        dims[k] = dim
+            if dims and dims not in tried:
+                tried.append(dims)
+                found = _vmapped(entry, leaves, structure, dims, deltas, rows, batch)
+                if found is not None:
+                    return found
     return None
 
 
-def _vmapped(entry, leaves, structure, is_value, dims, deltas, rows, batch: int) -> list[Share] | None:
-    first = rows[0]
+def _vmapped(
+    entry: Entry, leaves: list, structure, dims: dict[int, int], deltas, rows, batch: int
+) -> list[Share] | None:
+    """``dims``: of those of the arguments ``leaves`` that are cut, the samples' dimension."""
+    pre, post = rows[0].pre, rows[0].post
 
-    def cut(t: Tensor, dim: int) -> Tensor:
+    def cut_rows(t: Tensor, dim: int) -> Tensor:
         """[..., pre · B · post, ...] -> [B, ..., pre · post, ...]."""
-        return t.unflatten(dim, (first.pre, batch, first.post)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
+        return t.detach().unflatten(dim, (pre, batch, post)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
 
-    slices = {k: cut(leaves[k].detach(), d) for k, d in enumerate(dims) if d is not None and not is_value[k]}
-    own = {k: cut(leaves[k].detach(), d) for k, d in enumerate(dims) if d is not None and is_value[k]}
-    whole = {k: leaves[k].detach() for k in range(len(leaves)) if is_value[k] and k not in own}
-    cotangents = [cut(d, r.dim) for d, r in zip(deltas, rows, strict=True)]
-    expected = [cut(o.detach(), r.dim) for o, r in zip(entry.outputs, rows, strict=True)]
+    plain = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+    values = [k for k, t in enumerate(leaves) if isinstance(t, Tensor) and id(t) in entry.values]
+    slices = {k: cut_rows(leaves[k], dim) for k, dim in dims.items()}
+    cotangents = [cut_rows(d, r.dim) for d, r in zip(deltas, rows, strict=True)]
+    expected = [cut_rows(o, r.dim) for o, r in zip(entry.outputs, rows, strict=True)]
 
-    def run(values: dict[int, Tensor], samples: dict[int, Tensor]) -> tuple[Tensor, ...]:
-        new = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
-        for k, t in (*samples.items(), *values.items()):
-            new[k] = t
-        args, kwargs = pytree.tree_unflatten(new, structure)
-        result = entry.func(*args, **kwargs)
-        tensors = [t for t in tensors_of(result) if t.is_floating_point()]
-        return tuple(tensors[: len(entry.outputs)])
+    def one(slices: dict[int, Tensor], cotangents: list[Tensor]):
+        def run(given: dict[int, Tensor]) -> tuple[Tensor, ...]:
+            new = [given.get(k, slices.get(k, t)) for k, t in enumerate(plain)]
+            args, kwargs = pytree.tree_unflatten(new, structure)
+            tensors = [t for t in tensors_of(entry.func(*args, **kwargs)) if t.is_floating_point()]
+            return tuple(tensors[: len(entry.outputs)])
 
-    def one(own, samples, cotangent):
-        outputs, back = torch.func.vjp(lambda values: run(values, samples), whole | own)
-        return outputs, back(tuple(cotangent))[0]
+        outputs, back = torch.func.vjp(run, {k: slices.get(k, plain[k]) for k in values})
+        return outputs, back(tuple(cotangents))[0]
 
     try:
-        outputs, gradients = torch.func.vmap(one)(own, slices, cotangents)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
-        try:  # what torch cannot vectorise: the same, one sample after the other
-            parts = [
-                one({k: t[b] for k, t in own.items()}, {k: t[b] for k, t in slices.items()}, [c[b] for c in cotangents])
-                for b in range(batch)
-            ]
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
-            return None
-        outputs = tuple(torch.stack([part[0][k] for part in parts]) for k in range(len(entry.outputs)))
-        gradients = {k: torch.stack([part[1][k] for part in parts]) for k in parts[0][1]}
+        try:
+            outputs, gradients = torch.func.vmap(one)(slices, cotangents)
+        except _NOT_VECTORISED:  # the same, one sample after the other
+            parts = [one({k: t[b] for k, t in slices.items()}, [c[b] for c in cotangents]) for b in range(batch)]
+            outputs = tuple(map(torch.stack, zip(*(part[0] for part in parts), strict=True)))
+            gradients = {k: torch.stack([part[1][k] for part in parts]) for k in values}
+    except _NOT_VECTORISED:
+        return None
     # The slices were taken by shape. That the call treats each sample by itself shows in what it gives.
     if any(o.shape != e.shape or not _close(o, e) for o, e in zip(outputs, expected, strict=True)):
         return None
     found = []
     for k, gradient in gradients.items():
-        value = entry.values[id(leaves[k])]
-        if k in own:
-            d = dims[k]
-            shape = leaves[k].shape
-            back = gradient.unflatten(d + 1, (first.pre, first.post)).movedim(0, d + 1).reshape(shape)
-            found.append(Share(value, back, first.at(d)))
-        else:
-            found.append(Share(value, gradient))
+        own = None
+        if k in dims:
+            gradient = gradient.unflatten(dims[k] + 1, (pre, post)).movedim(0, dims[k] + 1).reshape(leaves[k].shape)
+            own = rows[0].at(dims[k])
+        found.append(Share(entry.values[id(leaves[k])], gradient, own))
     return found
 
 
@@ -734,15 +701,14 @@ def registered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def registered_call(name: str, module: nn.Module, input: Tensor, given: dict[str, Tensor]) -> Call:
     """``given``: by their names in the module, what stands for its parameters."""
     rule = _registered[type(module)]
-    shapes = {role: tuple(p.shape) for role, p in given.items()}
-    found: dict[int, dict] = {}
+    last: list[Any] = [None, None]  # a delta, and what the rule gives for it: of all parameters at once
 
     def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
-        gradients = found.get(id(delta))
-        if gradients is None:
-            gradients = found[id(delta)] = rule(module, input, delta)
+        if last[0] is not delta:
+            last[:] = delta, rule(module, input, delta)
+        gradients = last[1]
         result = gradients.get(role) if isinstance(gradients, dict) else None
-        shape, came = (delta.shape[0], *shapes[role]), None
+        shape, came = (delta.shape[0], *given[role].shape), None
         if isinstance(result, GradFactors):
             came = (len(result), *(result.weight_shape or result.shape[1:]))
         elif isinstance(result, Tensor):

@@ -35,8 +35,9 @@ class Selection:
 class Coverage:
     """What a result holds and what not.
 
-    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a sample"``,
-    ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it is not there.
+    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a
+    sample"``, ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it
+    is not there.
     """
 
     rules: dict[str, str] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """`watch`: per-sample gradients of every parameter, from the user's own forward and one partial backward.
 
-The public class alone: its arguments, what is changed for the time of its block, and the form of its results. `mode` sees
-the run, `backward` makes gradients of what it saw. Nothing is ever run again with other inputs.
+The public class: its arguments, what is changed for the time of its block, and the form of its results. `mode` sees the
+run, `backward` makes gradients of what it saw. Nothing is ever run again with other inputs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import rules
+from . import ops, rules
 from .backward import Backward, Gradient, Options, held_elsewhere, memory
 from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors, LayerFactors, LayerGrads
@@ -65,9 +65,9 @@ def _gradient_mode() -> Iterator[None]:
 class watch:
     """Per-sample gradients of whatever runs inside: ``with gradext.watch(model) as watch: losses = ...``.
 
-    Any forward, any loss, any inputs: the user's own code. Then `factors` and `grads` give, for each parameter, row b as
-    ∂ losses[b] / ∂ parameter of this very run, with its dropout, its routing and its constants. B is the length of the
-    losses, in whatever dimension the model has its samples.
+    Any forward, any loss, any inputs: the user's own code. Then `factors` and `grads` give, for each parameter, row b
+    as ∂ losses[b] / ∂ parameter of this very run, with its dropout, its routing and its constants. B is the length of
+    the losses, in whatever dimension the model has its samples.
 
     Args:
         model: the module whose parameters are meant; it may be called, or parts of it, any number of times.
@@ -171,21 +171,14 @@ class watch:
 
     def grads(self, losses: Tensor | None = None) -> LayerGrads:
         """The gradients themselves, {parameter name: [B, *parameter.shape]}."""
-        found = self._gradients_of(losses)
-        apart, result = Apart(found), LayerGrads()
-        for name, gradient in found.items():
-            kind = self.parameters[name].dtype
-            written = isinstance(gradient, Tensor)
-            result[name] = apart(gradient.to(kind)) if written else gradient.materialize(dtype=kind)
-        result.coverage = self.coverage
-        return result
+        return layer_grads(self._gradients_of(losses), self.parameters, self.coverage)
 
     def gradients(self, root: Root, weights: Tensor | None = None, *, keep_graph: bool = True) -> dict[str, Gradient]:
         """From where the backward begins; ``weights`` [B] are those of a backward that has run, by ``train``.
 
         keep_graph: the graph of the losses, for further calls.
         """
-        with _gradient_mode(), requiring_grad(self.parameters.values()):
+        with lock_of(self._model), _gradient_mode(), requiring_grad(self.parameters.values()):
             return Backward(self._finished(), self._options, self.coverage, root, weights, keep_graph).run()
 
     def _gradients_of(self, losses: Tensor | None) -> dict[str, Gradient]:
@@ -313,9 +306,7 @@ def _exchange(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 def layer_factors(found: dict[str, Gradient], coverage: Coverage) -> LayerFactors:
     """The gradients of a run in factored form."""
-    result = LayerFactors((name, _as_factors(name, gradient)) for name, gradient in found.items())
-    result.coverage = coverage
-    return result
+    return LayerFactors({name: _as_factors(name, gradient) for name, gradient in found.items()}, coverage=coverage)
 
 
 def _as_factors(name: str, gradient: Gradient) -> GradFactors:
@@ -323,8 +314,8 @@ def _as_factors(name: str, gradient: Gradient) -> GradFactors:
         return gradient.compact()
     if gradient.is_complex():
         raise UnsupportedLayerError(
-            f"{name}: expected a real parameter, as factors hold real numbers, but it is {gradient.dtype}; leave it out "
-            "with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
+            f"{name}: expected a real parameter, as factors hold real numbers, but it is {gradient.dtype}; leave it "
+            "out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
         )
     return GradFactors.of(gradient)
 
@@ -342,19 +333,40 @@ def kept_apart(factors: LayerFactors, held: Iterable[Tensor] = ()) -> LayerFacto
             copies[id(t)] = t.clone() if shared(t) else t
         return copies[id(t)]
 
-    result = type(factors)((name, f._map(own)) for name, f in factors.items())
-    result.coverage = factors.coverage
-    return result
+    return factors._map(lambda f: f._map(own))
 
 
-class Apart:
-    """Results with memory of their own: a bias's gradient is a delta, which autograd may have given others too."""
-
-    def __init__(self, found: dict[str, Gradient]) -> None:
-        self.taken = {memory(t) for f in found.values() if isinstance(f, GradFactors) for t in f._tensors()}
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        if memory(gradient) in self.taken or 0 in gradient.stride():
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-        self.taken.add(memory(gradient))
-        return gradient
+def layer_grads(
+    found: dict[str, Gradient],
+    parameters: Mapping[str, Tensor],
+    coverage: Coverage,
+    *,
+    out: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> LayerGrads:
+    """The gradients of a run themselves, written into ``out`` where it has a tensor for them."""
+    out = out or {}
+    kinds = {name: None if name in out else dtype or parameters[name].dtype for name in found}
+    products = {
+        name: ops.Product(gradient.delta, gradient.activation, out.get(name), kinds[name])
+        for name, gradient in found.items()
+        if type(gradient) is GradFactors and gradient.weight_shape is None
+    }
+    grads = LayerGrads(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
+    # A bias's gradient is a delta, which autograd may have given others too: each result has memory of its own.
+    taken = {memory(t) for f in found.values() if isinstance(f, GradFactors) for t in f._tensors()}
+    for name, gradient in found.items():
+        if name in grads:
+            continue
+        if isinstance(gradient, GradFactors):
+            grads[name] = gradient.materialize(out=out.get(name), dtype=kinds[name], backend=backend)
+        elif name in out:
+            grads[name] = out[name].copy_(gradient)
+        else:
+            gradient = gradient.to(kinds[name])
+            if memory(gradient) in taken or 0 in gradient.stride():
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+            taken.add(memory(gradient))
+            grads[name] = gradient
+    return LayerGrads({name: grads[name] for name in found}, coverage=coverage)
