@@ -1,4 +1,7 @@
-"""`batch_layer_grads` and `batch_layer_factors`: arguments and errors; `watch` does the work."""
+"""`batch_layer_grads` and `batch_layer_factors`: arguments, ``out=`` and errors; `watch` does the work.
+
+Nothing here knows how a gradient is found.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .backward import Gradient
 from .errors import CaptureError, NonFiniteError
-from .factors import GradFactors, LayerFactors, LayerGrads
+from .factors import LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
+from .rules import tensors_of
 from .selection import LayerChoice
-from .watch import Apart, _as_factors, _tensors_of, kept_apart, watch
+from .watch import kept_apart, layer_factors, layer_grads, watch
 
 
 def batch_layer_grads(
@@ -76,29 +81,10 @@ def batch_layer_grads(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, ops.DTYPES))}, but got {dtype}")
     if out is not None and create_graph:
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
-    found, watched = _gradients(
-        model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite, create_graph
-    )
-    parameters = watched._selection.chosen
-    given = _check_outs(out, found, parameters, dtype)
-    kinds = {name: None if name in given else dtype or parameters[name].dtype for name in found}
-    products = {
-        name: ops.Product(gradient.delta, gradient.activation, given.get(name), kinds[name])
-        for name, gradient in found.items()
-        if type(gradient) is GradFactors and gradient.weight_shape is None
-    }
-    written = dict(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
-    grads = LayerGrads()
-    apart = Apart(found)
-    for name, gradient in found.items():
-        if name in written:
-            grads[name] = written[name]
-        elif isinstance(gradient, Tensor):
-            grads[name] = given[name].copy_(gradient) if name in given else apart(gradient.to(kinds[name]))
-        else:
-            grads[name] = gradient.materialize(out=given.get(name), dtype=kinds[name], backend=backend)
-    grads.coverage = watched.coverage
-    return grads
+    choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
+    found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
+    given = _check_outs(out, found, watched.parameters, dtype)
+    return layer_grads(found, watched.parameters, watched.coverage, out=given, dtype=dtype, backend=backend)
 
 
 def batch_layer_factors(
@@ -128,29 +114,17 @@ def batch_layer_factors(
     >>> factors.norm().shape
     torch.Size([5])
     """
-    found, watched = _gradients(
-        model, x, loss, target, layers, exclude, fallback, mixing, segments, check_finite, create_graph
-    )
-    result = LayerFactors((name, _as_factors(name, gradient)) for name, gradient in found.items())
-    result.coverage = watched.coverage
+    choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
+    found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
+    result = layer_factors(found, watched.coverage)
     del found, watched  # with the graph
     return kept_apart(result)
 
 
 def _gradients(
-    model: nn.Module,
-    x: Any,
-    loss: str | PerSampleLoss,
-    target: Any,
-    layers: LayerChoice,
-    exclude: LayerChoice,
-    fallback: str | None,
-    mixing: str,
-    segments: Tensor | None,
-    check_finite: bool,
-    create_graph: bool,
-) -> tuple[dict[str, GradFactors | Tensor], watch]:
-    """The per-sample gradient of every chosen parameter, in the form that its rule gives."""
+    model, x, loss, target, check_finite: bool, create_graph: bool, **choice
+) -> tuple[dict[str, Gradient], watch]:
+    """The per-sample gradient of every chosen parameter, in the form that its rule gives; ``choice`` as for `watch`."""
     if create_graph and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "create_graph: expected False under torch.inference_mode(), which keeps no graph; leave inference mode"
@@ -159,23 +133,12 @@ def _gradients(
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
     x, target = as_constant(x), as_constant(target)
     args, kwargs = as_call(x, model)
-    tensors = _tensors_of([args, kwargs])
+    tensors = tensors_of([args, kwargs])
     if not tensors:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
-    watched = watch(
-        model,
-        layers=layers,
-        exclude=exclude,
-        fallback=fallback,
-        mixing=mixing,
-        segments=segments,
-        inputs=[args, kwargs, target],
-        create_graph=create_graph,
-    )
-    watched._retain = False
-    _check_device(watched._selection.chosen, tensors[0])
-    if target is None:
-        target = tensors[0]
+    watched = watch(model, inputs=[args, kwargs, target], create_graph=create_graph, **choice)
+    _check_device(watched.parameters, tensors[0])
+    target = tensors[0] if target is None else target
     versions = [(t, t._version) for t in tensors if not t.is_inference()]
     # Replicas exchange gradients in the backward of a wrapped model, and wait for each other: there is nothing to wait
     # for here.
@@ -185,14 +148,14 @@ def _gradients(
             output = output_of(runs(*args, **kwargs), loss)
             if any(target is t and t._version != version for t, version in versions):
                 raise CaptureError(
-                    "x: the model overwrites its input in place, which is the target too; pass a target= of its own, or "
-                    "make that operation out of place"
+                    "x: the model overwrites its input in place, which is the target too; pass a target= of its own, "
+                    "or make that operation out of place"
                 )
             root = backward_root(loss, output, target, create_graph=create_graph)
-        found = watched.gradients(root)
+        found = watched.gradients(root, keep_graph=False)
     if check_finite:
         for name, gradient in found.items():
-            for tensor in [gradient] if isinstance(gradient, Tensor) else _parts(gradient):
+            for tensor in _parts(gradient):
                 _refuse_non_finite(name, tensor, root.gradient.shape[0])
     return found, watched
 
@@ -210,17 +173,15 @@ def _takes(model: nn.Module, keywords: Mapping) -> bool:
     """Whether forward takes these keywords; where it cannot be told, it does."""
     try:
         signature = inspect.signature(model.forward)
-        signature.bind(**keywords)
-    except TypeError:
-        required = [
-            p
-            for p in signature.parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        return len(required) != 1 or required[0].name in keywords
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return True
-    return True
+    try:
+        signature.bind(**keywords)
+        return True
+    except TypeError:
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in positional]
+        return len(required) != 1 or required[0] in keywords
 
 
 def as_constant(value: Any) -> Any:
@@ -248,11 +209,10 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if kept:
-            with torch.no_grad():
-                for module, name, buffer, value in kept:
-                    module._buffers[name] = buffer
-                    buffer.copy_(value)
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
 
 
 def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
@@ -277,17 +237,13 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
 def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:
     devices = {parameter.device for parameter in parameters.values()}
     if len(devices) == 1 and x.device not in devices:
-        (device,) = devices
         raise ValueError(
-            f"x: expected a tensor on the model's device {device}, but got one on {x.device}; use x.to(...)"
+            f"x: expected a tensor on the model's device {devices.pop()}, but got one on {x.device}; use x.to(...)"
         )
 
 
 def _check_outs(
-    out: Mapping[str, Tensor] | None,
-    found: dict[str, GradFactors | Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    dtype: torch.dtype | None,
+    out: Mapping[str, Tensor] | None, found: dict[str, Gradient], parameters: Mapping[str, Tensor], dtype
 ) -> dict[str, Tensor]:
     if out is None:
         return {}
@@ -304,17 +260,9 @@ def _check_outs(
     return dict(out)
 
 
-def _parts(gradient: GradFactors | Tensor) -> list[Tensor]:
+def _parts(gradient: Gradient) -> tuple[Tensor, ...]:
     """What a gradient is made of."""
-    if isinstance(gradient, Tensor):
-        return [gradient]
-    found = []
-    for value in vars(gradient).values():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [t for part in value if isinstance(part, GradFactors) for t in _parts(part)]
-    return found
+    return (gradient,) if isinstance(gradient, Tensor) else gradient._tensors()
 
 
 def _refuse_non_finite(name: str, tensor: Tensor, batch: int) -> None:

@@ -1,7 +1,8 @@
 """Per-sample losses: ``(output [B, ...], target) -> loss [B]``, summed over the sample's own elements.
 
-They are never divided by the batch size, so that the gradient of a sample does not depend on its company. What capture
-needs of a loss is not its value but where the backward begins, and with which gradient: `backward_root`.
+They are never divided by the batch size, so that the gradient of a sample does not depend on how many others there are.
+A partial backward needs not the value of a loss but where it begins, and with which gradient: `backward_root`. Nothing
+here knows about parameters.
 """
 
 from __future__ import annotations
@@ -49,26 +50,14 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return _sum(F.cross_entropy(output, target, reduction="none"))
 
 
-LOSSES: dict[str, PerSampleLoss] = {
-    "bce": bce,
-    "bce_logits": bce_logits,
-    "mse": mse,
-    "cross_entropy": cross_entropy,
-}
+LOSSES: dict[str, PerSampleLoss] = {f.__name__: f for f in (bce, bce_logits, mse, cross_entropy)}
 
 
 def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     """The value of ``loss``, as `backward_root` understands it -> [B]."""
-    if not callable(loss):
-        loss, target = _checked_target(loss, output, target)
-    return loss_values(loss, output, target)
-
-
-def loss_values(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
-    """As `per_sample_loss` for a loss that `resolve` has seen: nothing here depends on values, so that it traces."""
     if callable(loss):
         return _checked_values(loss(output, target))
-    target = target if loss == "cross_entropy" else target.reshape(output.shape)
+    loss, target = _checked_target(loss, output, target)
     return _in_full_precision(LOSSES[loss], output, target)
 
 
@@ -179,8 +168,8 @@ def _checked_target(loss: str, output: Tensor, target: Tensor) -> tuple[str, Ten
         flat = min(target.ndim, output.ndim) <= 2
         if target.shape[:1] != output.shape[:1] or target.numel() != output.numel() or not flat:
             raise ValueError(
-                f"target: expected the model output's shape {tuple(output.shape)} (or one of both flat, [B, elements]), "
-                f"but got {tuple(target.shape)}; pass target= if the model does not reconstruct its input"
+                f"target: expected the model output's shape {tuple(output.shape)} (or one of both flat, [B, "
+                f"elements]), but got {tuple(target.shape)}; pass target= if the model does not reconstruct its input"
             )
         target = target.reshape(output.shape)
     asked = loss

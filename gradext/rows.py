@@ -7,8 +7,9 @@ other weights. Nothing here knows about parameters, modules or rules of gradient
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class Structure:
     """What the graph of the losses tells."""
 
     batch: int
+    checked: bool = False  # whether states may depend on values, by `checks`
     states: dict[tuple[Node, int], State] = field(default_factory=dict)  # of each output of a node's function
     leaves: dict[int, Tensor] = field(default_factory=dict)  # reached, by id
     checks: list[Tensor] = field(default_factory=list)  # booleans on the device that the states depend on
@@ -79,7 +81,7 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
 
     With ``checked`` states may depend on values, which `Structure.checks` gathers; without, these are unproved.
     """
-    found = Structure(batch)
+    found = Structure(batch, checked)
     if root is None:
         return found
     found.states[(root.node, root.output_nr)] = Rows(0)
@@ -95,7 +97,7 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
             found.leaves[id(leaf)] = leaf
             continue
         outputs = [found.states.get((node, k)) for k in range(len(node._input_metadata))]
-        states = _input_states(node, name, outputs, found, checked)
+        states = _input_states(node, name, outputs, found)
         for (below, place), state in zip(node.next_functions, states, strict=True):
             if below is not None and state is not None:
                 key = (below, place)
@@ -105,14 +107,14 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
 
 
 def _reach(root: Node, ends: set[Node], found: Structure) -> None:
-    states, seen, stack = found.states, {root}, [root]
+    first, seen, stack = Rows(0), {root}, [root]
     while stack:
         node = stack.pop()
         found.kinds.add(node.name())
         for below, place in node.next_functions:
             if below is None:
                 continue
-            states[below, place] = _FIRST
+            found.states[below, place] = first
             if below not in seen:
                 seen.add(below)
                 leaf = getattr(below, "variable", None)
@@ -122,30 +124,25 @@ def _reach(root: Node, ends: set[Node], found: Structure) -> None:
                     stack.append(below)
 
 
-_FIRST = Rows(0)
-
-
 def _in_order(root: Node, ends: set[Node]) -> list[Node]:
     """The nodes, each after all that its function's outputs go to."""
-    uses: dict[Node, int] = {root: 0}
-    stack = [root]
+    below: dict[Node, list[Node]] = {}
+    uses, stack = {root: 0}, [root]
     while stack:
         node = stack.pop()
-        for below, _ in () if node in ends else node.next_functions:
-            if below is not None:
-                if below not in uses:
-                    uses[below] = 0
-                    stack.append(below)
-                uses[below] += 1
+        below[node] = [] if node in ends else [source for source, _ in node.next_functions if source is not None]
+        for source in below[node]:
+            if source not in uses:
+                uses[source] = 0
+                stack.append(source)
+            uses[source] += 1
     order, ready = [], [root]
     while ready:
-        node = ready.pop()
-        order.append(node)
-        for below, _ in () if node in ends else node.next_functions:
-            if below is not None:
-                uses[below] -= 1
-                if not uses[below]:
-                    ready.append(below)
+        order.append(ready.pop())
+        for source in below[order[-1]]:
+            uses[source] -= 1
+            if not uses[source]:
+                ready.append(source)
     return order
 
 
@@ -165,207 +162,43 @@ def _merged(a: State, b: State, name: str) -> State:
 
 # --- what each kind of node does -------------------------------------------------------------------------------------
 
-_POINTWISE = set(
-    [
-        "Abs",
-        "Acos",
-        "Acosh",
-        "Add",
-        "Addcdiv",
-        "Addcmul",
-        "Alias",
-        "Asin",
-        "Asinh",
-        "Atan",
-        "Atan2",
-        "Atanh",
-        "BinaryCrossEntropy",
-        "BinaryCrossEntropyWithLogits",
-        "Ceil",
-        "Celu",
-        "Clamp",
-        "ClampMax",
-        "ClampMin",
-        "Clone",
-        "Copy",
-        "Copysign",
-        "Cos",
-        "Cosh",
-        "Div",
-        "Elu",
-        "Erf",
-        "Erfc",
-        "Erfinv",
-        "Exp",
-        "Exp2",
-        "Expand",
-        "Expm1",
-        "Floor",
-        "Fmod",
-        "Frac",
-        "Gelu",
-        "Hardshrink",
-        "Hardsigmoid",
-        "Hardswish",
-        "Hardtanh",
-        "Huber",
-        "HuberLoss",
-        "Hypot",
-        "LeakyRelu",
-        "Lerp",
-        "Lgamma",
-        "LiftFresh",
-        "Log",
-        "Log10",
-        "Log1P",
-        "Log2",
-        "LogSigmoid",
-        "Logaddexp",
-        "Logaddexp2",
-        "Logit",
-        "MaskedFill",
-        "Maximum",
-        "Minimum",
-        "Mish",
-        "MseLoss",
-        "Mul",
-        "NanToNum",
-        "NativeDropout",
-        "Neg",
-        "Polar",
-        "Pow",
-        "PreluKernel",
-        "RRelu",
-        "RreluWithNoise",
-        "Real",
-        "Reciprocal",
-        "Relu",
-        "Remainder",
-        "Round",
-        "Rsqrt",
-        "Rsub",
-        "Sgn",
-        "Sigmoid",
-        "Sign",
-        "Silu",
-        "Sin",
-        "Sinc",
-        "Sinh",
-        "SmoothL1Loss",
-        "Softplus",
-        "Softshrink",
-        "Special",
-        "Sqrt",
-        "Square",
-        "Sub",
-        "Tan",
-        "Tanh",
-        "Threshold",
-        "ToCopy",
-        "Trunc",
-        "Where",
-        "Xlogy",
-        "FusedDropout",
-        "CopyBackwards",
-        "ViewAs",
-        "Positive",
-        "ToDense",
-        "Angle",
-        "Conj",
-        "ConjPhysical",
-        "Complex",
-        "ViewAsReal",
-        "ViewAsComplex",
-        "GluJvp",
-        "SpecialXlog1Py",
-        "SpecialEntr",
-        "SpecialExpit",
-        "SpecialErfcx",
-        "Digamma",
-    ]
-)
-_SAME_ORDER = set(
-    ["View", "UnsafeView", "ReshapeAlias", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Unflatten", "Contiguous"]
-)
-_REDUCTIONS = set(
-    [
-        "Sum",
-        "Mean",
-        "Var",
-        "Std",
-        "Norm",
-        "LinalgVectorNorm",
-        "Amax",
-        "Amin",
-        "Logsumexp",
-        "Max",
-        "Min",
-        "Prod",
-        "Median",
-        "Nanmedian",
-        "Nansum",
-        "Kthvalue",
-        "Mode",
-        "VarMean",
-        "StdMean",
-    ]
-)
-_ALONG = set(
-    [
-        "Softmax",
-        "LogSoftmax",
-        "SafeSoftmax",
-        "MaskedSoftmax",
-        "Cumsum",
-        "Cumprod",
-        "Cummax",
-        "Cummin",
-        "Logcumsumexp",
-        "Sort",
-        "Topk",
-        "Flip",
-        "Roll",
-        "Glu",
-        "Renorm",
-    ]
-)
+_POINTWISE = {
+    "Abs", "Acos", "Acosh", "Add", "Addcdiv", "Addcmul", "Alias", "Asin", "Asinh", "Atan", "Atan2", "Atanh",
+    "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "Ceil", "Celu", "Clamp", "ClampMax", "ClampMin", "Clone",
+    "Copy", "Copysign", "Cos", "Cosh", "Div", "Elu", "Erf", "Erfc", "Erfinv", "Exp", "Exp2", "Expand", "Expm1",
+    "Floor", "Fmod", "Frac", "Gelu", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "Huber", "HuberLoss",
+    "Hypot", "LeakyRelu", "Lerp", "Lgamma", "LiftFresh", "Log", "Log10", "Log1P", "Log2", "LogSigmoid", "Logaddexp",
+    "Logaddexp2", "Logit", "MaskedFill", "Maximum", "Minimum", "Mish", "MseLoss", "Mul", "NanToNum",
+    "NativeDropout", "Neg", "Polar", "Pow", "PreluKernel", "RRelu", "RreluWithNoise", "Real", "Reciprocal", "Relu",
+    "Remainder", "Round", "Rsqrt", "Rsub", "Sgn", "Sigmoid", "Sign", "Silu", "Sin", "Sinc", "Sinh", "SmoothL1Loss",
+    "Softplus", "Softshrink", "Special", "Sqrt", "Square", "Sub", "Tan", "Tanh", "Threshold", "ToCopy", "Trunc",
+    "Where", "Xlogy", "FusedDropout", "CopyBackwards", "ViewAs", "Positive", "ToDense", "Angle", "Conj",
+    "ConjPhysical", "Complex", "ViewAsReal", "ViewAsComplex", "GluJvp", "SpecialXlog1Py", "SpecialEntr",
+    "SpecialExpit", "SpecialErfcx", "Digamma",
+}  # fmt: skip
+_SAME_ORDER = {
+    "View", "UnsafeView", "ReshapeAlias", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Unflatten", "Contiguous",
+}  # fmt: skip
+_REDUCTIONS = {
+    "Sum", "Mean", "Var", "Std", "Norm", "LinalgVectorNorm", "Amax", "Amin", "Logsumexp", "Max", "Min", "Prod",
+    "Median", "Nanmedian", "Nansum", "Kthvalue", "Mode", "VarMean", "StdMean",
+}  # fmt: skip
+_ALONG = {
+    "Softmax", "LogSoftmax", "SafeSoftmax", "MaskedSoftmax", "Cumsum", "Cumprod", "Cummax", "Cummin",
+    "Logcumsumexp", "Sort", "Topk", "Flip", "Roll", "Glu", "Renorm",
+}  # fmt: skip
 # Each image by itself, each channel by itself.
-_BY_CHANNEL = set(
-    [
-        "MaxPool2DWithIndices",
-        "MaxPool3DWithIndices",
-        "AvgPool2D",
-        "AvgPool3D",
-        "AdaptiveAvgPool2D",
-        "AdaptiveAvgPool3D",
-        "AdaptiveMaxPool2D",
-        "AdaptiveMaxPool3D",
-        "MkldnnMaxPool2D",
-        "MkldnnAdaptiveAvgPool2D",
-        "FractionalMaxPool2D",
-        "MaxUnpool2D",
-        "UpsampleNearest1D",
-        "UpsampleNearest2D",
-        "UpsampleNearest3D",
-        "UpsampleNearestExact1D",
-        "UpsampleNearestExact2D",
-        "UpsampleBilinear2D",
-        "UpsampleBicubic2D",
-        "UpsampleLinear1D",
-        "UpsampleTrilinear3D",
-        "UpsampleBilinear2DAa",
-        "UpsampleBicubic2DAa",
-        "ReflectionPad1D",
-        "ReflectionPad2D",
-        "ReflectionPad3D",
-        "ReplicationPad1D",
-        "ReplicationPad2D",
-        "ReplicationPad3D",
-    ]
-)
-_BY_IMAGE = set(
-    ["NativeGroupNorm", "GridSampler2D", "GridSampler3D", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle"]
-)
+_BY_CHANNEL = {
+    "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D",
+    "AdaptiveAvgPool3D", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "MkldnnMaxPool2D", "MkldnnAdaptiveAvgPool2D",
+    "FractionalMaxPool2D", "MaxUnpool2D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D",
+    "UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleBilinear2D", "UpsampleBicubic2D",
+    "UpsampleLinear1D", "UpsampleTrilinear3D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa", "ReflectionPad1D",
+    "ReflectionPad2D", "ReflectionPad3D", "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D",
+}  # fmt: skip
+_BY_IMAGE = {
+    "NativeGroupNorm", "GridSampler2D", "GridSampler3D", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle",
+}  # fmt: skip
 
 _OFFSET = 1 << 63
 
@@ -374,9 +207,8 @@ def _signed(value: int, ndim: int) -> int:
     return (value - 2 * _OFFSET if value >= _OFFSET else value) % max(1, ndim)
 
 
-def _input_states(
-    node: Node, name: str, outputs: list[State | None], found: Structure, checked: bool
-) -> Sequence[State | None]:
+def _input_states(node: Node, name: str, outputs: list[State | None], found: Structure) -> Sequence[State | None]:
+    """The states of a node's inputs, from those of its outputs."""
     inputs = node.next_functions
     known = [state for state in outputs if state is not None]
     if all(isinstance(state, Shared) for state in known):
@@ -386,34 +218,33 @@ def _input_states(
         return [unproved._replace(hint=None)] * len(inputs)
     shapes = [None if below is None else tuple(below._input_metadata[k].shape) for below, k in inputs]
     kind = name.rstrip("0123456789").removesuffix("Backward")
-    states = None
+    states: list[State | None] = [None] * len(inputs)
     for k, state in enumerate(outputs):
         if state is None:
             continue
-        here = _states_of(node, kind, k, state, tuple(node._input_metadata[k].shape), shapes, found, checked)
+        if isinstance(state, Shared):
+            here: list[State | None] | None = [SHARED] * len(inputs)
+        else:
+            here = _states_of(node, kind, k, state, tuple(node._input_metadata[k].shape), shapes, found)
         if here is None:
             return [Unproved(name, state if isinstance(state, Rows) else None)] * len(inputs)
-        here = [Unproved(name) if s is _LOST else s for s in here]
-        if states is None:
-            states = here
-        else:
-            states = [a if b is None else b if a is None else _merged(a, b, name) for a, b in zip(states, here)]
-    return states if states is not None else [None] * len(inputs)
+        for j, new in enumerate(here):
+            new = Unproved(name) if new is _LOST else new
+            former = states[j]
+            states[j] = new if former is None else former if new is None else _merged(former, new, name)
+    return states
 
 
 _LOST = Unproved("")
 
 
-def _states_of(node, kind, k, state, shape, shapes, found: Structure, checked: bool):
-    """The states of the inputs for that of output ``k``; None where the kind is not known."""
-    if isinstance(state, Shared):
-        return [SHARED] * len(shapes)
-    d, batch = state.dim, found.batch
-    rank = len(shape)
+def _states_of(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> list[State | None] | None:
+    """The states of the inputs for that of output ``k``, of ``shape``; None where the kind is not known."""
+    d, rank = state.dim, len(shape)
     if kind in _POINTWISE:
         return [_aligned(state, shape, s) for s in shapes]
     if kind in _SAME_ORDER:
-        return [_reshaped(state, shape, shapes[0], batch)]
+        return [_reshaped(state, shape, shapes[0], found.batch)]
     if kind in ("T", "Numpy_T"):
         return [state.at(rank - 1 - d)]
     if kind == "Transpose":
@@ -421,45 +252,55 @@ def _states_of(node, kind, k, state, shape, shapes, found: Structure, checked: b
         return [state.at(b if d == a else a if d == b else d)]
     if kind == "Permute":
         return [state.at(_signed(node._saved_dims[d], rank))]
-    if kind == "Movedim":
-        return None
     if kind in _REDUCTIONS and shapes[0] is not None:
-        before = len(shapes[0])
-        if before == rank:  # keepdim
-            return [state] if shapes[0][d] == shape[d] else None
-        saved = getattr(node, "_saved_dim", None)
-        saved = (saved,) if isinstance(saved, int) else saved
-        if not saved:
-            return None
-        reduced = {_signed(dim, before) for dim in saved}
-        return [state.at([dim for dim in range(before) if dim not in reduced][d])]
+        return _of_reduction(node, state, shape, shapes[0])
     if kind in _ALONG:
         saved = getattr(node, "_saved_dims", None) or getattr(node, "_saved_dim", None)
         along = {_signed(dim, rank) for dim in ((saved,) if isinstance(saved, int) else saved)}
         return [_LOST if d in along else state]
     if kind in ("Mm", "Bmm"):
-        return _product(state, rank, shapes, 0)
+        return _of_product(state, rank)
     if kind in ("Addmm", "Baddbmm", "Addbmm"):
-        return [_aligned(state, shape, shapes[0]), *_product(state, rank, shapes[1:], 0)]
+        return [_aligned(state, shape, shapes[0]), *_of_product(state, rank)]
     if kind == "Mv":
         return [state, SHARED]
+    if kind == "BackwardHookFunction":
+        return [state if j == k else None for j in range(len(shapes))]
+    for rule in (_of_layer, _of_loss, _of_parts):
+        states = rule(node, kind, k, state, shape, shapes, found)
+        if states is not None:
+            return states
+    return None
+
+
+def _of_reduction(node, state: Rows, shape, before) -> list[State | None] | None:
+    if len(before) == len(shape):  # keepdim
+        return [state] if before[state.dim] == shape[state.dim] else None
+    saved = getattr(node, "_saved_dim", None)
+    saved = (saved,) if isinstance(saved, int) else saved
+    if not saved:
+        return None
+    reduced = {_signed(dim, len(before)) for dim in saved}
+    return [state.at([dim for dim in range(len(before)) if dim not in reduced][state.dim])]
+
+
+def _of_layer(node, kind: str, k: int, state: Rows, shape, shapes, found) -> list[State | None] | None:
+    """Of convolutions, normalisations, pools, attention, look-ups and recurrent layers."""
+    d, rank = state.dim, len(shape)
     if kind == "Convolution":
-        return [state if d == 0 else _LOST, SHARED if d == 0 else _LOST, SHARED if d == 0 else _LOST]
+        return [state, SHARED, SHARED] if d == 0 else [_LOST] * 3
     if kind in ("NativeLayerNorm", "FusedRmsNorm", "RmsNorm"):
-        inner = len(node._saved_normalized_shape)
-        if k > 0 or d >= rank - inner:
-            return None
-        return [state, *[SHARED] * (len(shapes) - 1)]
+        outside = k == 0 and d < rank - len(node._saved_normalized_shape)
+        return [state, *[SHARED] * (len(shapes) - 1)] if outside else None
     if kind in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"):
-        training = getattr(node, "_saved_training", True)
-        if (training and d == 1) or (not training and d == 0):  # statistics are of a channel
-            return [state, *[state.at(0) if d == 1 else SHARED] * (len(shapes) - 1)]
-        return None
+        # Statistics of a batch are of a channel.
+        if d != (1 if getattr(node, "_saved_training", True) else 0):
+            return None
+        return [state, *[state.at(0) if d == 1 else SHARED] * (len(shapes) - 1)]
     if kind in _BY_CHANNEL or kind in _BY_IMAGE:
-        if (d == 0 and rank > 2) or (d == 1 and kind in _BY_CHANNEL):
-            return [state if s is not None and len(s) == rank else SHARED for s in shapes]
-        return None
-    if kind == "ConstantPadNd" or kind == "Unfold" or kind.startswith("Fft"):
+        by_itself = (d == 0 and rank > 2) or (d == 1 and kind in _BY_CHANNEL)
+        return [state if s is not None and len(s) == rank else SHARED for s in shapes] if by_itself else None
+    if kind in ("ConstantPadNd", "Unfold") or kind.startswith("Fft"):
         return [state] if shapes[0][d] == shape[d] else None
     if kind.startswith("ScaledDotProduct"):
         if d > 1 or rank != 4 or (d == 1 and len({s[1] for s in shapes[:3] if s}) > 1):
@@ -467,96 +308,86 @@ def _states_of(node, kind, k, state, shape, shapes, found: Structure, checked: b
         return [state] * 3 + [_aligned(state, shape, s) for s in shapes[3:]]
     if kind in ("Embedding", "EmbeddingDenseBackward"):
         return [SHARED]
-    if kind == "NllLoss":
-        return [state, *[None] * (len(shapes) - 1)]
-    if kind in ("NllLoss2D", "NllLoss2d"):
-        return [state if d == 0 else state.at(d + 1), *[None] * (len(shapes) - 1)]
-    if kind == "CtcLoss" or kind == "CudnnCtcLoss":
-        return [state.at(1) if shapes[0] is not None and len(shapes[0]) == 3 else _LOST]
     if kind == "MkldnnRnnLayer":
         if d != rank - 2:
             return None
         return [state.at(len(s) - 2) if s and j in (0, 5, 6) else SHARED for j, s in enumerate(shapes)]
+    return None
+
+
+def _of_loss(node, kind: str, k: int, state: Rows, shape, shapes, found) -> list[State | None] | None:
+    d, rank = state.dim, len(shape)
+    if kind == "NllLoss":
+        return [state, *[None] * (len(shapes) - 1)]
+    if kind in ("NllLoss2D", "NllLoss2d"):
+        return [state if d == 0 else state.at(d + 1), *[None] * (len(shapes) - 1)]
+    if kind in ("CtcLoss", "CudnnCtcLoss"):
+        return [state.at(1) if shapes[0] is not None and len(shapes[0]) == 3 else _LOST]
     if kind in ("Cdist", "EuclideanDist", "CdistForward"):
         if d < rank - 2:
             return [state if s and len(s) == rank else _LOST for s in shapes]
         return [state if d == rank - 2 else SHARED, state.at(rank - 2) if d == rank - 1 else SHARED][: len(shapes)]
-    if kind == "BackwardHookFunction":
-        return [state if j == k else None for j in range(len(shapes))]
-    return _indexed(node, kind, k, state, shape, shapes, found, checked)
+    return None
 
 
-def _indexed(node, kind, k, state, shape, shapes, found: Structure, checked: bool):
-    """As `_states_of`, of what takes or places parts of a tensor."""
+def _of_parts(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> list[State | None] | None:
+    """Of what takes or places parts of a tensor."""
     d, batch, rank = state.dim, found.batch, len(shape)
-    if kind == "Select":
-        dim = _signed(node._saved_dim, rank + 1)
-        return [state.at(d if d < dim else d + 1)]
-    if kind == "Slice":
-        dim = _signed(node._saved_dim, rank)
-        if dim != d:
-            return [state]
-        start = node._saved_start or 0
-        start = start - 2 * _OFFSET if start >= _OFFSET else start
-        start = start + shapes[0][d] if start < 0 else start
-        return [_part(state, start, shapes[0][d], batch) if node._saved_step == 1 else _LOST]
-    if kind in ("Split", "SplitWithSizes", "Chunk"):
-        dim = _signed(node._saved_dim, rank)
-        if dim != d:
-            return [state]
-        start = sum(node._input_metadata[j].shape[dim] for j in range(k))
-        return [_part(state, start, shapes[0][d], batch)]
-    if kind == "Unbind":
-        dim = _signed(node._saved_dim, rank + 1)
-        return [state.at(d if d < dim else d + 1)]
-    if kind == "Cat":
-        dim = _signed(node._saved_dim, rank)
-        if dim != d:
-            return [state] * len(shapes)
-        start, states = 0, []
-        for s in shapes:
-            if s is None:  # of unknown size
-                return None
-            states.append(_cut(state, start, s[dim], batch))
-            start += s[dim]
-        return states
-    if kind == "Stack":
-        dim = _signed(node._saved_dim, rank)
-        return None if dim == d else [state.at(d if d < dim else d - 1)] * len(shapes)
+    saved = getattr(node, "_saved_dim", None)
     if kind == "Repeat":
-        times = node._saved_repeats[d]
-        inner = d - (rank - len(shapes[0]))
-        if times == 1:
-            return [_aligned(state, shape, shapes[0])]
-        if inner < 0 or shapes[0][inner] == 1:
-            return [SHARED]
-        regular = state.owners is None and state.pre % times == 0
-        return [Rows(inner, state.pre // times, state.post) if regular else _LOST]
-    if kind == "Gather":
-        dim = _signed(node._saved_dim, rank)
-        return [state if dim != d and shapes[0][d] == shape[d] else _LOST]
-    if kind in ("Scatter", "ScatterAdd", "ScatterReduce"):
-        dim = _signed(node._saved_dim, rank)
-        return None if dim == d else [state if s is None or s[d] == shape[d] else _LOST for s in shapes]
-    if not checked:
-        return None
-    if kind == "IndexAdd":
-        dim = _signed(node._saved_dim, rank)
-        if dim != d:
-            return [state] * len(shapes)
-        index = node._saved_index
-        owners = state.owners_of(shape[d], batch, index.device)[index]
-        return [state, Rows(d, owners=owners)][: len(shapes)]
-    if kind == "IndexSelect":
-        dim = _signed(node._saved_dim, rank)
-        return [_taken(state, dim, [node._saved_index], shape, shapes[0], found)]
-    if kind == "Index":
+        return [_repeated(state, node._saved_repeats[d], shape, shapes[0])]
+    if kind == "Index" and found.checked:
         indices = list(node._saved_indices)
         used = [j for j, index in enumerate(indices) if index is not None]
         if not used or used != list(range(used[0], used[-1] + 1)):
             return None
         return [_taken(state, used[0], indices[used[0] : used[-1] + 1], shape, shapes[0], found)]
+    if not isinstance(saved, int):
+        return None
+    if kind in ("Select", "Unbind"):
+        return [state.at(d if d < _signed(saved, rank + 1) else d + 1)]
+    dim = _signed(saved, rank)
+    if kind in _ALONG_ONE and dim != d:
+        return [state] * len(shapes)
+    if kind == "Slice":
+        start = node._saved_start or 0
+        start = start - 2 * _OFFSET if start >= _OFFSET else start
+        start = start + shapes[0][d] if start < 0 else start
+        return [_part(state, start, shapes[0][d], batch) if node._saved_step == 1 else _LOST]
+    if kind in ("Split", "SplitWithSizes", "Chunk"):
+        start = sum(node._input_metadata[j].shape[dim] for j in range(k))
+        return [_part(state, start, shapes[0][d], batch)]
+    if kind == "Cat":
+        if None in shapes:  # of unknown size
+            return None
+        starts = itertools.accumulate((s[dim] for s in shapes), initial=0)
+        return [_cut(state, start, s[dim], batch) for start, s in zip(starts, shapes, strict=False)]
+    if kind == "Stack":
+        return None if dim == d else [state.at(d if d < dim else d - 1)] * len(shapes)
+    if kind == "Gather":
+        return [state if dim != d and shapes[0][d] == shape[d] else _LOST]
+    if kind in ("Scatter", "ScatterAdd", "ScatterReduce"):
+        return None if dim == d else [state if s is None or s[d] == shape[d] else _LOST for s in shapes]
+    if kind == "IndexAdd" and found.checked:
+        index = node._saved_index
+        return [state, Rows(d, owners=state.owners_of(shape[d], batch, index.device)[index])][: len(shapes)]
+    if kind == "IndexSelect" and found.checked:
+        return [_taken(state, dim, [node._saved_index], shape, shapes[0], found)]
     return None
+
+
+# Of one dimension, all others as they are.
+_ALONG_ONE = {"Slice", "Split", "SplitWithSizes", "Chunk", "Cat", "IndexAdd"}
+
+
+def _repeated(state: Rows, times: int, shape, before) -> State | None:
+    inner = state.dim - (len(shape) - len(before))
+    if times == 1:
+        return _aligned(state, shape, before)
+    if inner < 0 or before[inner] == 1:
+        return SHARED
+    regular = state.owners is None and state.pre % times == 0
+    return Rows(inner, state.pre // times, state.post) if regular else _LOST
 
 
 def _aligned(state: Rows, shape: tuple[int, ...], other: tuple[int, ...] | None) -> State | None:
@@ -589,13 +420,11 @@ def _reshaped(state: Rows, shape: tuple[int, ...], before: tuple[int, ...], batc
     return _LOST
 
 
-def _product(state: Rows, rank: int, shapes, first: int) -> list[State]:
+def _of_product(state: Rows, rank: int) -> list[State | None]:
     """Of the two matrices of a product, or of two batches of them."""
     if state.dim == rank - 2:
         return [state, SHARED]
-    if state.dim == rank - 1:
-        return [SHARED, state]
-    return [state, state]
+    return [SHARED, state] if state.dim == rank - 1 else [state, state]
 
 
 def _part(state: Rows, start: int, size: int, batch: int) -> State:
@@ -634,11 +463,52 @@ def _taken(state: Rows, first: int, indices, shape, before, found: Structure) ->
     return Rows(first, 1, n)
 
 
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def has_base(output: Tensor) -> bool:
+    """Whether the graph has the history of an output in that of the tensor that it is a view of."""
+    return output._base is not None and output._base.requires_grad
+
+
+def delta_of_view(output: Tensor, delta: Tensor) -> Tensor:
+    """The delta of an output, from that of its base where it has one."""
+    base = output._base
+    if base is None or not base.requires_grad:
+        return delta
+    if base.shape == output.shape and base.stride() == output.stride():
+        return delta
+    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        return delta.reshape(output.shape)
+    if delta.stride() != base.stride():
+        delta = torch.empty_strided(base.shape, base.stride(), dtype=delta.dtype, device=delta.device).copy_(delta)
+    offset = output.storage_offset() - base.storage_offset()
+    return delta.as_strided(output.shape, output.stride(), delta.storage_offset() + offset)
+
+
+def state_of_view(output: Tensor, state: State, batch: int) -> State:
+    """Where the samples lie in an output, from where they lie in its base where it has one."""
+    base = output._base
+    if base is None or not base.requires_grad or isinstance(state, Shared):
+        return state
+    if isinstance(state, Unproved):
+        hint = None if state.hint is None else state_of_view(output, state.hint, batch)
+        return state._replace(hint=hint if isinstance(hint, Rows) else None)
+    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        return _reshaped(state, tuple(base.shape), tuple(output.shape), batch)
+    same = base.stride(state.dim), base.shape[state.dim]
+    dims = [d for d in range(output.ndim) if (output.stride(d), output.shape[d]) == same]
+    return state.at(dims[0]) if len(dims) == 1 else Unproved("a view")
+
+
 # --- samples brought to the front ------------------------------------------------------------------------------------
 
 
 def by_sample(x: Tensor, rows: Rows, batch: int) -> Tensor:
-    """[..., pre · B · post, ...] -> [B, ..., pre, post, ...], without the last two where they are one."""
+    """[..., pre · B · post, ...] -> [B, ..., pre, post, ...], without the last two where they are one.
+
+    Ragged rows lie in one dimension in their place.
+    """
     if rows.owners is not None:
         return _padded(x, rows, batch)
     if rows.pre == rows.post == 1:
@@ -651,16 +521,15 @@ def by_sample(x: Tensor, rows: Rows, batch: int) -> Tensor:
 
 
 def _padded(x: Tensor, rows: Rows, batch: int) -> Tensor:
-    """Ragged rows -> [B, n, ...], n the most that a sample has; zeros fill up."""
+    """Ragged rows -> [B, ..., n, ...], n the most that a sample has; zeros fill up."""
     order, counts = rows.owners.argsort(stable=True), rows.owners.bincount(minlength=batch)
     most = int(counts.max()) if len(order) else 0
     starts = counts.cumsum(0) - counts
     owner = rows.owners[order]
     place = torch.arange(len(order), device=x.device) - starts[owner]
     moved = x.movedim(rows.dim, 0)
-    result = x.new_zeros(batch, most, *moved.shape[1:])
-    result = result.index_put((owner, place), moved[order])
-    return result
+    padded = x.new_zeros(batch, most, *moved.shape[1:]).index_put((owner, place), moved[order])
+    return padded.movedim(1, rows.dim + 1)
 
 
 def own_rows(x: Tensor, rows: Rows, batch: int) -> Tensor:
@@ -725,6 +594,3 @@ def verdicts(flags: Iterable[Tensor]) -> list[bool]:
     """Several booleans on a device by one read of it."""
     flags = list(flags)
     return torch.stack(flags).tolist() if flags else []
-
-
-Backward = Callable[[Tensor], list[Tensor]]

@@ -16,6 +16,12 @@ from .errors import CaptureError, UnsupportedLayerError
 LayerChoice = None | str | type | nn.Module | Tensor | Callable[[str, Tensor], bool] | Iterable[Any]
 
 
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The parameters of a model that were chosen, and of the others why not."""
@@ -29,8 +35,9 @@ class Selection:
 class Coverage:
     """What a result holds and what not.
 
-    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a sample"``,
-    ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it is not there.
+    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a
+    sample"``, ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it
+    is not there.
     """
 
     rules: dict[str, str] = field(default_factory=dict)
@@ -43,8 +50,7 @@ class Coverage:
             for name, reason in found.items():
                 reasons.setdefault(reason, []).append(name)
             for reason, names in reasons.items():
-                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                lines.append(f"{what} ({reason}): {shown}")
+                lines.append(f"{what} ({reason}): {listed(names)}")
         return "\n".join(lines) or "no parameters"
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .factors import LayerFactors, LayerGrads
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
-from .watch import _tensors_of
+from .rules import tensors_of
 
 Reduced = TypeVar("Reduced")
 
@@ -122,7 +122,7 @@ class _Parts:
         self.named = isinstance(x, Mapping)
         args, kwargs = as_call(x)
         self.inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        if not any(t.ndim for t in _tensors_of(list(self.inputs.values()))):
+        if not any(t.ndim for t in tensors_of(list(self.inputs.values()))):
             raise TypeError(
                 "batches: expected a tensor [B, ...], or a tuple or dict that holds one, in each batch, but got "
                 f"{type(x).__name__}"

@@ -1,0 +1,465 @@
+"""The partial backward: from the losses and the entries of a watched run to each parameter's per-sample gradient.
+
+One backward gives the deltas of all entries. Which rows are whose is read from the graph, else proved by a second
+backward from losses of other weights, else the entry is left to `fallback`. `rules` makes gradients of values, and a
+batched vjp carries these back to the parameters. Nothing here knows about arguments, modules or how calls are seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from . import fallback, rules
+from . import rows as row_rules
+from .errors import CaptureError
+from .factors import GradFactors
+from .losses import Root
+from .mode import WatchMode
+from .rows import Rows, Shared, Structure, Unproved
+from .rules import Entry, LiveEntry, Share, cut
+from .selection import Coverage, listed
+
+Gradient = GradFactors | Tensor
+
+_CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
+_SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
+_TRANSPOSED = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `watch` has chosen."""
+
+    fallback: str | None
+    mixing: str
+    segments: Tensor | None
+    create_graph: bool
+
+
+class Backward:
+    """One partial backward of a run.
+
+    weights [B]: where the user's own backward has run already, what each sample's loss was multiplied by in it.
+    """
+
+    def __init__(
+        self,
+        mode: WatchMode,
+        options: Options,
+        coverage: Coverage,
+        root: Root,
+        weights: Tensor | None,
+        keep_graph: bool,
+    ) -> None:
+        self.mode, self.options, self.coverage = mode, options, coverage
+        self.root, self.weights, self.keep_graph = root, weights, keep_graph
+        self.batch = root.gradient.shape[0]
+        self.parameter_names = {id(p): name for name, p in mode.chosen.items()}
+        self.shares: dict[int, list[Share]] = {}  # by id of the value
+        self.rules: dict[str, list[str]] = {}  # by parameter
+
+    def run(self) -> dict[str, Gradient]:
+        structure = self._structure() if self.batch else Structure(0)
+        reached = [name for i, name in self.parameter_names.items() if i in structure.leaves]
+        fallback.refuse_hidden(self.mode.hidden, reached, structure)
+        differentiated = self.mode.entries[: self.mode.differentiated]
+        work = [LiveEntry.of(entry, structure) for entry in self.mode.entries[len(differentiated) :]]
+        work = [item for item in work if item.states]
+        # The losses may depend on these through a backward pass too, which only the whole graph knows.
+        twice = [LiveEntry.of(entry, structure) for entry in differentiated] if structure.states else []
+        self._segments(work)
+        # Hooks get the deltas themselves, and may keep them.
+        exposed = self.mode.hooked or "BackwardHookFunctionBackward" in structure.kinds
+        self._deltas(work, bool(reached), exposed)
+        lost = self._settle_rows(work, structure.dtypes)
+        if self.weights is not None:
+            self._undo_weights(work, self.weights)
+        totals = self._totals(work) if self.mode.hooked else {}
+        for item in work:
+            if item not in lost:
+                self._by_rule(item, totals)
+        if lost or reached or twice:
+            self._by_backwards(lost + twice, reached)
+        return self._to_parameters()
+
+    @property
+    def edge(self) -> GradientEdge:
+        assert self.root.edge is not None  # as there are entries that the losses depend on
+        return self.root.edge
+
+    def _structure(self) -> Structure:
+        checked = not row_rules.capturing(self.root.gradient)
+        found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked)
+        if not all(row_rules.verdicts(found.checks)):
+            found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)
+        return found
+
+    def _segments(self, work: list[LiveEntry]) -> None:
+        segments = self.options.segments
+        if segments is None:
+            return
+        if len(segments) and not (int(segments.min()) >= 0 and int(segments.max()) < self.batch):
+            raise ValueError(
+                f"segments: expected samples in 0..{self.batch - 1}, as there are {self.batch} losses, but they span "
+                f"{int(segments.min())}..{int(segments.max())}"
+            )
+        for item in work:
+            for k, output in enumerate(item.entry.outputs):
+                dims = [d for d, size in enumerate(output.shape) if size == len(segments)]
+                if dims and not isinstance(item.states[k], Rows):
+                    rows = Rows(dims[0], owners=segments.to(output.device).long())
+                    item.states[k] = Unproved("segments", rows)
+
+    # --- deltas -------------------------------------------------------------------------------------------------------
+
+    def _deltas(self, work: list[LiveEntry], unseen: bool, exposed: bool) -> None:
+        edges = [edge for item in work for edge in item.entry.edges]
+        if not edges:
+            return
+        if self.weights is not None:
+            found = [self.mode.captured.get((edge.node, edge.output_nr)) for edge in edges]
+            for item in work:
+                item.entry.spent = True
+        else:
+            keep = self.keep_graph or unseen or self._must_prove() or self.options.create_graph
+            keep = keep or self.mode.differentiated > 0 or not all(map(_needs_no_graph, work))
+            create = self.options.create_graph
+            found = self.mode.differentiate(self.edge, self.root.gradient, edges, keep, create, self.mode.hooked)
+        if exposed:
+            found = [None if delta is None else delta.clone() for delta in found]
+        for item, deltas in zip(work, _by_entry(work, found), strict=True):
+            item.deltas = deltas
+
+    def _undo_weights(self, work: list[LiveEntry], weights: Tensor) -> None:
+        """From the deltas of weighted losses those of each sample's own loss; in place where nobody else holds them."""
+        scale, done = weights.reciprocal(), set()
+        shared = held_elsewhere([*self.mode.captured.values(), *(delta for item in work for delta in item.deltas)])
+        for item in work:
+            for k, (delta, rows) in enumerate(zip(item.deltas, item.rows, strict=True)):
+                place = memory(delta), delta.storage_offset(), delta.numel()
+                if place in done:
+                    continue
+                own = scale.to(delta.dtype)
+                if self.batch > 1:
+                    own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
+                    own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
+                if shared(delta) or 0 in delta.stride():
+                    item.deltas[k] = delta * own
+                else:
+                    delta.mul_(own)
+                    done.add(place)
+
+    # --- whose rows are whose -----------------------------------------------------------------------------------------
+
+    def _must_prove(self) -> bool:
+        return self.mode.hooked and self.batch > 1
+
+    def _settle_rows(self, work: list[LiveEntry], dtypes: set[torch.dtype]) -> list[LiveEntry]:
+        """Settle which rows are whose. Returns the entries of which this cannot be told."""
+        if self.batch <= 1:
+            for item in work:
+                item.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in item.entry.outputs]
+            return []
+        lost, doubtful = [], []
+        for item in work:
+            if any(isinstance(state, Shared) for state in item.states):
+                lost.append(item)
+            elif self._must_prove() or any(isinstance(state, Unproved) for state in item.states):
+                doubtful.append(item)
+            else:
+                item.rows = [state for state in item.states if isinstance(state, Rows)]
+        if doubtful:
+            self._refuse_a_proof(doubtful[0])
+            lost += self._without_proof(doubtful, dtypes)
+        if lost and self.weights is not None:
+            raise CaptureError(
+                f"{listed(sorted(lost[0].entry.names))}: the gradient at {lost[0].entry.name} takes one backward a "
+                "sample; call watch.factors(losses) before the training step's backward"
+            )
+        return lost
+
+    def _refuse_a_proof(self, item: LiveEntry) -> None:
+        """Refuse where no second backward can be run or looked at."""
+        if row_rules.capturing(self.root.gradient):
+            advice = (
+                "the proof waits for the device, which a CUDA graph cannot record; call batch_layer_grads itself, or leave "
+                "the parameter out with exclude="
+            )
+        elif self.weights is not None:
+            advice = (
+                "it takes a second backward to prove; call watch.factors(losses) before the training step's backward"
+            )
+        else:
+            return
+        raise CaptureError(
+            f"{listed(sorted(item.entry.names))}: at {item.entry.name} the graph does not tell which rows are whose (at "
+            f"{item.reason()}), and {advice}"
+        )
+
+    def _without_proof(self, doubtful: list[LiveEntry], dtypes: set[torch.dtype]) -> list[LiveEntry]:
+        """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""
+        first = row_rules.proof_weights(self.batch, self.root.gradient, dtypes)
+        left = self._tried(doubtful, [first])
+        if left and self.mode.hooked:
+            # A hook may change gradients in proportion to nothing (clip them): then by losses that count or do not.
+            index = torch.arange(self.batch, device=first.values.device)
+            bits = [(index >> bit & 1).to(first.values.dtype) for bit in range((self.batch - 1).bit_length())]
+            left = self._tried(doubtful, [row_rules.Weights(bit, first.tolerance) for bit in bits])
+        return left
+
+    def _tried(self, doubtful: list[LiveEntry], trials: list[row_rules.Weights]) -> list[LiveEntry]:
+        """Settle the rows that every trial shows; returns the entries for which there are none."""
+        gradient = self.root.gradient.detach()
+        edges = [edge for item in doubtful for edge in item.entry.edges]
+        weighted = []
+        for trial in trials:
+            own = gradient * trial.values.view(-1, *[1] * (gradient.ndim - 1))
+            found = self.mode.differentiate(self.edge, own, edges, after_hooks=self.mode.hooked)
+            weighted.append([part for parts in _by_entry(doubtful, found) for part in parts])
+        deltas = [delta.detach() for item in doubtful for delta in item.deltas]
+        hints = [s if isinstance(s, Rows) else getattr(s, "hint", None) for item in doubtful for s in item.states]
+        possible = [row_rules.candidates(d.shape, self.batch, hint) for d, hint in zip(deltas, hints, strict=True)]
+        flags = [
+            functools.reduce(
+                torch.logical_and,
+                [row_rules.weighs(delta, w[k].detach(), rows, t) for w, t in zip(weighted, trials, strict=True)],
+            )
+            for k, delta in enumerate(deltas)
+            for rows in possible[k]
+        ]
+        told = iter(row_rules.verdicts(flags))
+        right = [[rows for rows in ways if next(told)] for ways in possible]
+        left = []
+        for item, ways in zip(doubtful, cut(right, (len(item.deltas) for item in doubtful)), strict=True):
+            if all(ways):
+                item.rows = [way[0] for way in ways]
+            else:
+                left.append(item)
+        return left
+
+    # --- gradients of values ------------------------------------------------------------------------------------------
+
+    def _by_rule(self, item: LiveEntry, totals: dict[int, Tensor]) -> None:
+        if self.options.mixing == "error" and self.batch > 1 and rules.mixes(item.entry, item.rows):
+            fallback.refuse_mixing(item, self.mode.model)
+        rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, self.options.create_graph)
+        _compare(item.entry, found, totals)
+        self._take(rule, found)
+
+    def _by_backwards(self, lost: list[LiveEntry], unseen: list[str]) -> None:
+        if self.weights is not None:
+            raise CaptureError(
+                f"{', '.join(unseen)}: used where gradext cannot see it (a custom autograd function, scripted code), so "
+                "that its gradient takes one backward a sample; call watch.factors(losses) before the training step's "
+                "backward"
+            )
+        leaves = {name: self.mode.chosen[name] for name in unseen}
+        policy = {"fallback": self.options.fallback, "mixing": self.options.mixing}
+        self._take("backward a sample", fallback.shares(self.mode, self.root, lost, leaves, **policy))
+
+    def _totals(self, work: list[LiveEntry]) -> dict[int, Tensor]:
+        """Where hooks were registered: autograd's own gradients of what stands for the values, by id."""
+        given = list({id(x): x for item in work for x in item.entry.stand_ins() if not x.is_complex()}.values())
+        if not given or self.weights is not None or self.options.create_graph:
+            return {}
+        found = self.mode.differentiate(self.edge, self.root.gradient, given)
+        return {id(x): rules.dense(g) for x, g in zip(given, found, strict=True) if g is not None}
+
+    def _take(self, rule: str, shares: Sequence[Share]) -> None:
+        for share in shares:
+            value = self.mode.values[id(share.value)]
+            for name in value.names:
+                self.rules.setdefault(name, []).append(rule)
+            gradient, maker = share.gradient, value.maker
+            if share.rows is not None:
+                if maker is not None and self.batch > 1 and len(maker.outputs) == 1:
+                    rows = [share.rows]
+                    self._take(*rules.shares(maker, [gradient], rows, self.batch, self.options.create_graph))
+                    continue
+                gradient = row_rules.own_rows(gradient, share.rows, self.batch) if self.batch > 1 else gradient[None]
+            self.shares.setdefault(id(share.value), []).append(Share(share.value, gradient))
+
+    # --- from values to parameters ------------------------------------------------------------------------------------
+
+    def _to_parameters(self) -> dict[str, Gradient]:
+        parts: dict[str, list[Gradient]] = {}
+        for found in self.shares.values():
+            for name, gradient in self._by_parameter(found[0].value, _sum([share.gradient for share in found])):
+                parts.setdefault(name, []).append(gradient)
+        result: dict[str, Gradient] = {}
+        for name in [*parts, *(name for name in self.mode.chosen if name not in parts)]:
+            parameter = self.mode.chosen[name]
+            if name in parts:
+                result[name] = _hooked_gradient(parameter, _sum(parts[name]))
+                self.coverage.rules[name] = " + ".join(dict.fromkeys(self.rules.get(name, ["general"])))
+            else:
+                result[name] = parameter.new_zeros(self.batch, *parameter.shape, requires_grad=False)
+                self.coverage.rules[name] = "unused"
+        return result
+
+    def _by_parameter(self, value: Tensor, gradient: Gradient) -> list[tuple[str, Gradient]]:
+        """The gradients of the parameters that a value depends on, by name."""
+        value, gradient = self._carried(value, gradient)
+        if id(value) in self.parameter_names:
+            return [(self.parameter_names[id(value)], gradient)]
+        names = sorted(self.mode.values[id(value)].names)
+        leaves = [self.mode.chosen[name] for name in names]
+        # The training step has freed the value's own graph.
+        again = value if self.weights is None else self._rebuilt(value)
+        found = rules.batched_grad((again,), leaves, (self._written(value, gradient),), self.options.create_graph)
+        return [(name, g) for name, g in zip(names, found, strict=True) if g is not None]
+
+    def _carried(self, value: Tensor, gradient: Gradient) -> tuple[Tensor, Gradient]:
+        """Gradients follow a value through transposes, slices, casts, reshapes and look-ups, as far as these go."""
+        while id(value) not in self.parameter_names:
+            maker = self.mode.values[id(value)].maker
+            if maker is None or len(maker.values) > 1:
+                break
+            (source,) = maker.values.values()
+            moved: Gradient | None = None
+            if isinstance(gradient, GradFactors) and maker.args and maker.args[0] is source:
+                moved = _moved(maker, value, source, gradient)
+            if moved is None and not self.options.create_graph:
+                call = rules.bind(maker)
+                if call is not None and call.rule == "embedding" and source.ndim == 2:
+                    index = call.input.expand(self.batch, *call.input.shape)
+                    moved = call.gradient("weight", index, self._written(value, gradient))
+            if moved is None:
+                break
+            value, gradient = source, moved
+        return value, gradient
+
+    def _written(self, value: Tensor, gradient: Gradient) -> Tensor:
+        written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
+        return written.reshape(self.batch, *value.shape).to(value.dtype)
+
+    def _rebuilt(self, value: Tensor) -> Tensor:
+        """A value made once more by the same calls."""
+        if id(value) in self.parameter_names:
+            return value
+        known = self.mode.values.get(id(value))
+        maker = None if known is None else known.maker
+        if known is None or (maker is None and not known.names):
+            return value.detach()
+        if maker is None:
+            raise CaptureError(
+                f"{', '.join(sorted(known.names))}: a value of it was changed in place, so that its gradient cannot be "
+                "carried back after the training step's backward; call watch.factors(losses) before it"
+            )
+        again = {i: self._rebuilt(source) for i, source in maker.values.items()}
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: again.get(id(t), t), (maker.args, maker.kwargs))
+        results = [t for t in rules.tensors_of(maker.func(*args, **kwargs)) if t.requires_grad]
+        return results[next(k for k, made in enumerate(maker.outputs) if made is value)]
+
+
+def _needs_no_graph(item: LiveEntry) -> bool:
+    return rules.bind(item.entry) is not None and all(isinstance(state, Rows) for state in item.states)
+
+
+def _by_entry(work: list[LiveEntry], found: list[Tensor | None]) -> list[list[Tensor]]:
+    """The deltas of each entry's outputs, from a flat list of the gradients at all edges."""
+    parts = cut(found, (len(item.entry.edges) for item in work))
+    return [
+        [
+            o.new_zeros(o.shape) if delta is None else row_rules.delta_of_view(o, delta)
+            for o, delta in zip(item.entry.outputs, part, strict=True)
+        ]
+        for item, part in zip(work, parts, strict=True)
+    ]
+
+
+def _compare(entry: Entry, shares: list[Share], totals: dict[int, Tensor]) -> None:
+    """Refuse what a hook on a node has made of a gradient in a way that cannot be seen."""
+    by_value = {id(value): totals.get(i) for i, value in entry.values.items()}
+    for share in shares:
+        total = by_value.get(id(share.value))
+        if total is None or share.rows is not None:
+            continue
+        gradient = share.gradient
+        own = gradient.sum() if isinstance(gradient, GradFactors) else gradient.sum(0)
+        difference = (own.reshape(total.shape).to(total.dtype) - total).abs().max() if total.numel() else 0
+        if difference > torch.finfo(total.dtype).eps ** 0.5 * (total.abs().max() + own.abs().max()):
+            raise CaptureError(
+                f"{listed(sorted(entry.names))}: a hook on a node of the graph changes the gradient of {entry.name} in a "
+                "way that cannot be followed; register hooks on tensors, or leave the parameter out with exclude="
+            )
+
+
+def _hooked_gradient(parameter: Tensor, gradient: Gradient) -> Gradient:
+    """What the user's hooks on the parameter make of each sample's gradient."""
+    hooks = parameter._backward_hooks
+    if not hooks:
+        return gradient
+    written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
+    samples = []
+    for own in written:
+        for hook in list(hooks.values()):
+            changed = hook(own)
+            own = own if changed is None else changed
+        samples.append(own)
+    return torch.stack(samples) if samples else written
+
+
+def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -> GradFactors | None:
+    """The factors for ``source`` of which ``maker`` made ``value``; None where they have no such form."""
+    name, func, shape = maker.name, maker.func, tuple(source.shape)
+    if name in _CASTS and value.shape == source.shape:
+        return gradient
+    if gradient.weight_shape is None and tuple(gradient.shape[1:]) != tuple(value.shape):
+        return None
+    dims: list[int] | None = None
+    if name in ("t", "T", "mT", "adjoint", "H") or func in _TRANSPOSED:
+        dims = [-2, -1] if source.ndim >= 2 else []
+        if source.ndim > 2 and func not in (Tensor.mT.__get__, Tensor.adjoint):
+            return None
+    elif name in ("transpose", "swapaxes", "swapdims"):
+        dims = list(maker.args[1:3]) if len(maker.args) == 3 else None
+    if dims is not None and not source.is_complex():
+        return gradient.transposed(*dims) if dims else gradient
+    if func is Tensor.__getitem__ and type(maker.args[1]) is slice and value.shape[1:] == source.shape[1:]:
+        start, _, step = maker.args[1].indices(shape[0])
+        return gradient.placed(start, shape[0]) if step == 1 else None
+    if name in ("split", "chunk", "split_with_sizes", "tensor_split") and value.shape[1:] == source.shape[1:]:
+        start = 0
+        for part in maker.outputs:
+            if part is value:
+                return gradient.placed(start, shape[0])
+            start += part.shape[0]
+    if name in _SAME_NUMBERS:
+        return gradient.reshaped(shape)
+    return None
+
+
+def _sum(parts: list[Gradient]) -> Gradient:
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Tensor) for part in parts):
+        return functools.reduce(torch.add, parts)
+    return GradFactors.add([GradFactors.of(p) if isinstance(p, Tensor) else p for p in parts])
+
+
+# --- who holds a tensor's memory --------------------------------------------------------------------------------------
+
+
+def memory(tensor: Tensor) -> int:
+    """The address of the tensor's storage, by which it is found out who shares it."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def held_elsewhere(known: Iterable[Tensor]) -> Callable[[Tensor], bool]:
+    """Tells of a tensor whether others than these hold its memory too."""
+    holders = Counter(map(memory, {id(t): t for t in known}.values()))
+
+    def shared(tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        return torch._C._storage_Use_Count(storage._cdata) > holders[memory(tensor)] + 1
+
+    return shared

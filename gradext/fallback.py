@@ -1,0 +1,163 @@
+"""What the rules cannot do: one backward of the same graph a sample, or an error that says why not.
+
+Entries are *lost* where it cannot be told which rows are whose; parameters are *unseen* where the losses depend on them
+past the mode (custom autograd functions, scripted code). ∂ losses[b] along the very graph of the run is exact for both.
+Nothing here knows how parameters are chosen, or what is done with the gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CaptureError, UnsupportedLayerError
+from .losses import Root
+from .mode import WatchMode
+from .rows import Structure
+from .rules import LiveEntry, Share, cut, dense
+from .selection import listed
+
+_ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
+
+
+def shares(
+    mode: WatchMode,
+    root: Root,
+    lost: list[LiveEntry],
+    unseen: Mapping[str, Tensor],
+    *,
+    fallback: str | None,
+    mixing: str,
+) -> list[Share]:
+    """The gradients of the values of ``lost``, and of the parameters ``unseen`` along paths that the mode missed."""
+    reasons = [(listed(sorted(item.entry.names)), item.reason()) for item in lost] + [(name, None) for name in unseen]
+    if fallback == "error":
+        raise UnsupportedLayerError("; ".join(_explained(names, reason) for names, reason in reasons) + _ADVICE)
+    batch = len(root.gradient)
+    given = [(x, item.entry.values[id(x)]) for item in lost for x in item.entry.stand_ins()]
+    judged = [item for item in lost if mixing == "error" and item.holds_samples(batch)]
+    inputs = [x for x, _ in given] + list(unseen.values())
+    gradients = _each_sample(mode, root, inputs, judged)
+    _refuse_one_for_all(root, dict(zip(unseen, gradients[len(given) :], strict=True)))
+    if mixing == "error" or unseen:
+        _warn(reasons, batch)
+    return [Share(value, g) for value, g in zip([v for _, v in given] + list(unseen.values()), gradients, strict=True)]
+
+
+def _each_sample(mode: WatchMode, root: Root, inputs: list[Tensor], judged: list[LiveEntry]) -> list[Tensor]:
+    """The gradients [B, *x.shape] of each loss by ``inputs``; refuses samples that mix at the entries ``judged``."""
+    assert root.edge is not None  # as the losses depend on something
+    gradient, edges = root.gradient.detach(), [edge for item in judged for edge in item.entry.edges]
+    found = [x.new_zeros(len(gradient), *x.shape) for x in inputs]
+    touched: list[Tensor | int] = [0] * len(edges)  # of each element, by how many samples' losses
+    for b in range(len(gradient)):
+        own = torch.zeros_like(gradient)
+        own[b] = gradient[b]
+        row = mode.differentiate(root.edge, own, [*inputs, *edges])
+        for k, g in enumerate(row):
+            if g is None:
+                continue
+            if k < len(inputs):
+                found[k][b] = dense(g)
+            else:
+                touched[k - len(inputs)] += (g != 0).to(torch.int32)
+    for item, counts in zip(judged, cut(touched, (len(item.entry.edges) for item in judged)), strict=True):
+        if any(isinstance(count, Tensor) and count.numel() and int(count.max()) > 1 for count in counts):
+            refuse_mixing(item, mode.model)
+    return found
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_mixing(item: LiveEntry, model: nn.Module) -> None:
+    reason = item.reason()
+    if "BatchNorm" in reason or reason == "batch_norm":
+        reason = _batch_norms(model) or reason
+    raise CaptureError(
+        f"{listed(sorted(item.entry.names))}: samples mix: at {item.entry.name} the loss of a sample depends on rows of "
+        f"others (at {reason}), so that per-sample gradients in the sense of privacy or attribution do not exist; detach "
+        "what the samples share, see that the samples lie where each layer expects them (batch_first), tell ragged rows "
+        'by segments=, or pass mixing="allow" for ∂ losses[b] as it stands'
+    )
+
+
+def _batch_norms(model: nn.Module) -> str | None:
+    found = [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    ]
+    if not found:
+        return None
+    return f"{', '.join(found[:4])}, which normalises with the statistics of the batch: call model.eval()"
+
+
+def refuse_hidden(hidden: Mapping[str, str], reached: Iterable[str], structure: Structure) -> None:
+    """Refuse parameters that are used where a custom autograd function hides its graph.
+
+    hidden: by parameter, the function in whose forward it is used; reached: the parameters that the graph leads to.
+    """
+    seen = set(reached)
+    # A checkpoint of what needs no gradient leaves no node, though it may need one where all parameters are chosen.
+    hidden = {
+        name: function
+        for name, function in hidden.items()
+        if name not in seen and (f"{function}Backward" in structure.kinds or function == "CheckpointFunction")
+    }
+    advice = "pass the parameters to the function as arguments, or leave them out with exclude="
+    if "CheckpointFunctionBackward" in structure.kinds or "CheckpointFunction" in hidden.values():
+        hidden = hidden or {"what they hold": "CheckpointFunction"}
+        advice = (
+            "these are reentrant checkpoints: pass use_reentrant=False to torch.utils.checkpoint "
+            "(gradient_checkpointing_kwargs={'use_reentrant': False} in transformers)"
+        )
+    if hidden:
+        raise CaptureError(
+            f"{listed(sorted(hidden))}: used inside {', '.join(sorted(set(hidden.values())))}, a custom autograd function "
+            f"that hides its graph, so that the gradient cannot be found; {advice}"
+        )
+
+
+def _refuse_one_for_all(root: Root, gradients: Mapping[str, Tensor]) -> None:
+    """Refuse a custom function of the losses that gives one sample the gradient of all."""
+    node = None if root.edge is None else root.edge.node
+    if len(root.gradient) < 2 or not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return
+    for name, gradient in gradients.items():
+        silent = (gradient.flatten(1) == 0).all(1)
+        if silent.any() and not silent.all():
+            raise CaptureError(
+                f"{name}: {node.name().removesuffix('Backward')} gives some samples no gradient at all: its backward takes "
+                "one number of the losses' gradient for all samples; write the losses by torch's own functions"
+            )
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _explained(names: str, reason: str | None) -> str:
+    if reason is None:
+        return f"{names} is used where gradext cannot see it (a custom autograd function, scripted or compiled code)"
+    return f"{names}: which rows are whose cannot be told (at {reason})"
+
+
+def _warn(reasons: list[tuple[str, str | None]], batch: int) -> None:
+    shown = "; ".join(_explained(names, reason) for names, reason in reasons[:3])
+    more = f"; and {len(reasons) - 3} more uses" if len(reasons) > 3 else ""
+    warnings.warn(
+        f"{shown}{more}. What cannot be told takes one backward a sample ({batch} here): exact, and slow",
+        stacklevel=_user_level(),
+    )
+
+
+def _user_level() -> int:
+    """The stack level of the first frame outside of the package, for warnings."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("gradext"):
+        frame, level = frame.f_back, level + 1
+    return level

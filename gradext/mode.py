@@ -1,0 +1,383 @@
+"""The torch-function mode that watches a forward: it tells values of parameters, samples and constants apart.
+
+A function of values and constants gives a new value, which stays attached to the parameters. A call where a value meets
+samples is an *entry*: it gets the value detached, so that no gradient of weights is computed. Here calls are recorded;
+nothing here knows how gradients are made of them, and no backward is begun here but for others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from .rows import has_base
+from .rules import Entry, tensors_of
+from .selection import Selection
+
+# Functions of torch's that are written in Python and call others with parameters: each of these is seen by itself.
+_COMPOSED = {F.multi_head_attention_forward}
+# Functions whose result never depends on a parameter differentiably, or that are meant for the parameter itself: the
+# most frequent, passed on at once.
+_PASSED = {
+    *(getattr(Tensor, name).__get__ for name in ("data", "device", "dtype", "grad", "is_cuda", "is_leaf", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("is_nested", "ndim", "requires_grad", "shape", "grad_fn", "_base")),
+    *(Tensor.__len__, Tensor.dim, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel),
+    *(Tensor.size, Tensor.stride, torch.is_floating_point, torch.is_tensor, torch.numel, Tensor.__hash__),
+    *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
+    *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
+}
+# Functions that take of their second tensor its type or its shape alone.
+_LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+
+_DERIVATIVES = {torch.autograd.grad, Tensor.backward}
+_APPLY = torch.autograd.Function.apply.__func__.__code__
+
+_tokens = iter(range(1, 1 << 62))
+
+
+@dataclass(eq=False)
+class Value:
+    """A parameter, or a value of parameters alone."""
+
+    tensor: Tensor  # held, so that no other tensor gets its id
+    names: frozenset[str]  # the chosen parameters that it depends on; none for a parameter that was not chosen
+    made: Entry | None = None  # the call that gave it
+    version: int = 0
+
+    @property
+    def maker(self) -> Entry | None:
+        """The call that gave it; None where that is not known, or it was changed in place since."""
+        return self.made if self.made is not None and self.tensor._version == self.version else None
+
+
+class WatchMode(TorchFunctionMode):
+    """What one run of a model does with its parameters.
+
+    attached: values stay in the graph, for training or for derivatives of the deltas. train: the gradients of a
+    backward that the user runs are captured.
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection, *, attached: bool, train: bool) -> None:
+        super().__init__()
+        self.model, self.chosen, self.attached, self.train = model, selection.chosen, attached, train
+        self.values: dict[int, Value] = {
+            **{id(p): Value(p, frozenset([name])) for name, p in selection.chosen.items()},
+            **{id(p): Value(p, frozenset()) for p in selection.others.values()},
+        }
+        self.entries: list[Entry] = []
+        self.ends: set[Node] = set()  # where values are attached: the graph of the parameters begins
+        self.token = next(_tokens)  # on tensors that depend on samples; its negative on constants made meanwhile
+        self.owned: set[int] | None = None  # ids of the tensors that the model holds, once asked for
+        self.told = False  # whether the inputs were marked
+        self.replay = False  # in a backward that runs a checkpointed forward again
+        self.opaque = 0  # depth of layers with a rule of their user's own
+        self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
+        self.handles = 0  # of hooks of its own
+        self.hooked = False  # whether the run has registered hooks
+        self.captured: dict[tuple[Node, int], Tensor] = {}
+        self.hidden: dict[str, str] = {}  # parameter -> the custom autograd function whose forward uses it
+        self.differentiated = 0  # how many entries the forward has taken derivatives through, with their graph
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _PASSED:
+            if func in _DERIVATIVES and kwargs.get("create_graph"):
+                self.differentiated = len(self.entries)
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self._without_graph(func, args, kwargs)
+        if _inside_transform():
+            return func(*args, **kwargs)
+        if func in _COMPOSED:
+            return self._look_inside(func, args, kwargs)
+        values, others = self._told_apart(args, kwargs)
+        if values:
+            if self.opaque:
+                return func(*args, **kwargs)
+            if getattr(func, "__name__", "") in _LIKE or not any(map(self._is_sample, others)):
+                return self._derive(func, args, kwargs, values)
+            if any(value.names for value in values):
+                return self._enter(func, args, kwargs)
+            args, kwargs = self._replaced(args), self._replaced(kwargs)
+        result = func(*args, **kwargs)
+        self._mark(func, result, others, args)
+        if self.train:
+            self._note_losses(result)
+        return result
+
+    def _without_graph(self, func, args, kwargs):
+        result = func(*args, **kwargs)
+        if not self.replay:
+            values, others = self._told_apart(args, kwargs)
+            self._note_hidden(values)
+            self._mark(func, result, others, args)
+        return result
+
+    def _look_inside(self, func, args, kwargs):
+        """Run a function of torch's that is written in Python so that the calls it makes are seen one by one."""
+        # Its own first step would ask the modes, this one among them, to take over the whole of it again.
+        names = {**func.__globals__, "has_torch_function": lambda arguments: False}
+        inside = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        inside.__kwdefaults__ = func.__kwdefaults__
+        with self:
+            return inside(*args, **kwargs)
+
+    # --- telling tensors apart ----------------------------------------------------------------------------------------
+
+    def mark_inputs(self, tensors: Iterable[Tensor]) -> None:
+        """These, and what is computed from them, are the samples; no other tensor from outside is."""
+        self.told = True
+        for tensor in tensors:
+            if id(tensor) not in self.values:
+                tensor._gradext_mark = self.token
+
+    def _told_apart(self, args: tuple, kwargs: dict) -> tuple[list[Value], list[Tensor]]:
+        """The values among the arguments of a call, and the other tensors."""
+        values: list[Value] = []
+        others: list[Tensor] = []
+        for tensor in tensors_of((args, kwargs) if kwargs else args):
+            value = self.values.get(id(tensor))
+            if value is None and tensor.requires_grad and getattr(tensor, "_gradext_mark", None) != self.token:
+                value = self._adopted(tensor)
+            if value is None:
+                others.append(tensor)
+            else:
+                values.append(value)
+        return values, others
+
+    def _adopted(self, tensor: Tensor) -> Value | None:
+        """The value that something unseen has made of parameters alone: custom functions, an earlier forward."""
+        names = self._names_below(tensor.grad_fn)
+        if not names:
+            tensor._gradext_mark = self.token
+            return None
+        self.values[id(tensor)] = value = Value(tensor, names)
+        return value
+
+    def _names_below(self, root: Node | None) -> frozenset[str]:
+        """The chosen parameters that a graph leads to; none where it leads to anything else too."""
+        seen, stack, names = set(), [root], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            value = None if leaf is None else self.values.get(id(leaf))
+            if node in self.ends or (leaf is not None and value is None):
+                return frozenset()
+            names |= frozenset() if value is None else value.names
+            stack += [below for below, _ in node.next_functions]
+        return frozenset(names)
+
+    def _is_sample(self, tensor: Tensor) -> bool:
+        if tensor.requires_grad:
+            return True
+        mark = getattr(tensor, "_gradext_mark", None)
+        if mark == self.token:
+            return True
+        if mark == -self.token or self.told:
+            return False
+        return not self._is_owned(tensor)  # from outside: the caller's, unless the model holds it
+
+    def _is_owned(self, tensor: Tensor) -> bool:
+        """Whether the model holds it: as a buffer, or as a plain attribute."""
+        if self.owned is None:
+            self.owned = set()
+            for module in self.model.modules():
+                self.owned.update(map(id, module._buffers.values()))
+                self.owned.update(id(v) for v in module.__dict__.values() if isinstance(v, Tensor))
+        return id(tensor) in self.owned
+
+    def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
+        """Remember of a result whether it depends on samples."""
+        name = getattr(func, "__name__", "")
+        if name in _LIKE:
+            others = others[:1]
+        elif name in _NEW:
+            others = ()
+        if isinstance(result, Tensor) and result.requires_grad:
+            if id(result) not in self.values:
+                result._gradext_mark = self.token
+            return
+        found = result if isinstance(result, (list, tuple)) else (result,)
+        plain = [t for t in found if isinstance(t, Tensor) and not t.requires_grad]
+        if not plain and result is not None:
+            return
+        mark = self.token if any(map(self._is_sample, others)) else -self.token
+        for tensor in plain:
+            # Results that are arguments (in place) may come from outside.
+            if mark == self.token or not hasattr(tensor, "_gradext_mark"):
+                with contextlib.suppress(AttributeError, RuntimeError):
+                    tensor._gradext_mark = mark
+        if result is None and mark == self.token and args and isinstance(args[0], Tensor):  # __setitem__
+            args[0]._gradext_mark = mark
+
+    def _note_hidden(self, values: list[Value]) -> None:
+        """What the forward of a custom autograd function does with a parameter leaves no graph."""
+        names = {name for value in values for name in value.names}
+        if names - self.hidden.keys():
+            function = _custom_function()
+            if function is not None:
+                self.hidden |= dict.fromkeys(names, function)
+
+    # --- calls with values --------------------------------------------------------------------------------------------
+
+    def _replaced(self, item, stand_ins: dict[int, Tensor] | None = None):
+        """The arguments of a call, with stand-ins for values where ``stand_ins`` gathers them (by id of the value)."""
+        if isinstance(item, Tensor):
+            return self._in_place_of(item, stand_ins)
+        if type(item) in (list, tuple):
+            return type(item)([self._replaced(part, stand_ins) for part in item])
+        if type(item) is dict:
+            return {key: self._replaced(part, stand_ins) for key, part in item.items()}
+        return item
+
+    def _in_place_of(self, tensor: Tensor, stand_ins: dict[int, Tensor] | None) -> Tensor:
+        value = self.values.get(id(tensor))
+        if value is None:
+            return tensor
+        if not value.names:  # not chosen: no gradient, unless one is wanted outside
+            return tensor.detach() if tensor.requires_grad and not self.attached else tensor
+        if stand_ins is None:
+            return tensor
+        if id(tensor) not in stand_ins:
+            stand_ins[id(tensor)] = self.stand_in(tensor)
+        return stand_ins[id(tensor)]
+
+    def stand_in(self, value: Tensor) -> Tensor:
+        """What one call gets in place of a value."""
+        if not self.attached:
+            return value.detach().requires_grad_()
+        new = value.view_as(value)
+        self.ends.add(new.grad_fn)
+        return new
+
+    def _derive(self, func, args, kwargs, values: list[Value]):
+        """A function of values and constants gives a value."""
+        result = func(*self._replaced(args), **self._replaced(kwargs))
+        made = _results(result, args)
+        if not made:
+            self._mark(func, result, (), args)
+            return result
+        names = frozenset().union(*(value.names for value in values))
+        own = {id(v.tensor): v.tensor for v in values if v.names}
+        maker = Entry(func, args, kwargs, names, own, made, [])
+        for tensor in made:
+            if id(tensor) in self.values and (tensor.is_leaf or not maker.in_place):
+                continue  # given back as it is, or the parameter itself: an assignment to it
+            # In place, only its own history says how it was made.
+            self.values[id(tensor)] = Value(tensor, names, None if maker.in_place else maker, tensor._version)
+        return result
+
+    def _enter(self, func, args, kwargs):
+        """An entry: values meet samples."""
+        stand_ins: dict[int, Tensor] = {}
+        args, kwargs = self._replaced(args, stand_ins), self._replaced(kwargs, stand_ins)
+        result = func(*args, **kwargs)
+        outputs = [t for t in tensors_of(args[0] if result is None else result) if t.requires_grad]
+        for output in outputs:
+            output._gradext_mark = self.token
+        if not outputs:
+            self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
+        elif not self.replay:
+            values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
+            self.record(func, args, kwargs, values, outputs)
+            if self.train:
+                self._note_losses(result)
+        return result
+
+    def record(self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], **options) -> None:
+        """Keep an entry; ``options`` are further fields of it."""
+        names = frozenset().union(*(self.values[id(value)].names for value in values.values()))
+        edges, ends = [_edge_of(t) for t in outputs], [get_gradient_edge(t) for t in outputs]
+        entry = Entry(func, args, kwargs, names, values, outputs, edges, ends, **options)
+        if not entry.in_place and not entry.versions:
+            entry.versions = [(t, t._version) for t in tensors_of([args, kwargs]) if id(t) not in values]
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                entry.autocast = (kind, torch.get_autocast_dtype(kind))
+        self.entries.append(entry)
+        for edge in edges if self.train else ():
+            self._capture(edge)
+
+    def _capture(self, edge: GradientEdge) -> None:
+        def keep(grads, key=(edge.node, edge.output_nr)):
+            if grads[key[1]] is not None:
+                self.captured[key] = grads[key[1]].detach()
+
+        edge.node.register_prehook(keep)
+        self.handles += 1
+
+    def _note_losses(self, result) -> None:
+        if isinstance(result, Tensor) and result.ndim == 1 and result.requires_grad and not self.replay:
+            self.one_dimensional.append(result)
+            self._capture(get_gradient_edge(result))
+
+    # --- after the run ------------------------------------------------------------------------------------------------
+
+    def held(self) -> list[Tensor]:
+        """The tensors that the entries hold, but for those that come from outside."""
+        found = [t for entry in self.entries for t in (*tensors_of([entry.args, entry.kwargs]), *entry.outputs)]
+        return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
+
+    def differentiate(
+        self, root: GradientEdge, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False, after_hooks=False
+    ) -> list[Tensor | None]:
+        """The gradients at ``inputs``; a checkpointed forward that runs again meets the same stand-ins.
+
+        after_hooks: at edges, as hooks leave them; torch's engine captures some of them before.
+        """
+        changed: dict[int, Tensor] = {}
+        handles = [
+            edge.node.register_prehook(lambda grads, k=k, n=edge.output_nr: changed.update({k: grads[n]}))
+            for k, edge in enumerate(inputs if after_hooks else ())
+        ]
+        self.replay = True
+        try:
+            with self:
+                found = torch.autograd.grad((root,), inputs, (gradient,), retain, create_graph, allow_unused=True)
+        finally:
+            self.replay = False
+            for handle in handles:
+                handle.remove()
+        return [changed.get(k, g) for k, g in enumerate(found)]
+
+
+def _results(result, args: tuple) -> list[Tensor]:
+    """The tensors with a gradient that a call has given, or written."""
+    if result is None and args and isinstance(args[0], Tensor):  # __setitem__
+        result = args[0]
+    found = result if isinstance(result, (list, tuple)) else (result,)
+    return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _edge_of(output: Tensor) -> GradientEdge:
+    # A later in-place operation on a view, or on another of its base, rewrites the view's history, but not the base's.
+    return get_gradient_edge(output._base if has_base(output) else output)
+
+
+def _custom_function() -> str | None:
+    """The name of the custom autograd function whose forward is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")
+        frame = frame.f_back
+    return None
+
+
+def _inside_transform() -> bool:
+    # Torch has no public way to ask; both names are the same in every version that the package supports.
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
