@@ -568,17 +568,19 @@ def dense(gradient: Tensor) -> Tensor:
 def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int) -> list[Share] | None:
     """A vmapped vjp of the call over the samples' slices of its arguments; None where it is no function of these.
 
-    An argument is taken for samples where it has their dimension's size, counted from the left or from the right;
-    values only if it does not go without.
+    An argument is taken for samples where it has their dimension's size, counted from the left or from the right; a
+    value only where it has as many dimensions as the output, and first so: rows that are alike would pass for a whole.
     """
     out, first = entry.outputs[0], rows[0]
     leaves, structure = pytree.tree_flatten((entry.args, entry.kwargs))
     tried = []
-    for own_values in (False, True):
+    for own_values in (True, False):
         for from_left in (True, False):
             dims = {}
             for k, t in enumerate(leaves):
-                if isinstance(t, Tensor) and t.layout is torch.strided and (own_values or id(t) not in entry.values):
+                if not isinstance(t, Tensor) or t.layout is not torch.strided:
+                    continue
+                if id(t) not in entry.values or (own_values and t.ndim == out.ndim):
                     dim = first.dim if from_left else first.dim - (out.ndim - t.ndim)
                     if 0 <= dim < t.ndim and t.shape[dim] == out.shape[first.dim]:
                         dims[k] = dim
