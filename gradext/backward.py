@@ -76,6 +76,13 @@ class Backward:
             rule, found = rules.shares(entry, entry.deltas, entry.rows, self.batch, self.create_graph)
             _compare(entry, found, totals)
             self._take(rule, found)
+        if (lost or unseen) and self.create_graph:
+            names = listed(dict.fromkeys([*(name for entry in lost for name in entry.names), *unseen]))
+            raise CaptureError(
+                f"{names}: expected uses that the rules can differentiate with create_graph=True, but their gradient "
+                "takes one backward a sample, which keeps no graph; leave them out with exclude=, or pass "
+                "create_graph=False"
+            )
         if lost or unseen:
             leaves = {name: self.mode.chosen[name] for name in unseen}
             policy = self.fallback, self.mixing
@@ -337,7 +344,7 @@ def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor
     parts = cut(found, (len(entry.edges) for entry in work))
     return [
         [
-            o.new_zeros(o.shape) if delta is None else row_rules.delta_of_view(o, delta)
+            o.new_zeros(o.shape) if delta is None else delta if entry.direct else row_rules.delta_of_view(o, delta)
             for o, delta in zip(entry.outputs, part, strict=True)
         ]
         for entry, part in zip(work, parts, strict=True)

@@ -15,6 +15,7 @@ from types import FunctionType
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .losses import Root
 from .rows import base_of
-from .rules import Entry, tensors_of
+from .rules import Entry, is_in_place, tensors_of
 from .selection import Selection
 
 # Functions of torch's that are written in Python and call others with parameters: each of these is seen by itself.
@@ -79,6 +80,7 @@ class WatchMode(TorchFunctionMode):
         self.entries: list[Entry] = []
         self.ends: set[Node] = set()  # where values are attached: the graph of the parameters begins
         self.token = next(_tokens)  # on tensors that depend on samples; its negative on constants made meanwhile
+        self.given: set[int] = set()  # ids of the stand-ins
         self.owned: set[int] | None = None  # ids of the tensors that the model holds, once asked for
         self.told = False  # whether the inputs were marked
         self.replay = False  # in a backward that runs a checkpointed forward again
@@ -155,17 +157,22 @@ class WatchMode(TorchFunctionMode):
         return values, others
 
     def _adopted(self, tensor: Tensor) -> Value | None:
-        """The value that something unseen has made of parameters alone: custom functions, an earlier forward."""
-        names = self._names_below(tensor.grad_fn)
-        if not names:
+        """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
+
+        A tensor of the model's that is no parameter and requires grad is such a value of none.
+        """
+        names = self._names_below(tensor)
+        if names is None:
             tensor._gradext_mark = self.token
             return None
         self.values[id(tensor)] = value = Value(tensor, names)
         return value
 
-    def _names_below(self, root: Node | None) -> frozenset[str]:
-        """The chosen parameters that a graph leads to; none where it leads to anything else too."""
-        seen, stack, names = set(), [root], set()
+    def _names_below(self, tensor: Tensor) -> frozenset[str] | None:
+        """The chosen parameters that a tensor is made of; None where it is made of anything else too."""
+        if tensor.grad_fn is None:
+            return frozenset() if self._is_foreign(tensor) else None
+        seen, stack, names = set(), [tensor.grad_fn], set()
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -173,11 +180,25 @@ class WatchMode(TorchFunctionMode):
             seen.add(node)
             leaf = getattr(node, "variable", None)
             value = None if leaf is None else self.values.get(id(leaf))
-            if node in self.ends or (leaf is not None and value is None):
-                return frozenset()
+            if node in self.ends or (leaf is not None and value is None and not self._is_foreign(leaf)):
+                return None
             names |= frozenset() if value is None else value.names
             stack += [below for below, _ in node.next_functions]
         return frozenset(names)
+
+    def _is_foreign(self, leaf: Tensor) -> bool:
+        """Whether a tensor that requires grad, and is no parameter, is no sample either."""
+        if id(leaf) in self.given or getattr(leaf, "_gradext_mark", None) == self.token:
+            return False
+        return self.told or id(leaf) in self._held_by_model()
+
+    def _held_by_model(self) -> set[int]:
+        """The ids of buffers and plain attributes."""
+        if self.owned is None:
+            modules = self.model.modules()
+            attributes = [v for module in modules for v in (*module._buffers.values(), *vars(module).values())]
+            self.owned = {id(v) for v in attributes if isinstance(v, Tensor)}
+        return self.owned
 
     def _is_sample(self, tensor: Tensor) -> bool:
         if tensor.requires_grad:
@@ -187,12 +208,7 @@ class WatchMode(TorchFunctionMode):
             return True
         if mark == -self.token or self.told:
             return False
-        if self.owned is None:
-            attributes = [
-                v for module in self.model.modules() for v in (*module._buffers.values(), *vars(module).values())
-            ]
-            self.owned = {id(v) for v in attributes if isinstance(v, Tensor)}
-        return id(tensor) not in self.owned  # from outside: the caller's, unless the model holds it
+        return id(tensor) not in self._held_by_model()  # from outside: the caller's, unless the model holds it
 
     def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
         """Remember of a result whether it depends on samples."""
@@ -202,7 +218,7 @@ class WatchMode(TorchFunctionMode):
         elif name in _NEW:
             others = ()
         if isinstance(result, Tensor) and result.requires_grad:
-            if id(result) not in self.values:
+            if id(result) not in self.values and any(map(self._is_sample, others)):
                 result._gradext_mark = self.token
             return
         found = result if isinstance(result, (list, tuple)) else (result,)
@@ -252,15 +268,17 @@ class WatchMode(TorchFunctionMode):
 
     def stand_in(self, value: Tensor) -> Tensor:
         """What one call gets in place of a value."""
-        if not self.attached:
-            return value.detach().requires_grad_()
-        new = value.view_as(value)
-        self.ends.add(new.grad_fn)
+        if self.attached:
+            new = value.view_as(value)
+            self.ends.add(new.grad_fn)
+        else:
+            new = value.detach().requires_grad_()
+        self.given.add(id(new))
         return new
 
     def _derive(self, func, args, kwargs, values: list[Value]):
         """A function of values and constants gives a value."""
-        result = func(*self._replaced(args), **self._replaced(kwargs))
+        result = func(*args, **kwargs)  # what the model keeps of it goes on training the parameters
         found = result if isinstance(result, (list, tuple)) else (result,)
         if result is None:  # __setitem__
             found = args[:1]
@@ -280,29 +298,45 @@ class WatchMode(TorchFunctionMode):
 
     def _enter(self, func, args, kwargs):
         """An entry: values meet samples."""
+        target = self.values.get(id(args[0])) if args else None
+        if (target is not None and is_in_place(func)) or any(t.is_nested for t in tensors_of((args, kwargs))):
+            # Samples written into a value, ragged tensors of torch's own: the graph tells of the parameter.
+            result = func(*args, **kwargs)
+            for tensor in tensors_of(args[0] if result is None else result):
+                self.values.pop(id(tensor), None)
+                tensor._gradext_mark = self.token
+            return result
         stand_ins: dict[int, Tensor] = {}
         args, kwargs = self._replaced(args, stand_ins), self._replaced(kwargs, stand_ins)
         result = func(*args, **kwargs)
         outputs = [t for t in tensors_of(args[0] if result is None else result) if t.requires_grad]
+        inner = None
+        if len(outputs) > 1:
+            # One output may be made of another (h of c in a cell): views tell what comes from outside of the call.
+            inner = outputs
+            result = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad else t, result)
+            outputs = [t for t in tensors_of(result) if t.requires_grad]
         for output in outputs:
             output._gradext_mark = self.token
         if not outputs:
             self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
         elif not self.replay:
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
-            self.record(func, args, kwargs, values, outputs)
+            self.record(func, args, kwargs, values, outputs, inner)
             if self.train:
                 self._note_losses(result)
         return result
 
-    def record(self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], **options) -> None:
-        """Keep an entry; ``options`` are further fields of it."""
+    def record(
+        self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], inner=None, **options
+    ) -> None:
+        """Keep an entry. inner: the call's own outputs, where ``outputs`` are views of them; options: further fields."""
         names = sorted({name for value in values.values() for name in self.values[id(value)].names})
-        # A later in-place operation on a view, or on another of its base, rewrites the view's history, not the base's.
-        bases = [base_of(t) for t in outputs]
+        # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
+        bases = [base_of(t) if inner is None else None for t in outputs]
         edges = [get_gradient_edge(t if base is None else base) for t, base in zip(outputs, bases, strict=True)]
-        ends = [get_gradient_edge(t) for t in outputs]
-        entry = Entry(func, args, kwargs, names, values, outputs, edges, ends, **options)
+        ends = [get_gradient_edge(t) for t in inner or outputs]
+        entry = Entry(func, args, kwargs, names, values, outputs, edges, ends, direct=inner is not None, **options)
         if not entry.in_place and not entry.versions:
             entry.versions = [(t, t._version) for t in tensors_of([args, kwargs]) if id(t) not in values]
         for kind in ("cpu", "cuda"):

@@ -30,6 +30,10 @@ class Rows(NamedTuple):
     post: int = 1
     owners: Tensor | None = None
 
+    def size(self, batch: int) -> int:
+        """Of the dimension."""
+        return self.pre * batch * self.post if self.owners is None else len(self.owners)
+
     def at(self, dim: int) -> Rows:
         return self._replace(dim=dim)
 
@@ -534,7 +538,8 @@ def own_rows(x: Tensor, rows: Rows, batch: int) -> Tensor:
 
 def candidates(shape: Sequence[int], batch: int, hint: Rows | None = None) -> list[Rows]:
     """The ways in which a tensor of ``shape`` can hold the samples, the usual ones first."""
-    found = [] if hint is None else [hint]
+    fits = hint is not None and hint.dim < len(shape) and shape[hint.dim] == hint.size(batch)
+    found = [hint] if fits else []
     for dim, size in enumerate(shape):
         if size and size % batch == 0:
             n = size // batch

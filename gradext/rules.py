@@ -36,6 +36,12 @@ _MASKED_ELEMENTS = 1 << 24
 _NOT_VECTORISED = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
 
+def is_in_place(func: Callable) -> bool:
+    """Whether a function writes into its first argument, by its name."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
 @dataclass(eq=False)
 class Entry:
     """One call of a torch function with values of parameters among its arguments."""
@@ -52,6 +58,7 @@ class Entry:
     autocast: tuple | None = None
     call: Call | None = None  # as `bind` reads it, where it has
     bound: bool = False
+    direct: bool = False  # the edges are the outputs' own, not their bases'
     spent: bool = False  # its graph is freed
     # Of each output that the losses depend on, see `live`:
     states: list[State] = field(default_factory=list)  # where the samples lie, as the graph tells
@@ -64,8 +71,7 @@ class Entry:
 
     @property
     def in_place(self) -> bool:
-        name = self.name
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        return is_in_place(self.func)
 
     def overwritten(self) -> bool:
         return any(tensor._version != version for tensor, version in self.versions)
@@ -78,7 +84,9 @@ class Entry:
         """The entry with those of its outputs that the losses depend on: what they do not has no gradient."""
         states = {k: state for k, edge in enumerate(self.edges) if (state := structure.of(edge)) is not None}
         parts = {name: [getattr(self, name)[k] for k in states] for name in ("outputs", "edges", "ends")}
-        found = [state_of_view(self.outputs[k], state, structure.batch) for k, state in states.items()]
+        found = list(states.values())
+        if not self.direct:
+            found = [state_of_view(self.outputs[k], state, structure.batch) for k, state in states.items()]
         return replace(self, states=found, **parts)
 
     def reason(self) -> str:

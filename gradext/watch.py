@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,16 @@ _locks = WeakIdKeyDictionary()
 _locks_guard = threading.Lock()
 
 
+def _after_fork() -> None:
+    """A child starts with no call under way, whatever other threads of its parent were doing."""
+    global _locks, _locks_guard
+    _locks, _locks_guard = WeakIdKeyDictionary(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def lock_of(model: nn.Module) -> threading.RLock:
     """Calls on one model take turns: its parameters' flags and buffers are changed for their time."""
     with _locks_guard:
@@ -50,6 +61,9 @@ def _recording(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]
             stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if torch.is_autocast_cache_enabled():  # it would keep a cast of every stand-in until the caller's context ends
+            stack.callback(torch.set_autocast_cache_enabled, True)
+            torch.set_autocast_cache_enabled(False)
         for parameter in parameters:
             if not parameter.requires_grad:
                 stack.callback(parameter.requires_grad_, False)
