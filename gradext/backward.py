@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from . import fallback, rules
 from . import rows as row_rules
@@ -24,7 +23,7 @@ from .factors import GradFactors
 from .losses import Root
 from .mode import WatchMode
 from .rows import Rows, Shared, Structure, Unproved
-from .rules import Entry, LiveEntry, Share, cut
+from .rules import Entry, Share, cut
 from .selection import Coverage, listed
 
 Gradient = GradFactors | Tensor
@@ -34,66 +33,54 @@ _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueez
 _TRANSPOSED = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the caller of `watch` has chosen."""
+@dataclass(eq=False)
+class Backward:
+    """One partial backward of a run."""
 
-    fallback: str | None
+    mode: WatchMode
+    coverage: Coverage
+    root: Root
+    weights: Tensor | None  # [B] where the user's own backward has run: what each sample's loss was multiplied by in it
+    keep_graph: bool
+    fallback: str | None  # these as for `watch`
     mixing: str
     segments: Tensor | None
     create_graph: bool
+    shares: dict[int, list[Share]] = field(default_factory=dict)  # by id of the value
+    rules: dict[str, list[str]] = field(default_factory=dict)  # by parameter
 
-
-class Backward:
-    """One partial backward of a run.
-
-    weights [B]: where the user's own backward has run already, what each sample's loss was multiplied by in it.
-    """
-
-    def __init__(
-        self,
-        mode: WatchMode,
-        options: Options,
-        coverage: Coverage,
-        root: Root,
-        weights: Tensor | None,
-        keep_graph: bool,
-    ) -> None:
-        self.mode, self.options, self.coverage = mode, options, coverage
-        self.root, self.weights, self.keep_graph = root, weights, keep_graph
-        self.batch = root.gradient.shape[0]
-        self.parameter_names = {id(p): name for name, p in mode.chosen.items()}
-        self.shares: dict[int, list[Share]] = {}  # by id of the value
-        self.rules: dict[str, list[str]] = {}  # by parameter
+    def __post_init__(self) -> None:
+        self.batch = self.root.gradient.shape[0]
+        self.must_prove = self.mode.hooked and self.batch > 1
+        self.parameter_names = {id(p): name for name, p in self.mode.chosen.items()}
 
     def run(self) -> dict[str, Gradient]:
         structure = self._structure() if self.batch else Structure(0)
-        reached = [name for i, name in self.parameter_names.items() if i in structure.leaves]
-        fallback.refuse_hidden(self.mode.hidden, reached, structure)
+        unseen = [name for i, name in self.parameter_names.items() if i in structure.leaves]
+        fallback.refuse_hidden(self.mode.hidden, unseen, structure)
         differentiated = self.mode.entries[: self.mode.differentiated]
-        work = [LiveEntry.of(entry, structure) for entry in self.mode.entries[len(differentiated) :]]
-        work = [item for item in work if item.states]
-        # The losses may depend on these through a backward pass too, which only the whole graph knows.
-        twice = [LiveEntry.of(entry, structure) for entry in differentiated] if structure.states else []
+        work = [entry.live(structure) for entry in self.mode.entries[len(differentiated) :]]
+        work = [entry for entry in work if entry.states]
         self._segments(work)
-        # Hooks get the deltas themselves, and may keep them.
-        exposed = self.mode.hooked or "BackwardHookFunctionBackward" in structure.kinds
-        self._deltas(work, bool(reached), exposed)
+        self._deltas(work, structure, bool(unseen))
         lost = self._settle_rows(work, structure.dtypes)
+        told = [entry for entry in work if entry not in lost]
+        if structure.states:  # the losses may depend on these through a backward pass too, which only the graph knows
+            lost += [entry.live(structure) for entry in differentiated]
         if self.weights is not None:
-            self._undo_weights(work, self.weights)
+            self._undo_weights(told, lost, unseen)
         totals = self._totals(work) if self.mode.hooked else {}
-        for item in work:
-            if item not in lost:
-                self._by_rule(item, totals)
-        if lost or reached or twice:
-            self._by_backwards(lost + twice, reached)
+        for entry in told:
+            if self.mixing == "error" and self.batch > 1 and rules.mixes(entry, entry.rows):
+                fallback.refuse_mixing(entry, self.mode.model)
+            rule, found = rules.shares(entry, entry.deltas, entry.rows, self.batch, self.create_graph)
+            _compare(entry, found, totals)
+            self._take(rule, found)
+        if lost or unseen:
+            leaves = {name: self.mode.chosen[name] for name in unseen}
+            policy = self.fallback, self.mixing
+            self._take("backward a sample", fallback.shares(self.mode, self.root, lost, leaves, *policy))
         return self._to_parameters()
-
-    @property
-    def edge(self) -> GradientEdge:
-        assert self.root.edge is not None  # as there are entries that the losses depend on
-        return self.root.edge
 
     def _structure(self) -> Structure:
         checked = not row_rules.capturing(self.root.gradient)
@@ -102,8 +89,8 @@ class Backward:
             found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)
         return found
 
-    def _segments(self, work: list[LiveEntry]) -> None:
-        segments = self.options.segments
+    def _segments(self, work: list[Entry]) -> None:
+        segments = self.segments
         if segments is None:
             return
         if len(segments) and not (int(segments.min()) >= 0 and int(segments.max()) < self.batch):
@@ -111,39 +98,50 @@ class Backward:
                 f"segments: expected samples in 0..{self.batch - 1}, as there are {self.batch} losses, but they span "
                 f"{int(segments.min())}..{int(segments.max())}"
             )
-        for item in work:
-            for k, output in enumerate(item.entry.outputs):
+        for entry in work:
+            for k, output in enumerate(entry.outputs):
                 dims = [d for d, size in enumerate(output.shape) if size == len(segments)]
-                if dims and not isinstance(item.states[k], Rows):
+                if dims and not isinstance(entry.states[k], Rows):
                     rows = Rows(dims[0], owners=segments.to(output.device).long())
-                    item.states[k] = Unproved("segments", rows)
+                    entry.states[k] = Unproved("segments", rows)
 
     # --- deltas -------------------------------------------------------------------------------------------------------
 
-    def _deltas(self, work: list[LiveEntry], unseen: bool, exposed: bool) -> None:
-        edges = [edge for item in work for edge in item.entry.edges]
+    def _deltas(self, work: list[Entry], structure: Structure, unseen: bool) -> None:
+        edges = [edge for entry in work for edge in entry.edges]
         if not edges:
             return
         if self.weights is not None:
             found = [self.mode.captured.get((edge.node, edge.output_nr)) for edge in edges]
-            for item in work:
-                item.entry.spent = True
+            for entry in work:
+                entry.spent = True
         else:
-            keep = self.keep_graph or unseen or self._must_prove() or self.options.create_graph
-            keep = keep or self.mode.differentiated > 0 or not all(map(_needs_no_graph, work))
-            create = self.options.create_graph
-            found = self.mode.differentiate(self.edge, self.root.gradient, edges, keep, create, self.mode.hooked)
-        if exposed:
-            found = [None if delta is None else delta.clone() for delta in found]
-        for item, deltas in zip(work, _by_entry(work, found), strict=True):
-            item.deltas = deltas
+            create_graph = self.create_graph
+            keep = self.keep_graph or unseen or self.must_prove or create_graph or self.mode.differentiated > 0
+            keep = keep or any(rules.bind(entry) is None for entry in work)
+            keep = keep or any(not isinstance(state, Rows) for entry in work for state in entry.states)
+            found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, create_graph, self.mode.hooked)
+        if self.mode.hooked or "BackwardHookFunctionBackward" in structure.kinds:
+            found = [
+                None if delta is None else delta.clone() for delta in found
+            ]  # hooks may keep the deltas themselves
+        for entry, deltas in zip(work, _by_entry(work, found), strict=True):
+            entry.deltas = deltas
 
-    def _undo_weights(self, work: list[LiveEntry], weights: Tensor) -> None:
+    def _undo_weights(self, told: list[Entry], lost: list[Entry], unseen: list[str]) -> None:
         """From the deltas of weighted losses those of each sample's own loss; in place where nobody else holds them."""
-        scale, done = weights.reciprocal(), set()
-        shared = held_elsewhere([*self.mode.captured.values(), *(delta for item in work for delta in item.deltas)])
-        for item in work:
-            for k, (delta, rows) in enumerate(zip(item.deltas, item.rows, strict=True)):
+        assert self.weights is not None
+        if lost or unseen:
+            names = [name for entry in lost for name in entry.names] + unseen
+            at = f"at {lost[0].reason()}" if lost else "in a custom autograd function or scripted code, unseen"
+            raise CaptureError(
+                f"{listed(dict.fromkeys(names))}: used {at}, so that the gradient takes one backward a sample; call "
+                "watch.factors(losses) before the training step's backward"
+            )
+        scale, done = self.weights.reciprocal(), set()
+        shared = held_elsewhere([*self.mode.captured.values(), *(delta for entry in told for delta in entry.deltas)])
+        for entry in told:
+            for k, (delta, rows) in enumerate(zip(entry.deltas, entry.rows, strict=True)):
                 place = memory(delta), delta.storage_offset(), delta.numel()
                 if place in done:
                     continue
@@ -152,46 +150,38 @@ class Backward:
                     own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
                     own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
                 if shared(delta) or 0 in delta.stride():
-                    item.deltas[k] = delta * own
+                    entry.deltas[k] = delta * own
                 else:
                     delta.mul_(own)
                     done.add(place)
 
     # --- whose rows are whose -----------------------------------------------------------------------------------------
 
-    def _must_prove(self) -> bool:
-        return self.mode.hooked and self.batch > 1
-
-    def _settle_rows(self, work: list[LiveEntry], dtypes: set[torch.dtype]) -> list[LiveEntry]:
+    def _settle_rows(self, work: list[Entry], dtypes: set[torch.dtype]) -> list[Entry]:
         """Settle which rows are whose. Returns the entries of which this cannot be told."""
         if self.batch <= 1:
-            for item in work:
-                item.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in item.entry.outputs]
+            for entry in work:
+                entry.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in entry.outputs]
             return []
         lost, doubtful = [], []
-        for item in work:
-            if any(isinstance(state, Shared) for state in item.states):
-                lost.append(item)
-            elif self._must_prove() or any(isinstance(state, Unproved) for state in item.states):
-                doubtful.append(item)
+        for entry in work:
+            if any(isinstance(state, Shared) for state in entry.states):
+                lost.append(entry)
+            elif self.must_prove or any(isinstance(state, Unproved) for state in entry.states):
+                doubtful.append(entry)
             else:
-                item.rows = [state for state in item.states if isinstance(state, Rows)]
+                entry.rows = [state for state in entry.states if isinstance(state, Rows)]
         if doubtful:
             self._refuse_a_proof(doubtful[0])
             lost += self._without_proof(doubtful, dtypes)
-        if lost and self.weights is not None:
-            raise CaptureError(
-                f"{listed(sorted(lost[0].entry.names))}: the gradient at {lost[0].entry.name} takes one backward a "
-                "sample; call watch.factors(losses) before the training step's backward"
-            )
         return lost
 
-    def _refuse_a_proof(self, item: LiveEntry) -> None:
+    def _refuse_a_proof(self, entry: Entry) -> None:
         """Refuse where no second backward can be run or looked at."""
         if row_rules.capturing(self.root.gradient):
             advice = (
-                "the proof waits for the device, which a CUDA graph cannot record; call batch_layer_grads itself, or leave "
-                "the parameter out with exclude="
+                "the proof waits for the device, which a CUDA graph cannot record; call batch_layer_grads itself, or "
+                "leave the parameter out with exclude="
             )
         elif self.weights is not None:
             advice = (
@@ -200,11 +190,11 @@ class Backward:
         else:
             return
         raise CaptureError(
-            f"{listed(sorted(item.entry.names))}: at {item.entry.name} the graph does not tell which rows are whose (at "
-            f"{item.reason()}), and {advice}"
+            f"{listed(entry.names)}: at {entry.name} the graph does not tell which rows are whose (at "
+            f"{entry.reason()}), and {advice}"
         )
 
-    def _without_proof(self, doubtful: list[LiveEntry], dtypes: set[torch.dtype]) -> list[LiveEntry]:
+    def _without_proof(self, doubtful: list[Entry], dtypes: set[torch.dtype]) -> list[Entry]:
         """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""
         first = row_rules.proof_weights(self.batch, self.root.gradient, dtypes)
         left = self._tried(doubtful, [first])
@@ -215,17 +205,17 @@ class Backward:
             left = self._tried(doubtful, [row_rules.Weights(bit, first.tolerance) for bit in bits])
         return left
 
-    def _tried(self, doubtful: list[LiveEntry], trials: list[row_rules.Weights]) -> list[LiveEntry]:
+    def _tried(self, doubtful: list[Entry], trials: list[row_rules.Weights]) -> list[Entry]:
         """Settle the rows that every trial shows; returns the entries for which there are none."""
         gradient = self.root.gradient.detach()
-        edges = [edge for item in doubtful for edge in item.entry.edges]
+        edges = [edge for entry in doubtful for edge in entry.edges]
         weighted = []
         for trial in trials:
             own = gradient * trial.values.view(-1, *[1] * (gradient.ndim - 1))
-            found = self.mode.differentiate(self.edge, own, edges, after_hooks=self.mode.hooked)
+            found = self.mode.differentiate(self.root, own, edges, after_hooks=self.mode.hooked)
             weighted.append([part for parts in _by_entry(doubtful, found) for part in parts])
-        deltas = [delta.detach() for item in doubtful for delta in item.deltas]
-        hints = [s if isinstance(s, Rows) else getattr(s, "hint", None) for item in doubtful for s in item.states]
+        deltas = [delta.detach() for entry in doubtful for delta in entry.deltas]
+        hints = [s if isinstance(s, Rows) else getattr(s, "hint", None) for entry in doubtful for s in entry.states]
         possible = [row_rules.candidates(d.shape, self.batch, hint) for d, hint in zip(deltas, hints, strict=True)]
         flags = [
             functools.reduce(
@@ -238,39 +228,21 @@ class Backward:
         told = iter(row_rules.verdicts(flags))
         right = [[rows for rows in ways if next(told)] for ways in possible]
         left = []
-        for item, ways in zip(doubtful, cut(right, (len(item.deltas) for item in doubtful)), strict=True):
+        for entry, ways in zip(doubtful, cut(right, (len(entry.deltas) for entry in doubtful)), strict=True):
             if all(ways):
-                item.rows = [way[0] for way in ways]
+                entry.rows = [way[0] for way in ways]
             else:
-                left.append(item)
+                left.append(entry)
         return left
 
     # --- gradients of values ------------------------------------------------------------------------------------------
 
-    def _by_rule(self, item: LiveEntry, totals: dict[int, Tensor]) -> None:
-        if self.options.mixing == "error" and self.batch > 1 and rules.mixes(item.entry, item.rows):
-            fallback.refuse_mixing(item, self.mode.model)
-        rule, found = rules.shares(item.entry, item.deltas, item.rows, self.batch, self.options.create_graph)
-        _compare(item.entry, found, totals)
-        self._take(rule, found)
-
-    def _by_backwards(self, lost: list[LiveEntry], unseen: list[str]) -> None:
-        if self.weights is not None:
-            raise CaptureError(
-                f"{', '.join(unseen)}: used where gradext cannot see it (a custom autograd function, scripted code), so "
-                "that its gradient takes one backward a sample; call watch.factors(losses) before the training step's "
-                "backward"
-            )
-        leaves = {name: self.mode.chosen[name] for name in unseen}
-        policy = {"fallback": self.options.fallback, "mixing": self.options.mixing}
-        self._take("backward a sample", fallback.shares(self.mode, self.root, lost, leaves, **policy))
-
-    def _totals(self, work: list[LiveEntry]) -> dict[int, Tensor]:
+    def _totals(self, work: list[Entry]) -> dict[int, Tensor]:
         """Where hooks were registered: autograd's own gradients of what stands for the values, by id."""
-        given = list({id(x): x for item in work for x in item.entry.stand_ins() if not x.is_complex()}.values())
-        if not given or self.weights is not None or self.options.create_graph:
+        given = list({id(x): x for entry in work for x in entry.stand_ins() if not x.is_complex()}.values())
+        if not given or self.weights is not None or self.create_graph:
             return {}
-        found = self.mode.differentiate(self.edge, self.root.gradient, given)
+        found = self.mode.differentiate(self.root, self.root.gradient, given)
         return {id(x): rules.dense(g) for x, g in zip(given, found, strict=True) if g is not None}
 
     def _take(self, rule: str, shares: Sequence[Share]) -> None:
@@ -282,7 +254,7 @@ class Backward:
             if share.rows is not None:
                 if maker is not None and self.batch > 1 and len(maker.outputs) == 1:
                     rows = [share.rows]
-                    self._take(*rules.shares(maker, [gradient], rows, self.batch, self.options.create_graph))
+                    self._take(*rules.shares(maker, [gradient], rows, self.batch, self.create_graph))
                     continue
                 gradient = row_rules.own_rows(gradient, share.rows, self.batch) if self.batch > 1 else gradient[None]
             self.shares.setdefault(id(share.value), []).append(Share(share.value, gradient))
@@ -314,7 +286,7 @@ class Backward:
         leaves = [self.mode.chosen[name] for name in names]
         # The training step has freed the value's own graph.
         again = value if self.weights is None else self._rebuilt(value)
-        found = rules.batched_grad((again,), leaves, (self._written(value, gradient),), self.options.create_graph)
+        found = rules.batched_grad((again,), leaves, (self._written(value, gradient),), self.create_graph)
         return [(name, g) for name, g in zip(names, found, strict=True) if g is not None]
 
     def _carried(self, value: Tensor, gradient: Gradient) -> tuple[Tensor, Gradient]:
@@ -327,7 +299,7 @@ class Backward:
             moved: Gradient | None = None
             if isinstance(gradient, GradFactors) and maker.args and maker.args[0] is source:
                 moved = _moved(maker, value, source, gradient)
-            if moved is None and not self.options.create_graph:
+            if moved is None and not self.create_graph:
                 call = rules.bind(maker)
                 if call is not None and call.rule == "embedding" and source.ndim == 2:
                     index = call.input.expand(self.batch, *call.input.shape)
@@ -360,19 +332,15 @@ class Backward:
         return results[next(k for k, made in enumerate(maker.outputs) if made is value)]
 
 
-def _needs_no_graph(item: LiveEntry) -> bool:
-    return rules.bind(item.entry) is not None and all(isinstance(state, Rows) for state in item.states)
-
-
-def _by_entry(work: list[LiveEntry], found: list[Tensor | None]) -> list[list[Tensor]]:
+def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor]]:
     """The deltas of each entry's outputs, from a flat list of the gradients at all edges."""
-    parts = cut(found, (len(item.entry.edges) for item in work))
+    parts = cut(found, (len(entry.edges) for entry in work))
     return [
         [
             o.new_zeros(o.shape) if delta is None else row_rules.delta_of_view(o, delta)
-            for o, delta in zip(item.entry.outputs, part, strict=True)
+            for o, delta in zip(entry.outputs, part, strict=True)
         ]
-        for item, part in zip(work, parts, strict=True)
+        for entry, part in zip(work, parts, strict=True)
     ]
 
 
@@ -388,7 +356,7 @@ def _compare(entry: Entry, shares: list[Share], totals: dict[int, Tensor]) -> No
         difference = (own.reshape(total.shape).to(total.dtype) - total).abs().max() if total.numel() else 0
         if difference > torch.finfo(total.dtype).eps ** 0.5 * (total.abs().max() + own.abs().max()):
             raise CaptureError(
-                f"{listed(sorted(entry.names))}: a hook on a node of the graph changes the gradient of {entry.name} in a "
+                f"{listed(entry.names)}: a hook on a node of the graph changes the gradient of {entry.name} in a "
                 "way that cannot be followed; register hooks on tensors, or leave the parameter out with exclude="
             )
 
@@ -398,8 +366,7 @@ def _hooked_gradient(parameter: Tensor, gradient: Gradient) -> Gradient:
     hooks = parameter._backward_hooks
     if not hooks:
         return gradient
-    written = gradient if isinstance(gradient, Tensor) else gradient.materialize()
-    samples = []
+    written, samples = gradient if isinstance(gradient, Tensor) else gradient.materialize(), []
     for own in written:
         for hook in list(hooks.values()):
             changed = hook(own)

@@ -18,28 +18,22 @@ from .errors import CaptureError, UnsupportedLayerError
 from .losses import Root
 from .mode import WatchMode
 from .rows import Structure
-from .rules import LiveEntry, Share, cut, dense
+from .rules import Entry, Share, cut, dense
 from .selection import listed
 
 _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
 
 
 def shares(
-    mode: WatchMode,
-    root: Root,
-    lost: list[LiveEntry],
-    unseen: Mapping[str, Tensor],
-    *,
-    fallback: str | None,
-    mixing: str,
+    mode: WatchMode, root: Root, lost: list[Entry], unseen: Mapping[str, Tensor], fallback: str | None, mixing: str
 ) -> list[Share]:
     """The gradients of the values of ``lost``, and of the parameters ``unseen`` along paths that the mode missed."""
-    reasons = [(listed(sorted(item.entry.names)), item.reason()) for item in lost] + [(name, None) for name in unseen]
+    reasons = [(listed(entry.names), entry.reason()) for entry in lost] + [(name, None) for name in unseen]
     if fallback == "error":
         raise UnsupportedLayerError("; ".join(_explained(names, reason) for names, reason in reasons) + _ADVICE)
     batch = len(root.gradient)
-    given = [(x, item.entry.values[id(x)]) for item in lost for x in item.entry.stand_ins()]
-    judged = [item for item in lost if mixing == "error" and item.holds_samples(batch)]
+    given = [(x, entry.values[id(x)]) for entry in lost for x in entry.stand_ins()]
+    judged = [entry for entry in lost if mixing == "error" and entry.holds_samples(batch)]
     inputs = [x for x, _ in given] + list(unseen.values())
     gradients = _each_sample(mode, root, inputs, judged)
     _refuse_one_for_all(root, dict(zip(unseen, gradients[len(given) :], strict=True)))
@@ -48,16 +42,15 @@ def shares(
     return [Share(value, g) for value, g in zip([v for _, v in given] + list(unseen.values()), gradients, strict=True)]
 
 
-def _each_sample(mode: WatchMode, root: Root, inputs: list[Tensor], judged: list[LiveEntry]) -> list[Tensor]:
+def _each_sample(mode: WatchMode, root: Root, inputs: list[Tensor], judged: list[Entry]) -> list[Tensor]:
     """The gradients [B, *x.shape] of each loss by ``inputs``; refuses samples that mix at the entries ``judged``."""
-    assert root.edge is not None  # as the losses depend on something
-    gradient, edges = root.gradient.detach(), [edge for item in judged for edge in item.entry.edges]
+    gradient, edges = root.gradient.detach(), [edge for entry in judged for edge in entry.edges]
     found = [x.new_zeros(len(gradient), *x.shape) for x in inputs]
     touched: list[Tensor | int] = [0] * len(edges)  # of each element, by how many samples' losses
     for b in range(len(gradient)):
         own = torch.zeros_like(gradient)
         own[b] = gradient[b]
-        row = mode.differentiate(root.edge, own, [*inputs, *edges])
+        row = mode.differentiate(root, own, [*inputs, *edges])
         for k, g in enumerate(row):
             if g is None:
                 continue
@@ -65,24 +58,24 @@ def _each_sample(mode: WatchMode, root: Root, inputs: list[Tensor], judged: list
                 found[k][b] = dense(g)
             else:
                 touched[k - len(inputs)] += (g != 0).to(torch.int32)
-    for item, counts in zip(judged, cut(touched, (len(item.entry.edges) for item in judged)), strict=True):
+    for entry, counts in zip(judged, cut(touched, (len(entry.edges) for entry in judged)), strict=True):
         if any(isinstance(count, Tensor) and count.numel() and int(count.max()) > 1 for count in counts):
-            refuse_mixing(item, mode.model)
+            refuse_mixing(entry, mode.model)
     return found
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def refuse_mixing(item: LiveEntry, model: nn.Module) -> None:
-    reason = item.reason()
+def refuse_mixing(entry: Entry, model: nn.Module) -> None:
+    reason = entry.reason()
     if "BatchNorm" in reason or reason == "batch_norm":
         reason = _batch_norms(model) or reason
     raise CaptureError(
-        f"{listed(sorted(item.entry.names))}: samples mix: at {item.entry.name} the loss of a sample depends on rows of "
-        f"others (at {reason}), so that per-sample gradients in the sense of privacy or attribution do not exist; detach "
-        "what the samples share, see that the samples lie where each layer expects them (batch_first), tell ragged rows "
-        'by segments=, or pass mixing="allow" for ∂ losses[b] as it stands'
+        f"{listed(entry.names)}: samples mix: at {entry.name} the loss of a sample depends on rows of others "
+        f"(at {reason}), so that per-sample gradients in the sense of privacy or attribution do not exist; detach what "
+        "the samples share, see that the samples lie where each layer expects them (batch_first), tell ragged rows by "
+        'segments=, or pass mixing="allow" for ∂ losses[b] as it stands'
     )
 
 
@@ -118,8 +111,8 @@ def refuse_hidden(hidden: Mapping[str, str], reached: Iterable[str], structure: 
         )
     if hidden:
         raise CaptureError(
-            f"{listed(sorted(hidden))}: used inside {', '.join(sorted(set(hidden.values())))}, a custom autograd function "
-            f"that hides its graph, so that the gradient cannot be found; {advice}"
+            f"{listed(sorted(hidden))}: used inside {', '.join(sorted(set(hidden.values())))}, a custom autograd "
+            f"function that hides its graph, so that the gradient cannot be found; {advice}"
         )
 
 
@@ -132,8 +125,8 @@ def _refuse_one_for_all(root: Root, gradients: Mapping[str, Tensor]) -> None:
         silent = (gradient.flatten(1) == 0).all(1)
         if silent.any() and not silent.all():
             raise CaptureError(
-                f"{name}: {node.name().removesuffix('Backward')} gives some samples no gradient at all: its backward takes "
-                "one number of the losses' gradient for all samples; write the losses by torch's own functions"
+                f"{name}: {node.name().removesuffix('Backward')} gives some samples no gradient at all: its backward "
+                "takes one number of the losses' gradient for all samples; write the losses by torch's own functions"
             )
 
 

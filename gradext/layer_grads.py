@@ -42,11 +42,11 @@ def batch_layer_grads(
 ) -> LayerGrads:
     """The gradient of every sample's own loss with respect to every parameter of the model.
 
-    ``grads[name][b] = ∂ loss_b / ∂ parameter`` for every parameter that requires grad (for all, where none does), with
-    the names, shapes and values of ``torch.func.vmap(torch.func.grad(...))``: ``{"decoder.0.weight": [B, O, I], ...}``.
-    One forward and one partial backward, in which no gradient of a weight is computed; the model is left as it was, but
-    for parameters and attributes that its own forward writes. A parameter that the losses do not depend on has gradient
-    zero. ``result.coverage`` tells by which rule each was found, and what was left out and why.
+    ``grads[name][b] = ∂ loss_b / ∂ parameter`` for every parameter that requires grad (for all, where none does), in
+    the form of ``torch.func.vmap(torch.func.grad(...))``: ``{"decoder.0.weight": [B, O, I], ...}``. One forward and one
+    partial backward, in which no gradient of a weight is computed; the model is left as it was, but for what its own
+    forward writes. A parameter that the losses do not depend on has gradient zero. ``result.coverage`` tells by which
+    rule each was found, and what was left out and why.
 
     Args:
         model: any module; in `eval()` or `train()`, frozen or not.

@@ -76,6 +76,12 @@ class Root(NamedTuple):
     gradient: Tensor
 
 
+def root_of(losses: Tensor) -> Root:
+    """The root for the losses [B] themselves."""
+    edge = get_gradient_edge(losses) if losses.requires_grad else None
+    return Root(edge, torch.ones_like(losses, requires_grad=False))
+
+
 def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, create_graph: bool = False) -> Root:
     """The root for ``loss``, a name of `LOSSES`, ``"auto"`` or a callable.
 
@@ -87,18 +93,18 @@ def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, 
     Raises ValueError or TypeError for a loss, output or target that do not fit.
     """
     if callable(loss):
-        return _root(per_sample_loss(loss, output, target))
+        return root_of(per_sample_loss(loss, output, target))
     loss, target = _checked_target(loss, output, target)
     node = output.grad_fn
     sigmoid = _is_sigmoid(node) and not output._backward_hooks
     with torch.set_grad_enabled(create_graph):
         gradient = None if create_graph and loss == "cross_entropy" else _closed_form(loss, output, target, sigmoid)
     if gradient is None:
-        return _root(_in_full_precision(LOSSES[loss], output, target))
+        return root_of(_in_full_precision(LOSSES[loss], output, target))
     if loss == "bce" and node is not None:
         before, place = node.next_functions[0]
         return Root(None if before is None else GradientEdge(before, place), gradient)
-    return Root(_edge(output), gradient)
+    return Root(get_gradient_edge(output) if output.requires_grad else None, gradient)
 
 
 def _closed_form(loss: str, output: Tensor, target: Tensor, sigmoid: bool) -> Tensor | None:
@@ -118,14 +124,6 @@ def _closed_form(loss: str, output: Tensor, target: Tensor, sigmoid: bool) -> Te
     _, weight = _aten.nll_loss_forward(log_p, target, None, 0, -100)
     gradient = _aten.nll_loss_backward(ones, log_p, target, None, 0, -100, weight)
     return _aten._log_softmax_backward_data(gradient, log_p, 1, wide.dtype).to(output.dtype)
-
-
-def _root(values: Tensor) -> Root:
-    return Root(_edge(values), torch.ones_like(values, requires_grad=False))
-
-
-def _edge(tensor: Tensor) -> GradientEdge | None:
-    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def _residual(output: Tensor, target: Tensor, link: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .rows import has_base
+from .losses import Root
+from .rows import base_of
 from .rules import Entry, tensors_of
 from .selection import Selection
 
@@ -81,7 +82,7 @@ class WatchMode(TorchFunctionMode):
         self.owned: set[int] | None = None  # ids of the tensors that the model holds, once asked for
         self.told = False  # whether the inputs were marked
         self.replay = False  # in a backward that runs a checkpointed forward again
-        self.opaque = 0  # depth of layers with a rule of their user's own
+        self.opaque = False  # inside a layer with a rule of its user's own
         self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
         self.handles = 0  # of hooks of its own
         self.hooked = False  # whether the run has registered hooks
@@ -96,7 +97,12 @@ class WatchMode(TorchFunctionMode):
                 self.differentiated = len(self.entries)
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
-            return self._without_graph(func, args, kwargs)
+            result = func(*args, **kwargs)
+            if not self.replay:
+                values, others = self._told_apart(args, kwargs)
+                self._note_hidden(values)
+                self._mark(func, result, others, args)
+            return result
         if _inside_transform():
             return func(*args, **kwargs)
         if func in _COMPOSED:
@@ -114,14 +120,6 @@ class WatchMode(TorchFunctionMode):
         self._mark(func, result, others, args)
         if self.train:
             self._note_losses(result)
-        return result
-
-    def _without_graph(self, func, args, kwargs):
-        result = func(*args, **kwargs)
-        if not self.replay:
-            values, others = self._told_apart(args, kwargs)
-            self._note_hidden(values)
-            self._mark(func, result, others, args)
         return result
 
     def _look_inside(self, func, args, kwargs):
@@ -189,16 +187,12 @@ class WatchMode(TorchFunctionMode):
             return True
         if mark == -self.token or self.told:
             return False
-        return not self._is_owned(tensor)  # from outside: the caller's, unless the model holds it
-
-    def _is_owned(self, tensor: Tensor) -> bool:
-        """Whether the model holds it: as a buffer, or as a plain attribute."""
         if self.owned is None:
-            self.owned = set()
-            for module in self.model.modules():
-                self.owned.update(map(id, module._buffers.values()))
-                self.owned.update(id(v) for v in module.__dict__.values() if isinstance(v, Tensor))
-        return id(tensor) in self.owned
+            attributes = [
+                v for module in self.model.modules() for v in (*module._buffers.values(), *vars(module).values())
+            ]
+            self.owned = {id(v) for v in attributes if isinstance(v, Tensor)}
+        return id(tensor) not in self.owned  # from outside: the caller's, unless the model holds it
 
     def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
         """Remember of a result whether it depends on samples."""
@@ -267,13 +261,16 @@ class WatchMode(TorchFunctionMode):
     def _derive(self, func, args, kwargs, values: list[Value]):
         """A function of values and constants gives a value."""
         result = func(*self._replaced(args), **self._replaced(kwargs))
-        made = _results(result, args)
+        found = result if isinstance(result, (list, tuple)) else (result,)
+        if result is None:  # __setitem__
+            found = args[:1]
+        made = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
         if not made:
             self._mark(func, result, (), args)
             return result
         names = frozenset().union(*(value.names for value in values))
         own = {id(v.tensor): v.tensor for v in values if v.names}
-        maker = Entry(func, args, kwargs, names, own, made, [])
+        maker = Entry(func, args, kwargs, sorted(names), own, made, [])
         for tensor in made:
             if id(tensor) in self.values and (tensor.is_leaf or not maker.in_place):
                 continue  # given back as it is, or the parameter itself: an assignment to it
@@ -300,8 +297,11 @@ class WatchMode(TorchFunctionMode):
 
     def record(self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], **options) -> None:
         """Keep an entry; ``options`` are further fields of it."""
-        names = frozenset().union(*(self.values[id(value)].names for value in values.values()))
-        edges, ends = [_edge_of(t) for t in outputs], [get_gradient_edge(t) for t in outputs]
+        names = sorted({name for value in values.values() for name in self.values[id(value)].names})
+        # A later in-place operation on a view, or on another of its base, rewrites the view's history, not the base's.
+        bases = [base_of(t) for t in outputs]
+        edges = [get_gradient_edge(t if base is None else base) for t, base in zip(outputs, bases, strict=True)]
+        ends = [get_gradient_edge(t) for t in outputs]
         entry = Entry(func, args, kwargs, names, values, outputs, edges, ends, **options)
         if not entry.in_place and not entry.versions:
             entry.versions = [(t, t._version) for t in tensors_of([args, kwargs]) if id(t) not in values]
@@ -333,12 +333,13 @@ class WatchMode(TorchFunctionMode):
         return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
 
     def differentiate(
-        self, root: GradientEdge, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False, after_hooks=False
+        self, root: Root, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False, after_hooks=False
     ) -> list[Tensor | None]:
-        """The gradients at ``inputs``; a checkpointed forward that runs again meets the same stand-ins.
+        """The gradients at ``inputs`` for a ``gradient`` at the root; a checkpointed forward meets the same stand-ins.
 
         after_hooks: at edges, as hooks leave them; torch's engine captures some of them before.
         """
+        assert root.edge is not None  # as the losses depend on something
         changed: dict[int, Tensor] = {}
         handles = [
             edge.node.register_prehook(lambda grads, k=k, n=edge.output_nr: changed.update({k: grads[n]}))
@@ -347,25 +348,12 @@ class WatchMode(TorchFunctionMode):
         self.replay = True
         try:
             with self:
-                found = torch.autograd.grad((root,), inputs, (gradient,), retain, create_graph, allow_unused=True)
+                found = torch.autograd.grad((root.edge,), inputs, (gradient,), retain, create_graph, allow_unused=True)
         finally:
             self.replay = False
             for handle in handles:
                 handle.remove()
         return [changed.get(k, g) for k, g in enumerate(found)]
-
-
-def _results(result, args: tuple) -> list[Tensor]:
-    """The tensors with a gradient that a call has given, or written."""
-    if result is None and args and isinstance(args[0], Tensor):  # __setitem__
-        result = args[0]
-    found = result if isinstance(result, (list, tuple)) else (result,)
-    return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
-
-
-def _edge_of(output: Tensor) -> GradientEdge:
-    # A later in-place operation on a view, or on another of its base, rewrites the view's history, but not the base's.
-    return get_gradient_edge(output._base if has_base(output) else output)
 
 
 def _custom_function() -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -84,58 +85,43 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
     found = Structure(batch, checked)
     if root is None:
         return found
-    found.states[(root.node, root.output_nr)] = Rows(0)
-    if batch == 1:  # all that the loss depends on is the one sample's
-        _reach(root.node, ends, found)
-        return found
-    for node in _in_order(root.node, ends):
+    first = found.states[root.node, root.output_nr] = Rows(0)
+    below = _reached(root.node, ends)
+    for node in below if batch == 1 else _in_order(root.node, below):
         name = node.name()
         found.kinds.add(name)
-        found.dtypes.update(kind.dtype for kind in node._input_metadata)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.leaves[id(leaf)] = leaf
             continue
+        if batch == 1:  # all that the loss depends on is the one sample's
+            found.states.update(((source, place), first) for source, place in node.next_functions)
+            continue
+        found.dtypes.update(kind.dtype for kind in node._input_metadata)
         outputs = [found.states.get((node, k)) for k in range(len(node._input_metadata))]
         states = _input_states(node, name, outputs, found)
-        for (below, place), state in zip(node.next_functions, states, strict=True):
-            if below is not None and state is not None:
-                key = (below, place)
-                former = found.states.get(key)
-                found.states[key] = state if former is None else _merged(former, state, name)
+        for edge, state in zip(node.next_functions, states, strict=True):
+            if edge[0] is not None and state is not None:
+                former = found.states.get(edge)
+                found.states[edge] = state if former is None else _merged(former, state, name)
     return found
 
 
-def _reach(root: Node, ends: set[Node], found: Structure) -> None:
-    first, seen, stack = Rows(0), {root}, [root]
-    while stack:
-        node = stack.pop()
-        found.kinds.add(node.name())
-        for below, place in node.next_functions:
-            if below is None:
-                continue
-            found.states[below, place] = first
-            if below not in seen:
-                seen.add(below)
-                leaf = getattr(below, "variable", None)
-                if leaf is not None:
-                    found.leaves[id(leaf)] = leaf
-                elif below not in ends:
-                    stack.append(below)
-
-
-def _in_order(root: Node, ends: set[Node]) -> list[Node]:
-    """The nodes, each after all that its function's outputs go to."""
+def _reached(root: Node, ends: set[Node]) -> dict[Node, list[Node]]:
+    """The nodes below ``root``, down to ``ends``, and of each those that its inputs come from."""
     below: dict[Node, list[Node]] = {}
-    uses, stack = {root: 0}, [root]
+    stack = [root]
     while stack:
         node = stack.pop()
-        below[node] = [] if node in ends else [source for source, _ in node.next_functions if source is not None]
-        for source in below[node]:
-            if source not in uses:
-                uses[source] = 0
-                stack.append(source)
-            uses[source] += 1
+        if node not in below:
+            below[node] = [] if node in ends else [source for source, _ in node.next_functions if source is not None]
+            stack += below[node]
+    return below
+
+
+def _in_order(root: Node, below: dict[Node, list[Node]]) -> list[Node]:
+    """The nodes, each after all that its function's outputs go to."""
+    uses = Counter(source for sources in below.values() for source in sources)
     order, ready = [], [root]
     while ready:
         order.append(ready.pop())
@@ -466,19 +452,22 @@ def _taken(state: Rows, first: int, indices, shape, before, found: Structure) ->
 # --- views -----------------------------------------------------------------------------------------------------------
 
 
-def has_base(output: Tensor) -> bool:
-    """Whether the graph has the history of an output in that of the tensor that it is a view of."""
-    return output._base is not None and output._base.requires_grad
+def base_of(output: Tensor) -> Tensor | None:
+    """The tensor that an output is a view of, where the graph has the output's history there."""
+    base = output._base
+    return base if base is not None and base.requires_grad else None
+
+
+def _as_base(output: Tensor, base: Tensor) -> bool:
+    return base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
 
 
 def delta_of_view(output: Tensor, delta: Tensor) -> Tensor:
     """The delta of an output, from that of its base where it has one."""
-    base = output._base
-    if base is None or not base.requires_grad:
+    base = base_of(output)
+    if base is None or (base.shape == output.shape and base.stride() == output.stride()):
         return delta
-    if base.shape == output.shape and base.stride() == output.stride():
-        return delta
-    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+    if _as_base(output, base):
         return delta.reshape(output.shape)
     if delta.stride() != base.stride():
         delta = torch.empty_strided(base.shape, base.stride(), dtype=delta.dtype, device=delta.device).copy_(delta)
@@ -488,13 +477,13 @@ def delta_of_view(output: Tensor, delta: Tensor) -> Tensor:
 
 def state_of_view(output: Tensor, state: State, batch: int) -> State:
     """Where the samples lie in an output, from where they lie in its base where it has one."""
-    base = output._base
-    if base is None or not base.requires_grad or isinstance(state, Shared):
+    base = base_of(output)
+    if base is None or isinstance(state, Shared):
         return state
     if isinstance(state, Unproved):
         hint = None if state.hint is None else state_of_view(output, state.hint, batch)
         return state._replace(hint=hint if isinstance(hint, Rows) else None)
-    if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+    if _as_base(output, base):
         return _reshaped(state, tuple(base.shape), tuple(output.shape), batch)
     same = base.stride(state.dim), base.shape[state.dim]
     dims = [d for d in range(output.ndim) if (output.stride(d), output.shape[d]) == same]

@@ -43,7 +43,7 @@ class Entry:
     func: Callable
     args: tuple
     kwargs: dict
-    names: frozenset[str]  # of the parameters that the values depend on
+    names: list[str]  # of the parameters that the values depend on, sorted
     values: dict[int, Tensor]  # by id of what the function was given: the value of parameters that it stands for
     outputs: list[Tensor]  # those with a gradient
     edges: list[GradientEdge]  # where the losses' graph meets them: of a view, its base's
@@ -53,6 +53,10 @@ class Entry:
     call: Call | None = None  # as `bind` reads it, where it has
     bound: bool = False
     spent: bool = False  # its graph is freed
+    # Of each output that the losses depend on, see `live`:
+    states: list[State] = field(default_factory=list)  # where the samples lie, as the graph tells
+    rows: list[Rows] = field(default_factory=list)  # the same, where it is settled
+    deltas: list[Tensor] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -70,40 +74,27 @@ class Entry:
         """What stands for the values among the arguments, each once."""
         return list({id(x): x for x in tensors_of([self.args, self.kwargs]) if id(x) in self.values}.values())
 
-
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
-
-
-@dataclass(eq=False)
-class LiveEntry:
-    """An entry with those of its outputs that the losses depend on."""
-
-    entry: Entry
-    states: list[State]  # of each output, as the graph tells
-    deltas: list[Tensor] = field(default_factory=list)
-    rows: list[Rows] = field(default_factory=list)  # where this is settled
-
-    @staticmethod
-    def of(entry: Entry, structure: Structure) -> LiveEntry:
-        states = [structure.of(edge) for edge in entry.edges]
-        kept = [k for k, state in enumerate(states) if state is not None]
-        if len(kept) < len(states):  # what the losses do not depend on has no gradient
-            parts = {name: [getattr(entry, name)[k] for k in kept] for name in ("outputs", "edges", "ends")}
-            entry = replace(entry, **parts)
-        found = zip(entry.outputs, (state for state in states if state is not None), strict=True)
-        return LiveEntry(entry, [state_of_view(output, state, structure.batch) for output, state in found])
+    def live(self, structure: Structure) -> Entry:
+        """The entry with those of its outputs that the losses depend on: what they do not has no gradient."""
+        states = {k: state for k, edge in enumerate(self.edges) if (state := structure.of(edge)) is not None}
+        parts = {name: [getattr(self, name)[k] for k in states] for name in ("outputs", "edges", "ends")}
+        found = [state_of_view(self.outputs[k], state, structure.batch) for k, state in states.items()]
+        return replace(self, states=found, **parts)
 
     def reason(self) -> str:
         """Where in the graph the samples were lost."""
         for state in self.states:
             if isinstance(state, Unproved) and state.reason:
                 return state.reason
-        return "a sum over samples" if any(isinstance(s, Shared) for s in self.states) else self.entry.name
+        return "a sum over samples" if any(isinstance(s, Shared) for s in self.states) else self.name
 
     def holds_samples(self, batch: int) -> bool:
         """Whether something with rows of samples is among its arguments, not only constants."""
-        tensors = [t for t in tensors_of([self.entry.args, self.entry.kwargs]) if id(t) not in self.entry.values]
+        tensors = [t for t in tensors_of([self.args, self.kwargs]) if id(t) not in self.values]
         return any(t.requires_grad or any(size and size % batch == 0 for size in t.shape) for t in tensors)
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
 
 
 T = TypeVar("T")
@@ -188,10 +179,6 @@ def _matmul(entry: Entry, first, second) -> Call | None:
     return Call("linear", second, {"weight": first}, second.ndim - 2, gradient)
 
 
-def _rmatmul(entry: Entry, second, first) -> Call | None:
-    return _matmul(entry, first, second)
-
-
 def _addmm(entry: Entry, bias, input, weight, *, beta=1, alpha=1) -> Call | None:
     """``b + x W`` with W [I, O]."""
     if beta != 1 or alpha != 1 or weight.ndim != 2 or bias.shape != weight.shape[1:]:
@@ -241,9 +228,9 @@ def _embedding(
     if scale_grad_by_freq:  # by what is in the whole batch
         return None
     rows = weight.shape[0]
-    padding = (
-        None if padding_idx is None or (padding_idx == -1 and entry.func is torch.embedding) else padding_idx % rows
-    )
+    if entry.func is torch.embedding and padding_idx == -1:
+        padding_idx = None
+    padding = None if padding_idx is None else padding_idx % rows
 
     def gradient(role, index, delta):
         delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
@@ -251,10 +238,6 @@ def _embedding(
         return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
 
     return Call("embedding", input, {"weight": weight}, input.ndim, gradient)
-
-
-def _aten_embedding(entry, weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False) -> Call | None:
-    return _embedding(entry, indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
 
 
 def _rows_of_table(entry, table, index) -> Call | None:
@@ -283,8 +266,8 @@ def _norm(entry: Entry, *args, **kwargs) -> Call | None:
     """``y = x̂ ⊙ w + b``: Σ over a sample's positions of δ ⊙ x̂, and of δ."""
     options = dict(zip(_NORMS[entry.func], args, strict=False)) | kwargs
     input, func = options.pop("input"), entry.func
-    given = {role: options.pop(role, None) for role in ("weight", "bias")}
-    parameters = {role: parameter for role, parameter in given.items() if parameter is not None}
+    given = ((role, options.pop(role, None)) for role in ("weight", "bias"))
+    parameters = {role: parameter for role, parameter in given if parameter is not None}
     if options.get("training"):  # by what is in the whole batch
         return None
     if func is F.instance_norm and options.get("use_input_stats", True):
@@ -323,12 +306,14 @@ def _per_dimension(value, dimensions: int) -> tuple[int, ...]:
 _FAST: dict[Callable, Callable[..., Call | None]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
-    Tensor.__rmatmul__: _rmatmul,
+    Tensor.__rmatmul__: lambda entry, second, first: _matmul(entry, first, second),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution(False)),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution(True)),
     F.embedding: _embedding,
-    torch.embedding: _aten_embedding,
+    torch.embedding: lambda entry, weight, indices, padding_idx=-1, by_frequency=False, sparse=False: _embedding(
+        entry, indices, weight, padding_idx, scale_grad_by_freq=by_frequency
+    ),
     Tensor.__getitem__: _rows_of_table,
     **dict.fromkeys(_NORMS, _norm),
 }
@@ -342,23 +327,18 @@ def bind(entry: Entry) -> Call | None:
 
 
 def _bound(entry: Entry) -> Call | None:
-    rule = _FAST.get(entry.func)
-    if rule is None:
-        return None
     try:
-        call = rule(entry, *entry.args, **entry.kwargs)
-    except (TypeError, AttributeError):  # spelt in a way that the rule does not know
+        call = _FAST[entry.func](entry, *entry.args, **entry.kwargs)
+    except (KeyError, TypeError, AttributeError):  # no rule, or spelt in a way that it does not know
         return None
-    if call is None or id(call.input) in entry.values or not _is_ordinary(call.input):
+    if call is None or id(call.input) in entry.values:
         return None
-    given = {id(parameter) for parameter in call.parameters.values()}
-    real = not any(t.is_complex() for t in (*call.parameters.values(), *entry.outputs))
-    return call if real and given >= entry.values.keys() else None
-
-
-def _is_ordinary(input: Tensor) -> bool:
-    """Whether the rules' products, of dense real numbers, hold for it."""
-    return input.layout is torch.strided and not (input.is_complex() or input.is_nested)
+    # The rules' products are those of dense real numbers.
+    if call.input.layout is not torch.strided or call.input.is_nested:
+        return None
+    if any(t.is_complex() for t in (call.input, *call.parameters.values(), *entry.outputs)):
+        return None
+    return call if {id(parameter) for parameter in call.parameters.values()} >= entry.values.keys() else None
 
 
 # --- products and sums with broadcasting -----------------------------------------------------------------------------
@@ -416,7 +396,7 @@ def shares(
     call = bind(entry)
     if entry.overwritten() and (call is not None or entry.name in _MUL):
         raise CaptureError(
-            f"{listed(sorted(entry.names))}: the input of {entry.name} was modified in place after the call had used "
+            f"{listed(entry.names)}: the input of {entry.name} was modified in place after the call had used "
             "it, so that the gradient can no longer be computed; make that operation out of place"
         )
     with torch.set_grad_enabled(create_graph):
@@ -518,7 +498,7 @@ def _again(entry: Entry) -> Entry:
     pairs = [(new[None], former.detach()[None]) for new, former in zip(outputs, entry.outputs, strict=False)]
     if len(outputs) != len(entry.outputs) or not all(_close(new, former) for new, former in pairs):
         raise CaptureError(
-            f"{listed(sorted(entry.names))}: the gradient at {entry.name} needs the graph of the training step, which "
+            f"{listed(entry.names)}: the gradient at {entry.name} needs the graph of the training step, which "
             "its backward has freed; call watch.factors(losses) before it"
         )
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}

@@ -94,15 +94,10 @@ def _contents(model: nn.Module) -> list[object]:
             continue
         seen.add(id(module))
         contents.append(id(module))
-        if module._parameters:
-            for name, parameter in module._parameters.items():
-                contents.append(name)
-                if parameter is not None:
-                    contents.append(id(parameter))
-                    contents.append(parameter.requires_grad)
-        if module._modules:
-            contents += module._modules.keys()
-            stack += module._modules.values()
+        for name, parameter in module._parameters.items():
+            contents += (name, id(parameter), parameter is not None and parameter.requires_grad)
+        contents += module._modules.keys()
+        stack += module._modules.values()
     return contents
 
 
@@ -111,12 +106,12 @@ def _select(model: nn.Module, layers: LayerChoice, exclude: LayerChoice) -> Sele
     if not named:
         raise CaptureError(f"model: expected a module with parameters, but {type(model).__name__} has none")
     reasons = {name: reason for name, p in named.items() if (reason := _without_gradient(p))}
-    frozen = {name for name, p in named.items() if name not in reasons and not p.requires_grad}
-    able = [name for name in named if name not in reasons]
-    if layers is None or (isinstance(layers, str) and layers == "trainable"):
-        wanted = {name for name in able if name not in frozen}
-        if layers is None and not wanted:
-            wanted = set(able)
+    able = named.keys() - reasons.keys()
+    trainable = {name for name in able if named[name].requires_grad}
+    if layers is None:
+        wanted = trainable or able
+    elif isinstance(layers, str) and layers == "trainable":
+        wanted = trainable
     else:
         wanted = _matching(model, named, layers, "layers")
         refused = {name: reasons[name] for name in named if name in wanted & reasons.keys()}
@@ -133,12 +128,11 @@ def _select(model: nn.Module, layers: LayerChoice, exclude: LayerChoice) -> Sele
             "none" + (f"; all are {', '.join(sorted(set(reasons.values())))}" if len(reasons) == len(named) else "")
         )
     left_out = dict(reasons)
-    for name in able:
-        if name not in chosen:
-            if name in unwanted:
-                left_out[name] = "excluded"
-            else:
-                left_out[name] = "frozen" if name in frozen and layers is None else "not in layers="
+    for name in named:
+        if name in unwanted - reasons.keys():
+            left_out[name] = "excluded"
+        elif name in able - chosen.keys():
+            left_out[name] = "frozen" if layers is None and name not in trainable else "not in layers="
     sharded = [name for name, p in chosen.items() if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor")]
     if sharded:
         raise UnsupportedLayerError(
@@ -167,9 +161,9 @@ def _without_gradient(parameter: Tensor) -> str | None:
     wraps = getattr(kind, "__tensor_flatten__", None)
     if wraps is not None and kind.__name__ != "DTensor" and not parameter.requires_grad:
         return f"quantised or wrapped ({kind.__name__})"
-    inner = getattr(parameter, "data", parameter)
-    if getattr(type(inner), "__tensor_flatten__", None) is not None and type(inner).__name__ != "DTensor":
-        return f"quantised or wrapped ({type(inner).__name__})"
+    inner = type(getattr(parameter, "data", parameter))
+    if hasattr(inner, "__tensor_flatten__") and inner.__name__ != "DTensor":
+        return f"quantised or wrapped ({inner.__name__})"
     return None
 
 
@@ -185,11 +179,11 @@ def _matching(model: nn.Module, named: Mapping[str, Tensor], choice: Any, argume
     modules = dict(model.named_modules(remove_duplicate=False))
     found: set[str] = set()
     unknown: list[str] = []
-    items = choice if isinstance(choice, (list, tuple, set, frozenset)) else [choice]
-    for item in items:
-        names = _names(item, named, everything, modules)
-        if names is None:
-            unknown.append(_unknown(item, everything, modules))
+    several = isinstance(choice, Iterable) and not isinstance(choice, (str, type, Tensor, nn.Module))
+    for item in choice if several else [choice]:
+        names = _names(item, named, everything, modules, argument)
+        if isinstance(names, str):
+            unknown.append(names)
         else:
             found |= {first[id(everything[name])] for name in names}
     if unknown:
@@ -197,58 +191,59 @@ def _matching(model: nn.Module, named: Mapping[str, Tensor], choice: Any, argume
     return found
 
 
-def _names(item: Any, named, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> list[str] | None:
-    """The names in ``everything`` that one item means, None for nothing."""
+def _names(item: Any, named: Mapping, everything: Mapping, modules: Mapping, argument: str) -> list[str] | str:
+    """The names in ``everything`` that one item means, or why it means none."""
+
+    def of(parameters: Iterable[Tensor]) -> list[str]:
+        own = set(map(id, parameters))
+        return [name for name, p in everything.items() if id(p) in own]
+
     if isinstance(item, Tensor):
-        return [name for name, p in everything.items() if p is item] or None
+        return of([item]) or f"the tensor of shape {tuple(item.shape)} is not a parameter of the model"
     if isinstance(item, nn.Module):
-        own = {id(p) for p in item.parameters()}
-        return [name for name, p in everything.items() if id(p) in own] or None
+        return of(item.parameters()) or (
+            f"the module {type(item).__name__} is not part of the model, or has no parameters"
+        )
+    if isinstance(item, type) and issubclass(item, nn.Module):
+        inside = (p for m in modules.values() if isinstance(m, item) for p in m.parameters())
+        return of(inside) or f"the model has no {item.__name__} with parameters"
     if isinstance(item, type):
-        if not issubclass(item, nn.Module):
-            raise TypeError(f"layers: expected a module type, but got {item.__name__}")
-        own = {id(p) for m in modules.values() if isinstance(m, item) for p in m.parameters()}
-        return [name for name, p in everything.items() if id(p) in own] or None
+        raise TypeError(f"{argument}: expected a module type, but got {item.__name__}")
     if isinstance(item, str):
-        if item == "trainable":
-            return [name for name, p in everything.items() if p.requires_grad] or None
-        if item in everything:
-            return [item]
-        if item in modules:
-            start = f"{item}." if item else ""
-            return [name for name in everything if name.startswith(start)] or None
-        if any(sign in item for sign in "*?["):
-            matched = [name for name in everything if fnmatch.fnmatchcase(name, item)]
-            prefixes = tuple(f"{name}." for name in modules if name and fnmatch.fnmatchcase(name, item))
-            matched += [name for name in everything if prefixes and name.startswith(prefixes)]
-            return matched or None
-        return None
+        return _spelt(item, everything, modules) or _nearest(item, everything, modules)
     if callable(item):
-        return [name for name, p in named.items() if item(name, p)] or None
+        matched = [name for name, p in named.items() if item(name, p)]
+        return matched or f"the predicate {getattr(item, '__name__', item)!r} matches no parameter"
     raise TypeError(
-        "layers: expected parameter or module names, patterns, modules, parameters, module types, 'trainable' or a "
-        f"predicate (name, parameter), but got {type(item).__name__}"
+        f"{argument}: expected parameter or module names, patterns, modules, parameters, module types, 'trainable' or "
+        f"a predicate (name, parameter), but got {type(item).__name__}"
     )
 
 
-def _unknown(item: Any, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> str:
-    if isinstance(item, str):
-        if item in modules:
-            return f"the module {item!r} ({type(modules[item]).__name__}) has no parameters"
-        names = [*everything, *(name for name in modules if name)]
-        near = difflib.get_close_matches(item, names, n=3, cutoff=0.4)
-        near += [n for n in names if item and (n.endswith(f".{item}") or f".{item}." in n)][: 3 - len(near)]
-        pattern = (
-            f"; a pattern such as '*.{item}' means all of that name" if any(f".{item}" in n for n in names) else ""
-        )
-        return (
-            f"the model has no parameter, module or match of {item!r}; nearest names: "
-            f"{', '.join(dict.fromkeys(near or names[:4]))}{pattern}"
-        )
-    if isinstance(item, Tensor):
-        return f"the tensor of shape {tuple(item.shape)} is not a parameter of the model"
-    if isinstance(item, nn.Module):
-        return f"the module {type(item).__name__} is not part of the model, or has no parameters"
-    if isinstance(item, type):
-        return f"the model has no {item.__name__} with parameters"
-    return f"the predicate {getattr(item, '__name__', item)!r} matches no parameter"
+def _spelt(item: str, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The parameters that a name of one or of a module, or a pattern means."""
+    if item == "trainable":
+        return [name for name, p in everything.items() if p.requires_grad]
+    if item in everything:
+        return [item]
+    if item in modules:
+        return [name for name in everything if name.startswith(f"{item}." if item else "")]
+    if not any(sign in item for sign in "*?["):
+        return []
+    matched = [name for name in everything if fnmatch.fnmatchcase(name, item)]
+    prefixes = tuple(f"{name}." for name in modules if name and fnmatch.fnmatchcase(name, item))
+    return matched + [name for name in everything if prefixes and name.startswith(prefixes)]
+
+
+def _nearest(item: str, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> str:
+    """Why a name means no parameter, and which the user may have meant."""
+    if item in modules:
+        return f"the module {item!r} ({type(modules[item]).__name__}) has no parameters"
+    names = [*everything, *(name for name in modules if name)]
+    near = difflib.get_close_matches(item, names, n=3, cutoff=0.4)
+    near += [n for n in names if item and (n.endswith(f".{item}") or f".{item}." in n)][: 3 - len(near)]
+    pattern = f"; a pattern such as '*.{item}' means all of that name" if any(f".{item}" in n for n in names) else ""
+    return (
+        f"the model has no parameter, module or match of {item!r}; nearest names: "
+        f"{', '.join(dict.fromkeys(near or names[:4]))}{pattern}"
+    )

@@ -7,22 +7,22 @@ run, `backward` makes gradients of what it saw. Nothing is ever run again with o
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops, rules
-from .backward import Backward, Gradient, Options, held_elsewhere, memory
+from .backward import Backward, Gradient, held_elsewhere, memory
 from .errors import CaptureError, UnsupportedLayerError
 from .factors import GradFactors, LayerFactors, LayerGrads
-from .losses import Root
+from .losses import Root, root_of
 from .mode import WatchMode
 from .selection import Coverage, LayerChoice, select
 
@@ -37,28 +37,23 @@ def lock_of(model: nn.Module) -> threading.RLock:
 
 
 @contextlib.contextmanager
-def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """The parameters require grad: a use that the mode misses leaves a trace. Restores the flags on exit."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+def _recording(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients are recorded, and of all parameters, so that a use that the mode misses leaves a trace.
 
-
-@contextlib.contextmanager
-def _gradient_mode() -> Iterator[None]:
-    """Gradients are recorded, and compiled code runs as Python."""
+    Calls on one model take turns, and compiled code runs as Python. Restores all on exit.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_of(model))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if not torch.is_grad_enabled():
             stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                stack.callback(parameter.requires_grad_, False)
+                parameter.requires_grad_(True)
         yield
 
 
@@ -120,7 +115,8 @@ class watch:
         if train and create_graph:
             raise ValueError("create_graph: expected False with train=True; use watch(model, create_graph=True)")
         self._model, self._train, self._inputs = model, train, inputs
-        self._options = Options(fallback, mixing, segments, create_graph)
+        self._options: dict[str, Any] = {"fallback": fallback, "mixing": mixing, "segments": segments}
+        self._options["create_graph"] = create_graph
         self._selection = select(model, layers, exclude)
         self._mode: WatchMode | None = None
         self._context: contextlib.AbstractContextManager[None] | None = None
@@ -130,8 +126,6 @@ class watch:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The chosen parameters, by name."""
         return self._selection.chosen
-
-    # --- watching -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> watch:
         if self._context is not None:
@@ -148,8 +142,8 @@ class watch:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        with lock_of(self._model), _gradient_mode(), requiring_grad(self.parameters.values()):
-            attached = self._train or self._options.create_graph
+        with _recording(self._model, self.parameters.values()):
+            attached = self._train or self._options["create_graph"]
             self._mode = mode = WatchMode(self._model, self._selection, attached=attached, train=self._train)
             if self._inputs is not None:
                 mode.mark_inputs(rules.tensors_of(self._inputs))
@@ -157,8 +151,6 @@ class watch:
             with _registered_layers(mode), mode:
                 yield
             mode.hooked = RemovableHandle.next_id - mode.handles != handles
-
-    # --- results ------------------------------------------------------------------------------------------------------
 
     def factors(self, losses: Tensor | None = None) -> LayerFactors:
         """The gradients of every chosen parameter in factored form, by the parameter's name.
@@ -178,14 +170,13 @@ class watch:
 
         keep_graph: the graph of the losses, for further calls.
         """
-        with lock_of(self._model), _gradient_mode(), requiring_grad(self.parameters.values()):
-            return Backward(self._finished(), self._options, self.coverage, root, weights, keep_graph).run()
+        with _recording(self._model, self.parameters.values()):
+            return Backward(self._finished(), self.coverage, root, weights, keep_graph, **self._options).run()
 
     def _gradients_of(self, losses: Tensor | None) -> dict[str, Gradient]:
         mode = self._finished()
         losses = _checked_losses(self._last_losses(mode) if losses is None else losses)
-        edge = get_gradient_edge(losses) if losses.requires_grad else None
-        root = Root(edge, torch.ones_like(losses, requires_grad=False))
+        edge, _ = root = root_of(losses)
         return self.gradients(root, None if edge is None else mode.captured.get((edge.node, edge.output_nr)))
 
     def _finished(self) -> WatchMode:
@@ -227,63 +218,52 @@ def _checked_losses(losses: Any) -> Tensor:
 @contextlib.contextmanager
 def _registered_layers(mode: WatchMode) -> Iterator[None]:
     """Record layers that have a rule of their user's own as wholes."""
-    handles: list[RemovableHandle] = []
+    former: list[tuple[nn.Module, Callable | None]] = []
     try:
         for name, module in rules.registered_modules(mode.model):
             own = {role: p for role, p in module.named_parameters() if any(p is q for q in mode.chosen.values())}
             if own:
-                handles += _recorded_as_whole(mode, name, module, own)
-        mode.handles += len(handles)
+                former.append((module, module.__dict__.get("forward")))
+                module.forward = _as_whole(mode, name, module, own)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, forward in former:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
-def _recorded_as_whole(
-    mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.Parameter]
-) -> list[RemovableHandle]:
-    """Hooks by which a call of ``module`` becomes one entry of its parameters ``own``, by their names in it."""
-    thread = threading.get_ident()
-    former: list[tuple] = []
+def _as_whole(mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> Callable:
+    """A forward that becomes one entry of the parameters ``own``, by their names in the module."""
+    forward, thread = module.forward, threading.get_ident()
 
-    def is_watched() -> bool:
-        return threading.get_ident() == thread and torch.is_grad_enabled()
-
-    def before(module, args, kwargs):
-        if not is_watched():
-            return
-        mode.opaque += 1
-        if mode.opaque == 1:
-            given = {role: mode.stand_in(p) for role, p in own.items()}
-            versions = [(t, t._version) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            former.append((given, versions, _exchange(module, given)))
-
-    def after(module, args, kwargs, output):
-        if not is_watched():
-            return
-        mode.opaque -= 1
-        if mode.opaque:
-            return
-        given, versions, old = former.pop()
-        _exchange(module, old)
-        inputs = [t for t, _ in versions]
-        if not inputs or output is None or mode.replay:  # None where the forward has failed
-            return
+    @functools.wraps(forward)
+    def whole(*args, **kwargs):
+        if mode.opaque or threading.get_ident() != thread or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        versions = [(t, t._version) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        given = {role: mode.stand_in(p) for role, p in own.items()}
+        parameters = _exchange(module, given)
+        mode.opaque = True
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            mode.opaque = False
+            _exchange(module, parameters)
+        if mode.replay or not versions:
+            return output
         if not isinstance(output, Tensor) or not output.requires_grad:
             raise CaptureError(
                 f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters from a "
                 f"layer with a rule of its own, but it returned {type(output).__name__}"
             )
-        call = rules.registered_call(name, module, inputs[0], given)
+        call = rules.registered_call(name, module, versions[0][0], given)
         values = {id(t): own[role] for role, t in given.items()}
-        arguments = tuple(given.values())
-        mode.record(_registered_layer, arguments, {}, values, [output], versions=versions, call=call, bound=True)
+        inputs = tuple(given.values())
+        mode.record(_registered_layer, inputs, {}, values, [output], versions=versions, call=call, bound=True)
+        return output
 
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True, always_call=True),
-    ]
+    return whole
 
 
 def _registered_layer(*args, **kwargs):
@@ -306,18 +286,18 @@ def _exchange(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 def layer_factors(found: dict[str, Gradient], coverage: Coverage) -> LayerFactors:
     """The gradients of a run in factored form."""
-    return LayerFactors({name: _as_factors(name, gradient) for name, gradient in found.items()}, coverage=coverage)
-
-
-def _as_factors(name: str, gradient: Gradient) -> GradFactors:
-    if isinstance(gradient, GradFactors):
-        return gradient.compact()
-    if gradient.is_complex():
-        raise UnsupportedLayerError(
-            f"{name}: expected a real parameter, as factors hold real numbers, but it is {gradient.dtype}; leave it "
-            "out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
-        )
-    return GradFactors.of(gradient)
+    result = LayerFactors(coverage=coverage)
+    for name, gradient in found.items():
+        if isinstance(gradient, GradFactors):
+            result[name] = gradient.compact()
+            continue
+        if gradient.is_complex():
+            raise UnsupportedLayerError(
+                f"{name}: expected a real parameter, as factors hold real numbers, but it is {gradient.dtype}; leave "
+                "it out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
+            )
+        result[name] = GradFactors.of(gradient)
+    return result
 
 
 def kept_apart(factors: LayerFactors, held: Iterable[Tensor] = ()) -> LayerFactors:
