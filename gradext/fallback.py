@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ def shares(
     mode: WatchMode, root: Root, lost: list[Entry], unseen: Mapping[str, Tensor], fallback: str | None, mixing: str
 ) -> list[Share]:
     """The gradients of the values of ``lost``, and of the parameters ``unseen`` along paths that the mode missed."""
-    reasons = [(listed(entry.names), entry.reason()) for entry in lost] + [(name, None) for name in unseen]
+    reasons: list[tuple[str, str | None]] = [(listed(entry.names), entry.reason()) for entry in lost]
+    reasons += [(name, None) for name in unseen]
     if fallback == "error":
         raise UnsupportedLayerError("; ".join(_explained(names, reason) for names, reason in reasons) + _ADVICE)
     batch = len(root.gradient)
@@ -150,7 +152,8 @@ def _warn(reasons: list[tuple[str, str | None]], batch: int) -> None:
 
 def _user_level() -> int:
     """The stack level of the first frame outside of the package, for warnings."""
-    frame, level = sys._getframe(1), 1
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith("gradext"):
         frame, level = frame.f_back, level + 1
     return level

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -122,7 +122,13 @@ def batch_layer_factors(
 
 
 def _gradients(
-    model, x, loss, target, check_finite: bool, create_graph: bool, **choice
+    model: nn.Module,
+    x: Any,
+    loss: str | PerSampleLoss,
+    target: Any,
+    check_finite: bool,
+    create_graph: bool,
+    **choice: Any,
 ) -> tuple[dict[str, Gradient], watch]:
     """The per-sample gradient of every chosen parameter, in the form that its rule gives; ``choice`` as for `watch`."""
     if create_graph and torch.is_inference_mode_enabled():
@@ -184,7 +190,7 @@ def _takes(model: nn.Module, keywords: Mapping) -> bool:
         return len(required) != 1 or required[0] in keywords
 
 
-def as_constant(value):
+def as_constant(value: Any) -> Any:
     """Inputs that need no gradient and may be used in a graph, in nested structures too."""
     if isinstance(value, Tensor):
         if value.is_inference():
@@ -197,7 +203,7 @@ def as_constant(value):
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module):
+def buffers_kept(model: nn.Module) -> Iterator[None]:
     """What a forward in training mode updates (running statistics, power iterations) is as before on exit."""
     kept = [
         (module, name, buffer, buffer.clone())
@@ -243,7 +249,7 @@ def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:
 
 
 def _check_outs(
-    out: Mapping[str, Tensor] | None, found: dict[str, Gradient], parameters: Mapping[str, Tensor], dtype
+    out: Mapping[str, Tensor] | None, found: dict[str, Gradient], parameters: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     if out is None:
         return {}

@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import FrameType, FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,9 @@ _LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
-_APPLY = torch.autograd.Function.apply.__func__.__code__
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
+_MARK = "_gradext_mark"  # on a tensor: the token of the run whose samples it depends on, or minus that
 _tokens = iter(range(1, 1 << 62))
 
 
@@ -138,7 +139,7 @@ class WatchMode(TorchFunctionMode):
         self.told = True
         for tensor in tensors:
             if id(tensor) not in self.values:
-                tensor._gradext_mark = self.token
+                setattr(tensor, _MARK, self.token)
 
     def _told_apart(self, args: tuple, kwargs: dict) -> tuple[list[Value], list[Tensor]]:
         """The values among the arguments of a call, and the other tensors."""
@@ -146,7 +147,7 @@ class WatchMode(TorchFunctionMode):
         others: list[Tensor] = []
         for tensor in tensors_of((args, kwargs) if kwargs else args):
             value = self.values.get(id(tensor))
-            if value is None and tensor.requires_grad and getattr(tensor, "_gradext_mark", None) != self.token:
+            if value is None and tensor.requires_grad and getattr(tensor, _MARK, None) != self.token:
                 value = self._adopted(tensor)
             if value is None:
                 others.append(tensor)
@@ -158,14 +159,16 @@ class WatchMode(TorchFunctionMode):
         """The value that something unseen has made of parameters alone: custom functions, an earlier forward."""
         names = self._names_below(tensor.grad_fn)
         if not names:
-            tensor._gradext_mark = self.token
+            setattr(tensor, _MARK, self.token)
             return None
         self.values[id(tensor)] = value = Value(tensor, names)
         return value
 
     def _names_below(self, root: Node | None) -> frozenset[str]:
         """The chosen parameters that a graph leads to; none where it leads to anything else too."""
-        seen, stack, names = set(), [root], set()
+        seen: set[Node] = set()
+        names: set[str] = set()
+        stack = [root]
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -175,14 +178,15 @@ class WatchMode(TorchFunctionMode):
             value = None if leaf is None else self.values.get(id(leaf))
             if node in self.ends or (leaf is not None and value is None):
                 return frozenset()
-            names |= frozenset() if value is None else value.names
+            if value is not None:
+                names |= value.names
             stack += [below for below, _ in node.next_functions]
         return frozenset(names)
 
     def _is_sample(self, tensor: Tensor) -> bool:
         if tensor.requires_grad:
             return True
-        mark = getattr(tensor, "_gradext_mark", None)
+        mark = getattr(tensor, _MARK, None)
         if mark == self.token:
             return True
         if mark == -self.token or self.told:
@@ -203,7 +207,7 @@ class WatchMode(TorchFunctionMode):
             others = ()
         if isinstance(result, Tensor) and result.requires_grad:
             if id(result) not in self.values:
-                result._gradext_mark = self.token
+                setattr(result, _MARK, self.token)
             return
         found = result if isinstance(result, (list, tuple)) else (result,)
         plain = [t for t in found if isinstance(t, Tensor) and not t.requires_grad]
@@ -212,11 +216,11 @@ class WatchMode(TorchFunctionMode):
         mark = self.token if any(map(self._is_sample, others)) else -self.token
         for tensor in plain:
             # Results that are arguments (in place) may come from outside.
-            if mark == self.token or not hasattr(tensor, "_gradext_mark"):
+            if mark == self.token or not hasattr(tensor, _MARK):
                 with contextlib.suppress(AttributeError, RuntimeError):
-                    tensor._gradext_mark = mark
+                    setattr(tensor, _MARK, mark)
         if result is None and mark == self.token and args and isinstance(args[0], Tensor):  # __setitem__
-            args[0]._gradext_mark = mark
+            setattr(args[0], _MARK, mark)
 
     def _note_hidden(self, values: list[Value]) -> None:
         """What the forward of a custom autograd function does with a parameter leaves no graph."""
@@ -255,7 +259,7 @@ class WatchMode(TorchFunctionMode):
         if not self.attached:
             return value.detach().requires_grad_()
         new = value.view_as(value)
-        self.ends.add(new.grad_fn)
+        self.ends.add(get_gradient_edge(new).node)
         return new
 
     def _derive(self, func, args, kwargs, values: list[Value]):
@@ -285,7 +289,7 @@ class WatchMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = [t for t in tensors_of(args[0] if result is None else result) if t.requires_grad]
         for output in outputs:
-            output._gradext_mark = self.token
+            setattr(output, _MARK, self.token)
         if not outputs:
             self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
         elif not self.replay:
@@ -358,7 +362,7 @@ class WatchMode(TorchFunctionMode):
 
 def _custom_function() -> str | None:
     """The name of the custom autograd function whose forward is running."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _APPLY:
             return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")

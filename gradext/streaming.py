@@ -93,7 +93,7 @@ def iter_layer_grads(
             if parts.count == 0:
                 continue
             if parts.count is None:
-                chunks = [(x, target)]
+                chunks: Iterable[tuple[Any, Any]] = [(x, target)]
             else:
                 if size is None:
                     size = max(1, memory_budget // _bytes_per_sample(model, parts, memory_budget, reduce, options))
