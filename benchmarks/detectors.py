@@ -302,7 +302,11 @@ def main() -> None:
     titles = {"tables": "Twelve tables", "images": "One-class images, 2,000 for training"}
     parts = {titles[kind]: [row for row in rows if row["kind"] == kind] for kind in kinds}
     parts = {title: found for title, found in parts.items() if found}
-    head = f"# Detectors\n\n{__doc__.split(chr(10), 1)[1].strip()}\n\nMade by `python -m benchmarks.detectors`.\n\n"
+    missing = [title.split(",")[0].lower() for kind, title in titles.items() if title not in parts]
+    rest = f" Not measured here: {', '.join(missing)}." if missing else ""
+    head = (
+        f"# Detectors\n\n{__doc__.split(chr(10), 1)[1].strip()}\n\nMade by `python -m benchmarks.detectors`.{rest}\n\n"
+    )
     (arguments.out / "detectors.md").write_text(head + "\n".join(summary(rows, title) for title, rows in parts.items()))
     picture(parts, arguments.out / "detectors.png")
 
