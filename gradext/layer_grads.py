@@ -122,7 +122,13 @@ def batch_layer_factors(
 
 
 def _gradients(
-    model, x, loss, target, check_finite: bool, create_graph: bool, **choice
+    model: nn.Module,
+    x: Any,
+    loss: str | PerSampleLoss,
+    target: Any,
+    check_finite: bool,
+    create_graph: bool,
+    **choice: Any,
 ) -> tuple[dict[str, Gradient], watch]:
     """The per-sample gradient of every chosen parameter, in the form that its rule gives; ``choice`` as for `watch`."""
     if create_graph and torch.is_inference_mode_enabled():
@@ -243,7 +249,10 @@ def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:
 
 
 def _check_outs(
-    out: Mapping[str, Tensor] | None, found: dict[str, Gradient], parameters: Mapping[str, Tensor], dtype
+    out: Mapping[str, Tensor] | None,
+    found: dict[str, Gradient],
+    parameters: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     if out is None:
         return {}
