@@ -330,7 +330,7 @@ class WatchMode(TorchFunctionMode):
     def record(
         self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], inner=None, **options
     ) -> None:
-        """Keep an entry. inner: the call's own outputs, where ``outputs`` are views of them; options: further fields."""
+        """Keep an entry. inner: the call's own outputs, of which ``outputs`` are views; options: further fields."""
         names = sorted({name for value in values.values() for name in self.values[id(value)].names})
         # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
         bases = [base_of(t) if inner is None else None for t in outputs]
