@@ -148,7 +148,7 @@ class WatchMode(TorchFunctionMode):
         others: list[Tensor] = []
         for tensor in tensors_of((args, kwargs) if kwargs else args):
             value = self.values.get(id(tensor))
-            if value is None and tensor.requires_grad and getattr(tensor, "_gradext_mark", None) != self.token:
+            if value is None and tensor.requires_grad and abs(getattr(tensor, "_gradext_mark", 0)) != self.token:
                 value = self._adopted(tensor)
             if value is None:
                 others.append(tensor)
@@ -159,11 +159,11 @@ class WatchMode(TorchFunctionMode):
     def _adopted(self, tensor: Tensor) -> Value | None:
         """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
 
-        A tensor of the model's that is no parameter and requires grad is such a value of none.
+        What is made of tensors that are neither parameters nor samples, though they require grad, is constant.
         """
         names = self._names_below(tensor)
-        if names is None:
-            tensor._gradext_mark = self.token
+        if not names:
+            tensor._gradext_mark = self.token if names is None else -self.token
             return None
         self.values[id(tensor)] = value = Value(tensor, names)
         return value
@@ -190,7 +190,7 @@ class WatchMode(TorchFunctionMode):
         """Whether a tensor that requires grad, and is no parameter, is no sample either."""
         if id(leaf) in self.given or getattr(leaf, "_gradext_mark", None) == self.token:
             return False
-        return self.told or id(leaf) in self._held_by_model()
+        return self.told or isinstance(leaf, nn.Parameter) or id(leaf) in self._held_by_model()
 
     def _held_by_model(self) -> set[int]:
         """The ids of buffers and plain attributes."""
@@ -201,13 +201,11 @@ class WatchMode(TorchFunctionMode):
         return self.owned
 
     def _is_sample(self, tensor: Tensor) -> bool:
-        if tensor.requires_grad:
-            return True
         mark = getattr(tensor, "_gradext_mark", None)
-        if mark == self.token:
-            return True
-        if mark == -self.token or self.told:
-            return False
+        if mark == self.token or mark == -self.token:
+            return mark == self.token
+        if tensor.requires_grad or self.told:
+            return tensor.requires_grad
         return id(tensor) not in self._held_by_model()  # from outside: the caller's, unless the model holds it
 
     def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
