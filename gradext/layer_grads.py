@@ -249,7 +249,10 @@ def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:
 
 
 def _check_outs(
-    out: Mapping[str, Tensor] | None, found: dict[str, Gradient], parameters: Mapping[str, Tensor], dtype: torch.dtype | None
+    out: Mapping[str, Tensor] | None,
+    found: dict[str, Gradient],
+    parameters: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     if out is None:
         return {}

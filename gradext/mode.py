@@ -147,13 +147,18 @@ class WatchMode(TorchFunctionMode):
         others: list[Tensor] = []
         for tensor in tensors_of((args, kwargs) if kwargs else args):
             value = self.values.get(id(tensor))
-            if value is None and tensor.requires_grad and getattr(tensor, _MARK, None) != self.token:
+            if value is None and tensor.requires_grad and self._may_hold_values(tensor):
                 value = self._adopted(tensor)
             if value is None:
                 others.append(tensor)
             else:
                 values.append(value)
         return values, others
+
+    def _may_hold_values(self, tensor: Tensor) -> bool:
+        # A view that was made without a graph requires grad like its base, but has no history: its mark tells.
+        mark = getattr(tensor, _MARK, None)
+        return mark != self.token and (mark != -self.token or tensor.grad_fn is not None)
 
     def _adopted(self, tensor: Tensor) -> Value | None:
         """The value that something unseen has made of parameters alone: custom functions, an earlier forward."""
@@ -184,12 +189,12 @@ class WatchMode(TorchFunctionMode):
         return frozenset(names)
 
     def _is_sample(self, tensor: Tensor) -> bool:
-        if tensor.requires_grad:
-            return True
         mark = getattr(tensor, _MARK, None)
-        if mark == self.token:
+        if mark == -self.token:
+            return tensor.grad_fn is not None
+        if mark == self.token or tensor.requires_grad:
             return True
-        if mark == -self.token or self.told:
+        if self.told:
             return False
         if self.owned is None:
             attributes = [
@@ -205,12 +210,12 @@ class WatchMode(TorchFunctionMode):
             others = others[:1]
         elif name in _NEW:
             others = ()
-        if isinstance(result, Tensor) and result.requires_grad:
+        if isinstance(result, Tensor) and result.requires_grad and torch.is_grad_enabled():
             if id(result) not in self.values:
                 setattr(result, _MARK, self.token)
             return
         found = result if isinstance(result, (list, tuple)) else (result,)
-        plain = [t for t in found if isinstance(t, Tensor) and not t.requires_grad]
+        plain = [t for t in found if isinstance(t, Tensor) and not (t.requires_grad and torch.is_grad_enabled())]
         if not plain and result is not None:
             return
         mark = self.token if any(map(self._is_sample, others)) else -self.token
@@ -263,8 +268,8 @@ class WatchMode(TorchFunctionMode):
         return new
 
     def _derive(self, func, args, kwargs, values: list[Value]):
-        """A function of values and constants gives a value."""
-        result = func(*self._replaced(args), **self._replaced(kwargs))
+        """A function of values and constants gives a value, attached to all its parameters: the model may keep it."""
+        result = func(*args, **kwargs)
         found = result if isinstance(result, (list, tuple)) else (result,)
         if result is None:  # __setitem__
             found = args[:1]

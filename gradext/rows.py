@@ -33,6 +33,11 @@ class Rows(NamedTuple):
     def at(self, dim: int) -> Rows:
         return self._replace(dim=dim)
 
+    def fits(self, shape: Sequence[int], batch: int) -> bool:
+        """Whether a tensor of ``shape`` can hold the samples so."""
+        size = self.pre * batch * self.post if self.owners is None else len(self.owners)
+        return self.dim < len(shape) and shape[self.dim] == size
+
     def owners_of(self, size: int, batch: int, device: torch.device) -> Tensor:
         """The sample of each index [size]."""
         if self.owners is not None:
@@ -535,7 +540,7 @@ def own_rows(x: Tensor, rows: Rows, batch: int) -> Tensor:
 
 def candidates(shape: Sequence[int], batch: int, hint: Rows | None = None) -> list[Rows]:
     """The ways in which a tensor of ``shape`` can hold the samples, the usual ones first."""
-    found = [] if hint is None else [hint]
+    found = [hint] if hint is not None and hint.fits(shape, batch) else []
     for dim, size in enumerate(shape):
         if size and size % batch == 0:
             n = size // batch

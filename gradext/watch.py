@@ -50,6 +50,9 @@ def _recording(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]
             stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Each call gets a stand-in of its own for a weight: a cast of it is of no use to another.
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         for parameter in parameters:
             if not parameter.requires_grad:
                 stack.callback(parameter.requires_grad_, False)
