@@ -1,7 +1,9 @@
 """Builds gradext._C, without torch: the C++ kernels always, the CUDA kernels where nvcc is found.
 
-    GRADEXT_CUDA        0 builds without CUDA; 1 makes a missing nvcc an error; unset takes what is there
-    GRADEXT_CUDA_ARCHS  GPU targets such as "80;90", or "native" for the GPU of this machine
+    GRADEXT_CUDA        0 builds without CUDA; 1 makes a missing nvcc, and whatever it cannot compile, an error; unset
+                        takes what is there and works: without CUDA kernels Triton and plain torch do their part, and
+                        without any compiled kernel plain torch does
+    GRADEXT_CUDA_ARCHS  GPU targets such as "80;90", or "native" for the GPUs of this machine
 
 Everything else about the package is in pyproject.toml.
 """
@@ -9,19 +11,23 @@ Everything else about the package is in pyproject.toml.
 import hashlib
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "gradext" / "_version.py"))["__version__"]
-DEFAULT_ARCHS = ["80", "86", "89", "90", "100", "120"]
+CAPABILITY = re.compile(r"(\d+)(?:\.|, )(\d+)")  # "9.0" of nvidia-smi, "(9, 0)" of torch
+DEFAULT_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def source_hash() -> str:
@@ -49,16 +55,19 @@ def find_nvcc() -> str | None:
 
 
 def output_of(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CudaError(f"{command[0]} does not run: {error}.") from None
     if result.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
+        raise CudaError(f"{' '.join(command)} failed:\n{result.stderr}")
     return result.stdout + result.stderr
 
 
 def cuda_archs(nvcc: str) -> list[str]:
     asked = os.environ.get("GRADEXT_CUDA_ARCHS", "").replace(",", ";").strip("; ")
     if asked == "native":
-        return ["native"]
+        asked = ";".join(native_archs())
     known = {line.removeprefix("compute_") for line in output_of(nvcc, "--list-gpu-arch").split()}
     archs = [arch.strip() for arch in asked.split(";")] if asked else DEFAULT_ARCHS
     missing = [arch for arch in archs if arch.rstrip("af") not in known]
@@ -71,33 +80,85 @@ def cuda_archs(nvcc: str) -> list[str]:
         print(f"gradext: {nvcc} does not know the GPU targets {', '.join(missing)}; they are left out")
     archs = [arch for arch in archs if arch not in missing]
     if not archs:
-        raise SystemExit(f"gradext: {nvcc} knows none of the GPU targets; set GRADEXT_CUDA_ARCHS or GRADEXT_CUDA=0")
+        raise CudaError(f"{nvcc} knows none of the GPU targets; set GRADEXT_CUDA_ARCHS or GRADEXT_CUDA=0.")
     return archs
 
 
+def native_archs() -> list[str]:
+    """The targets of this machine's GPUs. nvcc's own -arch=native builds sm_75 where it sees none, unsaid."""
+    query = "import torch; print(*(torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())))"
+    answers = []
+    for command in (["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], [sys.executable, "-c", query]):
+        try:
+            answers.append(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        found = sorted({int(major) * 10 + int(minor) for major, minor in CAPABILITY.findall(answers[-1])})
+        if found:
+            return [str(capability) for capability in found]
+    raise SystemExit(
+        "GRADEXT_CUDA_ARCHS=native: neither nvidia-smi nor torch tells the compute capability of a GPU "
+        'of this machine; name the targets, such as GRADEXT_CUDA_ARCHS="90", or leave it out to build for all'
+    )
+
+
 def arch_flags(archs: list[str]) -> list[str]:
-    if archs == ["native"]:
-        return ["-arch=native"]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{ptx_arch(archs)},code=compute_{ptx_arch(archs)}"]
 
 
 def ptx_arch(archs: list[str]) -> str:
-    """The target of the PTX, for GPUs to come."""
-    return archs[-1]
+    """The target of the PTX, of which the driver makes code for GPUs that none of the others fits: the oldest."""
+    return min(archs, key=lambda arch: int(arch.rstrip("af")))
+
+
+def told(message: str) -> None:
+    """What pip shows only with -v goes into the log in any case."""
+    print(f"gradext: {message}", file=sys.stderr, flush=True)
+
+
+class CudaError(Exception):
+    """nvcc failed; its own message is on the screen."""
 
 
 class BuildNative(build_ext):
     """Compiles the objects in parallel, the CPU kernel once for each instruction set, and links them."""
 
     def build_extension(self, ext: Extension) -> None:
+        must = os.environ.get("GRADEXT_CUDA") == "1"
         nvcc = find_nvcc()
-        archs = cuda_archs(nvcc) if nvcc else []
+        if not nvcc and shutil.which("hipcc"):
+            told("AMD's ROCm is not supported: no kernels are built for it, and plain torch runs there")
+        try:
+            if nvcc and self.with_cuda(ext, nvcc, must):
+                return
+            self.compile_and_link(ext, None, [])
+        except (CCompilerError, OSError) as error:
+            if must:
+                raise
+            told(
+                f"no kernels could be compiled ({error}); gradext is installed without them and runs on plain torch. "
+                "They are written for g++ or clang on Linux"
+            )
+
+    def with_cuda(self, ext: Extension, nvcc: str, must: bool) -> bool:
+        """Whether all was built with CUDA kernels. Raises where they must be, or where the rest does not compile."""
+        try:
+            archs = cuda_archs(nvcc)
+            self.compile_and_link(ext, nvcc, archs)
+        except CudaError as error:
+            if must:
+                raise SystemExit(f"gradext: {error}") from None
+            told(f"{error} They are left out, and Triton takes their place.")
+            return False
+        return True
+
+    def compile_and_link(self, ext: Extension, nvcc: str | None, archs: list[str]) -> None:
         print(f"gradext: CUDA {'by ' + nvcc + ' for ' + ', '.join(archs) if nvcc else 'left out'}")
         macros = [("GRADEXT_VERSION", VERSION), ("GRADEXT_SOURCE_HASH", source_hash())]
         if nvcc:
             macros += [("GRADEXT_WITH_CUDA", "1"), ("GRADEXT_CUDA_ARCHS", "_".join(archs))]
-            macros += [] if archs == ["native"] else [("GRADEXT_CUDA_PTX", ptx_arch(archs))]
+            macros += [("GRADEXT_CUDA_PTX", ptx_arch(archs))]
 
         jobs = []
         for name in ("outer", "sq_norm", "device") if nvcc else ():
@@ -161,8 +222,8 @@ class BuildNative(build_ext):
         ]
         print(" ".join(command))
         if subprocess.run(command).returncode:
-            raise SystemExit(
-                f"gradext: {nvcc} could not compile the CUDA kernels (its message is above). "
+            raise CudaError(
+                f"{nvcc} could not compile the CUDA kernels (its message is above). "
                 "GRADEXT_CUDA=0 builds without them; CUDA_HOME chooses another toolkit."
             )
         return [str(target)]
@@ -175,6 +236,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("gradext._C", sources=[], language="c++")],
+    # Optional: where nothing was built there is nothing to copy, and that is no error.
+    ext_modules=[Extension("gradext._C", sources=[], language="c++", optional=os.environ.get("GRADEXT_CUDA") != "1")],
     cmdclass={"build_ext": BuildNative},
 )

@@ -502,8 +502,7 @@ def nngeometry_gram(problem: Problem) -> Call:
 
 
 def _ours(problem: Problem) -> dict:
-    layers = [name.removesuffix(".weight") for name in problem.case.weights]
-    return {"loss": problem.case.loss, "target": problem.target, "layers": layers}
+    return {"loss": problem.case.loss, "target": problem.target, "layers": list(problem.case.weights)}
 
 
 def gradext_grads(problem: Problem) -> Call:
@@ -525,7 +524,7 @@ def _gradext_factors(operation: Callable[[Problem, gradext.LayerFactors], Tensor
 
 
 def _linear(problem: Problem, factors: gradext.LayerFactors) -> Tensor:
-    return sum(factors[name.removesuffix(".weight")].linear(W) for name, W in problem.functionals.items())
+    return sum(factors[name].linear(W) for name, W in problem.functionals.items())
 
 
 ROUTES = {

@@ -1,53 +1,36 @@
-"""The GPU proof's own machinery, without a GPU: what is left of a stage that was stopped or that failed."""
+"""The GPU proof's own machinery, without a GPU: what is left of a step that fails, hangs or is cut."""
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from gradext.backends import reference
-
-from . import gpu_check
+from . import gpu_cases, gpu_check
 
 
-@pytest.fixture
-def conductor(tmp_path):
-    arguments = argparse.Namespace(out=tmp_path, minutes=1, commit="0", device="cpu", skip_tests=False)
-    return gpu_check.Conductor(arguments, tmp_path)
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def test_stopped_tests_keep_their_results(conductor, tmp_path, monkeypatch):
-    """One that hangs at the end of the time hides neither the failure before it nor how many passed."""
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "pyproject.toml").write_text("")
-    for name in ("test_native.py", "test_ops.py", "triton_operators.py"):
-        (tmp_path / "tests" / name).write_text("def test_right(): pass\n")
-    (tmp_path / "tests" / "test_gpu.py").write_text("def test_wrong(): assert 2 + 2 == 5\n")
-    (tmp_path / "tests" / "triton_operators.py").write_text("import time\ndef test_hang(): time.sleep(3600)\n")
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background jobs
-    try:
-        for seconds in 5, 20, 80:  # until a busy machine comes to the test that hangs
-            stage = conductor.tests(time.time() + gpu_check.GRACE_SECONDS + seconds)
-            found = conductor.results["tests"]
-            if found.get("tests", 0) >= 3:
-                break
-    finally:
-        signal.signal(signal.SIGINT, former)
-    assert stage["status"] == "failed"
-    assert found["tests"] >= 3
-    assert found["failures"] == 1
-    [(name, text)] = found["failed"].items()
-    assert name.endswith("test_gpu::test_wrong")
-    assert "assert (2 + 2) == 5" in text
+def test_stage_a_takes_four_minutes_and_the_runner_500_lines():
+    assert sum(gpu_check.STAGES["A"].values()) <= 240
+    assert len(Path(gpu_check.__file__).read_text().splitlines()) <= 500
+    steps = {step for stage in gpu_check.STAGES.values() for step in stage}
+    assert set(gpu_cases.CASES) <= steps
+
+
+def test_twelve_main_cases_and_none_larger_than_8_gb():
+    cases = [*gpu_cases.main_cases("cuda"), *gpu_cases.language_cases("cuda")]
+    assert len(list(gpu_cases.main_cases("cuda"))) == 12
+    for name, case in cases:
+        if case.func is gpu_cases.outer_case:
+            B, _, O, I, dtype, _ = case.args
+            assert B * O * I * dtype.itemsize <= gpu_cases.LARGEST, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -55,8 +38,35 @@ def test_without_a_gpu_that_is_what_it_says(tmp_path):
     command = [sys.executable, gpu_check.__file__, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"gpu_check: expected a GPU that torch can use, but torch {torch.__version__} says: ")
-    assert list(json.loads((tmp_path / "results.json").read_text())["stages"]) == ["machine"]
+    assert f"expected a GPU that torch can use, but torch {torch.__version__} says there is none" in done.stderr
+    assert [row["step"] for row in rows(tmp_path)] == ["machine"]
+
+
+def test_a_step_on_the_cpu_gives_rows_and_a_report(tmp_path):
+    """The whole way: a child's cases, checked and timed, its rows, its log, and the report of them elsewhere."""
+    command = [
+        sys.executable,
+        gpu_check.__file__,
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--steps",
+        "machine,memcheck",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(tmp_path)
+    assert {row["state"] for row in found if "state" in row} == {"done"}
+    cases = [row for row in found if row["step"] == "memcheck" and "case" in row]
+    assert len(cases) > 20
+    assert not [row for row in cases if "error" in row]
+    assert "| memcheck | done |" in (tmp_path / "report.md").read_text()
+    code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--render', {str(tmp_path)!r}]; "
+    code += f"sys.path.insert(0, {str(gpu_check.ROOT)!r}); from benchmarks import gpu_check; sys.exit(gpu_check.main())"
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout in done.stdout + "\n"
 
 
 def is_running(pid: int) -> bool:
@@ -67,79 +77,66 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_what_a_stopped_command_started_ends_with_it(conductor, tmp_path):
+def test_a_step_that_is_cut_says_so_and_leaves_nothing_running(tmp_path):
     child = "import time; time.sleep(3600)"
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid); p.wait()"
-    command = [sys.executable, "-u", "-c", code]
-    assert conductor.call(command, time.time() + 5, tmp_path / "log") is None
+    state = gpu_check.call([sys.executable, "-u", "-c", code], 5, tmp_path / "log", {})
+    assert state == "cut after 5 s"
     pid = int((tmp_path / "log").read_text().splitlines()[0])
     deadline = time.time() + 60
     while is_running(pid) and time.time() < deadline:
         time.sleep(0.1)
     assert not is_running(pid)
+    assert gpu_check.call([sys.executable, "-c", "exit(7)"], 60, tmp_path / "log", {}) == "failed: exit status 7"
+    assert gpu_check.call(["/nowhere"], 60, tmp_path / "log", {}).startswith("failed: ")
 
 
-def test_a_stage_goes_on_behind_a_fault(conductor, monkeypatch):
-    class Fault(BaseException):
-        """Ends the process."""
+def test_a_case_that_fails_costs_itself_alone(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("as a launch that fails")
 
+    wrong = {"routes": {"cuda": {"wrong": "off by 1"}}}
+    cases = [("a", dict), ("b", broken), ("c", lambda: wrong), ("d", dict)]
+    monkeypatch.setitem(gpu_cases.CASES, "main", lambda device: cases)
+    monkeypatch.setattr("benchmarks.gpu_cases", gpu_cases, raising=False)
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu_cases", gpu_cases)
+    assert gpu_check.run_cases("main", "cpu", gpu_check.Rows(tmp_path, "main")) == 1
+    found = rows(tmp_path)
+    assert [row["case"] for row in found] == ["a", "b", "c", "d"]
+    assert found[1]["error"] == "RuntimeError: as a launch that fails"
+    assert gpu_check.render(tmp_path) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "4 cases, 1 failed" in report
+    assert "off by 1" in report
+
+
+def test_a_wrong_result_is_not_timed():
+    exact = torch.ones(4, dtype=torch.float64)
+    routes = {
+        "right": lambda: torch.ones(4),
+        "wrong": lambda: torch.full((4,), 1.1),
+        "nan": lambda: torch.full((4,), torch.nan),
+    }
+    found = gpu_cases.timed(routes, [()], exact, 1e-5, "cpu")["routes"]
+    assert found["right"]["device"] > 0
+    assert found["wrong"]["wrong"].startswith("off by 1.0e-01")
+    assert "wrong" in found["nan"]
+
+
+def test_steps_and_time_are_the_callers(tmp_path, monkeypatch):
     ran = []
-
-    def case(name):
-        ran.append(name)
-        if ran == ["a", "b", "c"]:
-            raise Fault
-        return {"routes": {}}
-
-    def child(command, *_, **__):
-        try:
-            return gpu_check.run_cases("outer", "cpu", Path(command[command.index("--out") + 1]), float("inf"))
-        except Fault:
-            return 1
-
-    monkeypatch.setitem(gpu_check.CASES, "outer", lambda device: [(name, partial(case, name)) for name in "abcd"])
-    monkeypatch.setattr(conductor, "call", child)
-    stage = conductor.measure("outer", time.time() + 60)
-    assert stage["status"] == "failed"
-    assert "exit status 1" in stage["error"]
-    assert stage["cut"] == []
-    assert ran == ["a", "b", "c", "c", "d"]
-    assert [row["case"] for row in conductor.results["outer"]] == ["a", "b", "c", "d"]
+    monkeypatch.setattr(gpu_check, "call", lambda words, seconds, log, variables: ran.append(seconds) or "done")
+    options = ["--out", str(tmp_path), "--stage", "B", "--steps", "tiles,language"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *options, "--minutes", "1"])
+    assert gpu_check.main() == 0
+    assert [round(seconds) for seconds in ran] == [60, 60]
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *options, "--minutes", "0"])
+    assert gpu_check.main() == 0
+    assert [row["state"] for row in rows(tmp_path)][-2:] == ["cut: no time left"] * 2
 
 
-def test_a_stage_that_hangs_tells_what_failed_before(conductor, tmp_path, monkeypatch):
-    rows = ({"planned": ["a", "b"]}, {"case": "a", "routes": {"cuda": {"wrong": "differs"}}})
-    (tmp_path / "outer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(conductor, "call", lambda *_, **__: None)
-    stage = conductor.measure("outer", time.time() + 60)
-    assert stage["status"] == "failed"
-    assert "differs" in stage["error"]
-    assert stage["cut"] == ["b"]
-
-
-def test_a_stage_that_fails_at_once_ends(conductor, monkeypatch):
-    monkeypatch.setattr(conductor, "call", lambda *_, **__: 1)
-    assert conductor.measure("outer", time.time() + 60)["status"] == "failed"
-
-
-def test_sanitized_program_ends_by_itself(monkeypatch, capsys):
-    """compute-sanitizer has no verdict of a program that was killed."""
-    monkeypatch.setattr(gpu_check, "kernel_backends", lambda device: ["reference"])
-    assert gpu_check.sanitize_driver("cpu", deadline=0) == 0
-    assert f"{gpu_check.CUT} before reference (3, None, 33, 129) fp32, case 1 of 24" in capsys.readouterr().out
-
-
-def test_sanitizing_nothing_is_no_success(monkeypatch):
-    """As where a tool keeps torch from seeing the GPU."""
-    monkeypatch.setattr(gpu_check, "kernel_backends", lambda device: [])
-    assert gpu_check.sanitize_driver("cpu", deadline=float("inf")) != 0
-
-
-@pytest.mark.parametrize(("factor", "route"), [(1 - 3e-6, "seconds"), (1 - 3e-5, "wrong")])
-def test_norms_on_tensor_cores_may_be_cut_off(factor, route, monkeypatch):
-    """They lose up to 3e-6 here: sums of 784 and 400 products, cut off at every eighth or sixteenth."""
-    exact = reference.sq_norm
-    monkeypatch.setattr(reference, "sq_norm", lambda d, a: (exact(d.double(), a.double()) * factor).float())
-    monkeypatch.setattr(gpu_check, "kernel_seconds", lambda *_: 1.0)
-    row = gpu_check.position_case("sq_norm", 2, 4, 784, 400, torch.bfloat16, "cpu")
-    assert route in row["routes"]["reference"]
+def test_commands_are_those_of_the_machine(tmp_path):
+    arguments = argparse.Namespace(device="cuda", out=tmp_path)
+    assert gpu_check.command("memcheck", arguments)[:3] == ["compute-sanitizer", "--tool", "memcheck"]
+    assert gpu_check.environment(arguments)["GRADEXT_CUDA_ARCHS"] == "native"
+    assert gpu_check.environment(arguments)["TORCHINDUCTOR_COMPILE_THREADS"] == "1"

@@ -67,10 +67,9 @@ class Fields {
   py::ssize_t next_ = 0;
 };
 
-// (delta, activation, out, B, T, O, I, strides of delta, activation and out, in_dtype, out_dtype, operand, its
-// strides, epilogue)
+// (delta, activation, out, B, T, O, I, strides of delta, activation and out, in_dtype, out_dtype)
 OuterParams outer_params(const py::tuple& problem) {
-  Fields fields(problem, 22);
+  Fields fields(problem, 17);
   OuterParams p{};
   p.delta = fields.pointer(), p.activation = fields.pointer(), p.out = fields.pointer();
   p.B = fields.next(), p.T = fields.next(), p.O = fields.next(), p.I = fields.next();
@@ -78,22 +77,23 @@ OuterParams outer_params(const py::tuple& problem) {
   p.activation_b = fields.next(), p.activation_t = fields.next(), p.activation_i = fields.next();
   p.out_b = fields.next(), p.out_o = fields.next();
   p.in_dtype = fields.dtype(), p.out_dtype = fields.dtype();
-  p.operand = fields.pointer();
-  p.operand_b = fields.next(), p.operand_t = fields.next(), p.operand_o = fields.next();
-  p.epilogue = static_cast<gradext::Epilogue>(fields.next());
   return p;
 }
 
-// (delta, activation, out, B, T, O, I, strides of delta and activation, dtype)
-gradext::SqNormParams sq_norm_params(const py::tuple& problem) {
-  Fields fields(problem, 14);
-  gradext::SqNormParams p{};
-  p.delta = fields.pointer(), p.activation = fields.pointer(), p.out = fields.pointer();
-  p.B = fields.next(), p.T = fields.next(), p.O = fields.next(), p.I = fields.next();
-  p.delta_b = fields.next(), p.delta_t = fields.next(), p.delta_o = fields.next();
-  p.activation_b = fields.next(), p.activation_t = fields.next(), p.activation_i = fields.next();
-  p.dtype = fields.dtype();
-  return p;
+// (delta, activation, B, T, O, I, strides of delta and activation)
+std::vector<gradext::SqNormParams> sq_norm_params(const std::vector<py::tuple>& layers) {
+  std::vector<gradext::SqNormParams> params;
+  params.reserve(layers.size());
+  for (const py::tuple& layer : layers) {
+    Fields fields(layer, 12);
+    gradext::SqNormParams p{};
+    p.delta = fields.pointer(), p.activation = fields.pointer();
+    p.B = fields.next(), p.T = fields.next(), p.O = fields.next(), p.I = fields.next();
+    p.delta_b = fields.next(), p.delta_t = fields.next(), p.delta_o = fields.next();
+    p.activation_b = fields.next(), p.activation_t = fields.next(), p.activation_i = fields.next();
+    params.push_back(p);
+  }
+  return params;
 }
 
 #endif
@@ -205,10 +205,6 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
 
-  py::dict epilogues;
-  for (const char* name : gradext::kEpilogueNames) epilogues[name] = py::len(epilogues);
-  m.attr("EPILOGUES") = epilogues;
-
 #if defined(GRADEXT_WITH_CUDA)
   m.def(
       "outer_cuda",
@@ -219,22 +215,32 @@ PYBIND11_MODULE(_C, m) {
         gradext::outer_cuda(params, device, stream);
       },
       py::arg("problems"), py::arg("device"), py::arg("stream"));
+  m.attr("MOST_LAYERS") = gradext::kMostLayers;
+  py::list routes;
+  for (const char* name : gradext::kSqNormRouteNames) routes.append(name);
+  m.attr("SQ_NORM_ROUTES") = routes;
   m.def(
       "sq_norm_plan",
-      [](std::int64_t B, std::int64_t T, std::int64_t O, std::int64_t I, int device) {
-        const gradext::SqNormPlan plan = gradext::sq_norm_plan_for(B, T, O, I, device);
-        return py::make_tuple(plan.gram_tile, plan.splits);
+      [](const std::vector<py::tuple>& layers, int dtype, int device) {
+        std::vector<std::pair<int, std::int64_t>> plans;
+        for (const auto& plan : gradext::sq_norm_plan_for(sq_norm_params(layers), static_cast<DType>(dtype), device))
+          plans.emplace_back(static_cast<int>(plan.route), plan.splits);
+        return plans;
       },
-      py::arg("B"), py::arg("T"), py::arg("O"), py::arg("I"), py::arg("device"));
+      py::arg("layers"), py::arg("dtype"), py::arg("device"));
   m.def(
       "sq_norm_cuda",
-      [](const py::tuple& problem, int gram_tile, std::int64_t splits, std::uintptr_t shares, int device,
-         std::uintptr_t stream) {
-        const gradext::SqNormParams params = sq_norm_params(problem);
+      [](const std::vector<py::tuple>& layers, const std::vector<std::pair<int, std::int64_t>>& plans, int dtype,
+         std::uintptr_t out, std::uintptr_t shares, int device, std::uintptr_t stream) {
+        const auto params = sq_norm_params(layers);
+        std::vector<gradext::SqNormPlan> chosen;
+        for (const auto& [route, splits] : plans) chosen.push_back({static_cast<gradext::SqNormRoute>(route), splits});
+        if (chosen.size() != params.size()) throw std::invalid_argument("gradext: expected a plan for each layer");
         const py::gil_scoped_release without_gil;
-        gradext::sq_norm_cuda(params, {gram_tile, splits}, reinterpret_cast<void*>(shares), device, stream);
+        gradext::sq_norm_cuda(params, chosen, static_cast<DType>(dtype), reinterpret_cast<void*>(out),
+                              reinterpret_cast<void*>(shares), device, stream);
       },
-      py::arg("problem"), py::arg("gram_tile"), py::arg("splits"), py::arg("shares"), py::arg("device"),
+      py::arg("layers"), py::arg("plans"), py::arg("dtype"), py::arg("out"), py::arg("shares"), py::arg("device"),
       py::arg("stream"));
 #endif
   m.def("cuda_status", [] {

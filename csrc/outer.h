@@ -13,26 +13,6 @@
 
 namespace gradext {
 
-// What takes delta's place in the product, a function of d = delta and z = operand. Behind the residuals: upstream d
-// times the derivative of an activation at its input z.
-enum class Epilogue : int {
-  none,
-  residual,          // d - z
-  sigmoid_residual,  // sigmoid(d) - z
-  mse_residual,      // 2 (d - z)
-  relu,
-  leaky_relu,  // of slope 0.01
-  sigmoid,
-  tanh,
-  gelu,  // by the error function
-  silu,
-  elu,       // of alpha 1
-  softplus,  // of beta 1
-};
-inline constexpr const char* kEpilogueNames[] = {
-    "none", "residual", "sigmoid_residual", "mse_residual", "relu", "leaky_relu", "sigmoid", "tanh", "gelu",
-    "silu", "elu",      "softplus"};
-
 // All strides are in elements, may be zero or negative, and need not be those of a dense tensor.
 struct OuterParams {
   const void* delta;       // [B, T, O]
@@ -42,18 +22,14 @@ struct OuterParams {
   std::int64_t delta_b, delta_t, delta_o;
   std::int64_t activation_b, activation_t, activation_i;
   std::int64_t out_b, out_o;
-  DType in_dtype;  // of delta, activation and operand
+  DType in_dtype;  // of delta and activation
   DType out_dtype;
-  const void* operand = nullptr;  // [B, T, O], read where there is an epilogue
-  std::int64_t operand_b = 0, operand_t = 0, operand_o = 0;
-  Epilogue epilogue = Epilogue::none;  // outer_cuda alone knows others
 };
 
 // One input feature leaves rows of one element, the worst shape for both devices; the same memory seen as one
-// row of O elements is the best. The roles of delta and activation are symmetric but for the epilogue, so this is
-// only a change of names.
+// row of O elements is the best. The roles of delta and activation are symmetric, so this is only a change of names.
 inline OuterParams with_long_rows(OuterParams p) {
-  if (p.I == 1 && p.out_o == 1 && p.epilogue == Epilogue::none) {
+  if (p.I == 1 && p.out_o == 1) {
     std::swap(p.delta, p.activation);
     std::swap(p.delta_b, p.activation_b);
     std::swap(p.delta_t, p.activation_t);

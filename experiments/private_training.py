@@ -3,7 +3,7 @@
     python -m experiments.private_training
 
 Trains a small network on scikit-learn's digits by DP-SGD (Abadi et al., "Deep learning with differential privacy", CCS
-2016): every sample's gradient over all parameters is clipped to a norm, the clipped ones are added, noise is added to the
+2016): every sample's gradient over all parameters is clipped to a norm, the clipped ones are added, and noise to the
 sum. The factors give the norms and the sum; no tensor [B, O, I] exists. Accounting for the privacy that was spent is
 a matter of its own (Opacus has accountants).
 """

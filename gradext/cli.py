@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument(
         "data",
         metavar="DATA",
-        help="a folder of images (nested or not), a .npy, .npz, .csv or .parquet file, or a set by name: digits, "
-        "mnist, mnist:train, mnist:test, ...",
+        help="a folder of images (nested or not) or one image, an inspection folder (train/good, test/*), a .npy, "
+        ".npz, .csv, .tsv or .parquet file, or a set by name: digits, mnist, mnist:train, mnist:test, ...",
     )
     data.add_argument(
         "--data-dir",
@@ -52,11 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="WHERE",
         help="the rows' labels: a table's column, an .npz' array, or a file with one a line; images have folders",
     )
+    data.add_argument("--columns", nargs="+", metavar="NAME", help="a table's columns to take (default: all)")
+    data.add_argument("--drop", nargs="+", default=[], metavar="NAME", help="a table's columns to leave out")
     data.add_argument("--skip-unreadable", action="store_true", help="go on without images that cannot be used")
     data.add_argument("--device", help="where to compute, such as cuda (default: the CPU)")
     data.add_argument("--json", action="store_true", help="print one JSON object")
     data.add_argument("--quiet", action="store_true", help="no progress bars (there are none but on terminals)")
     labelled = argparse.ArgumentParser(add_help=False, parents=[data])
+    labelled.add_argument(
+        "--target-fpr", type=float, metavar="P", help="call novel at this rate of false alarms (default: the fit's)"
+    )
     labelled.add_argument(
         "--normal", nargs="+", metavar="LABEL", help="the labels of normal samples (default: 0, where all are 0 or 1)"
     )
@@ -72,21 +77,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit.add_argument("--out", required=True, metavar="MODEL", help="the model file to write")
     fit.add_argument(
         "--score",
-        default="gradient_norm",
-        help="such as whitened_delta_norm or combined_evidence (default gradient_norm); another name lists them all",
+        default="whitened_gradient",
+        help="such as gradient_norm or combined_evidence (default whitened_gradient); another name lists them all",
     )
     fit.add_argument(
         "--layer",
-        default="first",
-        help="the decoder layer: first (default), last, a name such as decoder.2, or several with commas between",
+        default="auto",
+        help="the decoder layer: first, last, a name such as decoder.2, or several with commas between (default: the "
+        "last of an autoencoder, the first of a vae)",
     )
     fit.add_argument(
-        "--size", metavar="HxW", help="resize images to this (default: all must be of the first one's size)"
+        "--size", metavar="HxW", help="resize images to this (default: as they are; large or unequal ones to 64 pixels)"
     )
+    fit.add_argument("--pad", action="store_true", help="with --size: keep proportions, with black edges")
     fit.add_argument("--mode", choices=("L", "RGB"), help="grey or colour (default: as the first image)")
-    fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default 50, more on small sets)")
-    fit.add_argument("--hidden-dim", type=int, default=400, metavar="N", help="hidden units of the VAE (default 400)")
-    fit.add_argument("--latent-dim", type=int, default=20, metavar="N", help="its latent dimensions (default 20)")
+    fit.add_argument(
+        "--model",
+        choices=("autoencoder", "vae", "conv", "rotation"),
+        help="autoencoder (default), vae (the paper's), conv (a convolutional vae, for images), rotation (a network "
+        "that tells turned images apart, for natural ones)",
+    )
+    fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default: by the held-out loss)")
+    fit.add_argument("--hidden-dim", type=int, metavar="N", help="hidden units of the model (default: by the data)")
+    fit.add_argument("--latent-dim", type=int, metavar="N", help="its latent dimensions (default: by the data)")
     fit.add_argument(
         "--target-fpr", type=float, default=0.05, metavar="P", help="wanted rate of false alarms (default 0.05)"
     )
@@ -97,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     score = commands.add_parser(
         "score", parents=[model, data], help="write a table of scores; resumes where it stopped"
     )
+    score.add_argument(
+        "--target-fpr", type=float, metavar="P", help="call novel at this rate of false alarms (default: the fit's)"
+    )
+    score.add_argument("--maps", metavar="FOLDER", help="write a picture of where each image is novel")
     score.add_argument("--out", required=True, metavar="TABLE", help="a .csv or .parquet file to write")
     score.set_defaults(run=_novelty)
 

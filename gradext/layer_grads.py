@@ -20,7 +20,7 @@ from .factors import LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
 from .rules import tensors_of
 from .selection import LayerChoice
-from .watch import kept_apart, layer_factors, layer_grads, watch
+from .watch import kept_apart, layer_factors, layer_grads, lock_of, watch
 
 
 def batch_layer_grads(
@@ -149,7 +149,7 @@ def _gradients(
     # Replicas exchange gradients in the backward of a wrapped model, and wait for each other: there is nothing to wait
     # for here.
     runs = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    with buffers_kept(model):  # which the backward may need as the forward has left them
+    with lock_of(model), buffers_kept(model):  # which the backward may need as the forward has left them
         with watched:
             output = output_of(runs(*args, **kwargs), loss)
             if any(target is t and t._version != version for t, version in versions):

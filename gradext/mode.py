@@ -11,10 +11,11 @@ import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import FrameType, FunctionType
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .losses import Root
 from .rows import base_of
-from .rules import Entry, tensors_of
+from .rules import Entry, is_in_place, tensors_of
 from .selection import Selection
 
 # Functions of torch's that are written in Python and call others with parameters: each of these is seen by itself.
@@ -42,9 +43,8 @@ _LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_APPLY = torch.autograd.Function.apply.__func__.__code__
 
-_MARK = "_gradext_mark"  # on a tensor: the token of the run whose samples it depends on, or minus that
 _tokens = iter(range(1, 1 << 62))
 
 
@@ -80,6 +80,7 @@ class WatchMode(TorchFunctionMode):
         self.entries: list[Entry] = []
         self.ends: set[Node] = set()  # where values are attached: the graph of the parameters begins
         self.token = next(_tokens)  # on tensors that depend on samples; its negative on constants made meanwhile
+        self.given: set[int] = set()  # ids of the stand-ins
         self.owned: set[int] | None = None  # ids of the tensors that the model holds, once asked for
         self.told = False  # whether the inputs were marked
         self.replay = False  # in a backward that runs a checkpointed forward again
@@ -139,7 +140,7 @@ class WatchMode(TorchFunctionMode):
         self.told = True
         for tensor in tensors:
             if id(tensor) not in self.values:
-                setattr(tensor, _MARK, self.token)
+                tensor._gradext_mark = self.token
 
     def _told_apart(self, args: tuple, kwargs: dict) -> tuple[list[Value], list[Tensor]]:
         """The values among the arguments of a call, and the other tensors."""
@@ -147,7 +148,7 @@ class WatchMode(TorchFunctionMode):
         others: list[Tensor] = []
         for tensor in tensors_of((args, kwargs) if kwargs else args):
             value = self.values.get(id(tensor))
-            if value is None and tensor.requires_grad and self._may_hold_values(tensor):
+            if value is None and tensor.requires_grad and not self._is_marked(tensor):
                 value = self._adopted(tensor)
             if value is None:
                 others.append(tensor)
@@ -155,25 +156,28 @@ class WatchMode(TorchFunctionMode):
                 values.append(value)
         return values, others
 
-    def _may_hold_values(self, tensor: Tensor) -> bool:
-        # A view that was made without a graph requires grad like its base, but has no history: its mark tells.
-        mark = getattr(tensor, _MARK, None)
-        return mark != self.token and (mark != -self.token or tensor.grad_fn is not None)
+    def _is_marked(self, tensor: Tensor) -> bool:
+        mark = getattr(tensor, "_gradext_mark", None)
+        # A constant with a history may have been written to by way of a view of it.
+        return mark == self.token or (mark == -self.token and tensor.grad_fn is None)
 
     def _adopted(self, tensor: Tensor) -> Value | None:
-        """The value that something unseen has made of parameters alone: custom functions, an earlier forward."""
-        names = self._names_below(tensor.grad_fn)
+        """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
+
+        What is made of tensors that are neither parameters nor samples, though they require grad, is constant.
+        """
+        names = self._names_below(tensor)
         if not names:
-            setattr(tensor, _MARK, self.token)
+            tensor._gradext_mark = self.token if names is None else -self.token
             return None
         self.values[id(tensor)] = value = Value(tensor, names)
         return value
 
-    def _names_below(self, root: Node | None) -> frozenset[str]:
-        """The chosen parameters that a graph leads to; none where it leads to anything else too."""
-        seen: set[Node] = set()
-        names: set[str] = set()
-        stack = [root]
+    def _names_below(self, tensor: Tensor) -> frozenset[str] | None:
+        """The chosen parameters that a tensor is made of; None where it is made of anything else too."""
+        if tensor.grad_fn is None:
+            return frozenset() if self._is_foreign(tensor) else None
+        seen, stack, names = set(), [tensor.grad_fn], set()
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -181,27 +185,33 @@ class WatchMode(TorchFunctionMode):
             seen.add(node)
             leaf = getattr(node, "variable", None)
             value = None if leaf is None else self.values.get(id(leaf))
-            if node in self.ends or (leaf is not None and value is None):
-                return frozenset()
-            if value is not None:
-                names |= value.names
+            if node in self.ends or (leaf is not None and value is None and not self._is_foreign(leaf)):
+                return None
+            names |= frozenset() if value is None else value.names
             stack += [below for below, _ in node.next_functions]
         return frozenset(names)
 
-    def _is_sample(self, tensor: Tensor) -> bool:
-        mark = getattr(tensor, _MARK, None)
-        if mark == -self.token:
-            return tensor.grad_fn is not None
-        if mark == self.token or tensor.requires_grad:
-            return True
-        if self.told:
+    def _is_foreign(self, leaf: Tensor) -> bool:
+        """Whether a tensor that requires grad, and is no parameter, is no sample either."""
+        if id(leaf) in self.given or getattr(leaf, "_gradext_mark", None) == self.token:
             return False
+        return self.told or isinstance(leaf, nn.Parameter) or id(leaf) in self._held_by_model()
+
+    def _held_by_model(self) -> set[int]:
+        """The ids of buffers and plain attributes."""
         if self.owned is None:
-            attributes = [
-                v for module in self.model.modules() for v in (*module._buffers.values(), *vars(module).values())
-            ]
+            modules = self.model.modules()
+            attributes = [v for module in modules for v in (*module._buffers.values(), *vars(module).values())]
             self.owned = {id(v) for v in attributes if isinstance(v, Tensor)}
-        return id(tensor) not in self.owned  # from outside: the caller's, unless the model holds it
+        return self.owned
+
+    def _is_sample(self, tensor: Tensor) -> bool:
+        mark = getattr(tensor, "_gradext_mark", None)
+        if mark == self.token or mark == -self.token:
+            return mark == self.token
+        if tensor.requires_grad or self.told:
+            return tensor.requires_grad
+        return id(tensor) not in self._held_by_model()  # from outside: the caller's, unless the model holds it
 
     def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
         """Remember of a result whether it depends on samples."""
@@ -210,22 +220,24 @@ class WatchMode(TorchFunctionMode):
             others = others[:1]
         elif name in _NEW:
             others = ()
-        if isinstance(result, Tensor) and result.requires_grad and torch.is_grad_enabled():
-            if id(result) not in self.values:
-                setattr(result, _MARK, self.token)
+        # Without a graph, a view requires grad as its base does, but has no history.
+        recorded = torch.is_grad_enabled()
+        if isinstance(result, Tensor) and result.requires_grad and recorded:
+            if id(result) not in self.values and any(map(self._is_sample, others)):
+                result._gradext_mark = self.token
             return
         found = result if isinstance(result, (list, tuple)) else (result,)
-        plain = [t for t in found if isinstance(t, Tensor) and not (t.requires_grad and torch.is_grad_enabled())]
+        plain = [t for t in found if isinstance(t, Tensor) and not (t.requires_grad and recorded)]
         if not plain and result is not None:
             return
         mark = self.token if any(map(self._is_sample, others)) else -self.token
         for tensor in plain:
             # Results that are arguments (in place) may come from outside.
-            if mark == self.token or not hasattr(tensor, _MARK):
+            if mark == self.token or not hasattr(tensor, "_gradext_mark"):
                 with contextlib.suppress(AttributeError, RuntimeError):
-                    setattr(tensor, _MARK, mark)
+                    tensor._gradext_mark = mark
         if result is None and mark == self.token and args and isinstance(args[0], Tensor):  # __setitem__
-            setattr(args[0], _MARK, mark)
+            args[0]._gradext_mark = mark
 
     def _note_hidden(self, values: list[Value]) -> None:
         """What the forward of a custom autograd function does with a parameter leaves no graph."""
@@ -261,15 +273,17 @@ class WatchMode(TorchFunctionMode):
 
     def stand_in(self, value: Tensor) -> Tensor:
         """What one call gets in place of a value."""
-        if not self.attached:
-            return value.detach().requires_grad_()
-        new = value.view_as(value)
-        self.ends.add(get_gradient_edge(new).node)
+        if self.attached:
+            new = value.view_as(value)
+            self.ends.add(new.grad_fn)
+        else:
+            new = value.detach().requires_grad_()
+        self.given.add(id(new))
         return new
 
     def _derive(self, func, args, kwargs, values: list[Value]):
-        """A function of values and constants gives a value, attached to all its parameters: the model may keep it."""
-        result = func(*args, **kwargs)
+        """A function of values and constants gives a value."""
+        result = func(*args, **kwargs)  # what the model keeps of it goes on training the parameters
         found = result if isinstance(result, (list, tuple)) else (result,)
         if result is None:  # __setitem__
             found = args[:1]
@@ -289,29 +303,45 @@ class WatchMode(TorchFunctionMode):
 
     def _enter(self, func, args, kwargs):
         """An entry: values meet samples."""
+        target = self.values.get(id(args[0])) if args else None
+        if (target is not None and is_in_place(func)) or any(t.is_nested for t in tensors_of((args, kwargs))):
+            # Samples written into a value, ragged tensors of torch's own: the graph tells of the parameter.
+            result = func(*args, **kwargs)
+            for tensor in tensors_of(args[0] if result is None else result):
+                self.values.pop(id(tensor), None)
+                tensor._gradext_mark = self.token
+            return result
         stand_ins: dict[int, Tensor] = {}
         args, kwargs = self._replaced(args, stand_ins), self._replaced(kwargs, stand_ins)
         result = func(*args, **kwargs)
         outputs = [t for t in tensors_of(args[0] if result is None else result) if t.requires_grad]
+        inner = None
+        if len(outputs) > 1:
+            # One output may be made of another (h of c in a cell): views tell what comes from outside of the call.
+            inner = outputs
+            result = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad else t, result)
+            outputs = [t for t in tensors_of(result) if t.requires_grad]
         for output in outputs:
-            setattr(output, _MARK, self.token)
+            output._gradext_mark = self.token
         if not outputs:
             self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
         elif not self.replay:
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
-            self.record(func, args, kwargs, values, outputs)
+            self.record(func, args, kwargs, values, outputs, inner)
             if self.train:
                 self._note_losses(result)
         return result
 
-    def record(self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], **options) -> None:
-        """Keep an entry; ``options`` are further fields of it."""
+    def record(
+        self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], inner=None, **options
+    ) -> None:
+        """Keep an entry. inner: the call's own outputs, of which ``outputs`` are views; options: further fields."""
         names = sorted({name for value in values.values() for name in self.values[id(value)].names})
-        # A later in-place operation on a view, or on another of its base, rewrites the view's history, not the base's.
-        bases = [base_of(t) for t in outputs]
+        # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
+        bases = [base_of(t) if inner is None else None for t in outputs]
         edges = [get_gradient_edge(t if base is None else base) for t, base in zip(outputs, bases, strict=True)]
-        ends = [get_gradient_edge(t) for t in outputs]
-        entry = Entry(func, args, kwargs, names, values, outputs, edges, ends, **options)
+        ends = [get_gradient_edge(t) for t in inner or outputs]
+        entry = Entry(func, args, kwargs, names, values, outputs, edges, ends, direct=inner is not None, **options)
         if not entry.in_place and not entry.versions:
             entry.versions = [(t, t._version) for t in tensors_of([args, kwargs]) if id(t) not in values]
         for kind in ("cpu", "cuda"):
@@ -367,7 +397,7 @@ class WatchMode(TorchFunctionMode):
 
 def _custom_function() -> str | None:
     """The name of the custom autograd function whose forward is running."""
-    frame: FrameType | None = sys._getframe(1)
+    frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _APPLY:
             return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")

@@ -8,7 +8,8 @@ Nothing here knows about modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,10 +19,23 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends.reference import EPILOGUES, accumulation_type, apply_epilogue, widen
+from .backends.reference import accumulation_type, widen
 
 # Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
-__all__ = ["DTYPES", "dot", "epilogue_delta", "gram", "linear", "outer", "outer_group", "sq_norm"]
+__all__ = [
+    "DTYPES",
+    "dot",
+    "gram",
+    "linear",
+    "outer",
+    "outer_group",
+    "project",
+    "quadratic",
+    "sq_norm",
+    "sq_norm_group",
+    "square_sum",
+    "weighted_sum",
+]
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -84,8 +98,6 @@ def outer(
     delta: Tensor,
     activation: Tensor,
     *,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -95,10 +107,6 @@ def outer(
     delta [B, (T,) O], activation [B, (T,) I] -> [B, O, I] of type ``dtype`` (default: of the inputs, or of ``out``).
     Writes B·O·I numbers, the floor of its cost; half precision accumulates in fp32. ``out`` may have any strides.
 
-    With an ``epilogue``, a name of `EPILOGUES`, the delta is that function of ``delta`` and ``operand`` (of delta's
-    shape, type and device), computed in the type that sums are kept in, and on a GPU without a pass of its own; where
-    a gradient is wanted, or under torch.compile, it is composed of torch's operators.
-
     ``out`` may share no memory with an input, since it is written while they are read.
 
     Raises ValueError or TypeError for shapes, types and devices that do not fit, BackendError for a backend that does
@@ -106,29 +114,10 @@ def outer(
     size that was asked for.
     """
     name = "outer" if delta.ndim == 2 else "outer_sum"
-    if epilogue is not None or operand is not None:
-        epilogue, operand = _checked_epilogue(epilogue, delta, operand)
-        tensors = (delta, activation, operand)
-        if _is_plain(tensors if out is None else (*tensors, out)):
-            options = {"dtype": dtype} if out is None else {"out": out}
-            kernel = _kernels[name, "default" if out is None else "out"]
-            result = kernel(delta, activation, **options, backend=backend, epilogue=epilogue, operand=operand)
-            return result if out is None else out
-        _refuse_inference_tensors(tensors)
-        check_factors(delta, activation)
-        dtype = dtype or delta.dtype
-        delta = apply_epilogue(epilogue, delta, operand)
-        activation = activation.to(delta.dtype)
     if out is None:
         return _call(name, "default", delta, activation, dtype=dtype, backend=backend)
     _call(name, "out", delta, activation, out=out, backend=backend)
     return out
-
-
-def epilogue_delta(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
-    """The delta that `outer` forms of its arguments, as a tensor, in the type that sums are kept in."""
-    _checked_epilogue(epilogue, delta, operand)
-    return apply_epilogue(epilogue, delta, operand)
 
 
 class Product(NamedTuple):
@@ -138,8 +127,6 @@ class Product(NamedTuple):
     activation: Tensor
     out: Tensor | None = None
     dtype: torch.dtype | None = None
-    epilogue: str | None = None
-    operand: Tensor | None = None
 
 
 def outer_group(products: Sequence[Product], *, backend: str | None = None) -> list[Tensor]:
@@ -147,23 +134,38 @@ def outer_group(products: Sequence[Product], *, backend: str | None = None) -> l
 
     Raises as `outer`.
     """
-    tensors = [t for p in products for t in (p.delta, p.activation, p.out, p.operand) if t is not None]
+    tensors = [t for p in products for t in (p.delta, p.activation, p.out) if t is not None]
     if len(products) < 2 or not _is_plain(tensors):
-        return [
-            outer(
-                p.delta, p.activation, epilogue=p.epilogue, operand=p.operand, out=p.out, dtype=p.dtype, backend=backend
-            )
-            for p in products
-        ]
-    for p in products:
-        if p.epilogue is not None or p.operand is not None:
-            _checked_epilogue(p.epilogue, p.delta, p.operand)
+        return [outer(p.delta, p.activation, out=p.out, dtype=p.dtype, backend=backend) for p in products]
     return _outer_group(products, backend)
 
 
 def sq_norm(delta: Tensor, activation: Tensor, *, backend: str | None = None) -> Tensor:
     """Squared Frobenius norm of every per-sample gradient, ``Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], never forming one."""
     return _call("sq_norm", "default", delta, activation, backend=backend)
+
+
+def sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]], *, backend: str | None = None) -> Tensor:
+    """`sq_norm` of several layers, each (delta, activation), of one batch -> [L, B], in the widest of their types.
+
+    In as few launches as the backend can: on a GPU one for all layers of a type, whatever their sizes, and one that
+    adds up. Where a gradient is wanted, one of each layer. Raises as `sq_norm`, and ValueError for no layer or for
+    layers of different B.
+    """
+    if not layers:
+        raise ValueError("layers: expected at least one pair of factors, but got none")
+    sizes = {delta.shape[0] for delta, _ in layers}
+    if len(sizes) > 1:
+        raise ValueError(f"layers: expected the same number of samples in all, but got {sorted(sizes)}")
+    if len(layers) > 1 and _is_plain([factor for layer in layers for factor in layer]):
+        return _sq_norm_group(layers, backend)
+    norms = [sq_norm(*layer, backend=backend) for layer in layers]
+    return norms[0].unsqueeze(0) if len(norms) == 1 else _stacked(norms)
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    wide = functools.reduce(torch.promote_types, (row.dtype for row in rows))
+    return torch.stack([row.to(wide) for row in rows])
 
 
 def dot(delta: Tensor, activation: Tensor, reference: Tensor, *, backend: str | None = None) -> Tensor:
@@ -174,6 +176,64 @@ def dot(delta: Tensor, activation: Tensor, reference: Tensor, *, backend: str | 
 def linear(delta: Tensor, activation: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """H linear functionals ``weight [H, O, I]`` of every per-sample gradient, ``⟨G[b], weight[h]⟩`` -> [B, H]."""
     return _call("linear", "default", delta, activation, weight, backend=backend)
+
+
+def weighted_sum(
+    delta: Tensor, activation: Tensor, weights: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """``Σ_b w_b G[b]``, weights [B] or None for ones -> [O, I], in the type that sums are kept in; BTOI operations.
+
+    One matrix product over all positions of all samples. On a GPU half-precision factors are multiplied as they are and
+    summed in fp32, each sample's weight applied while its delta is loaded. Differentiable in all tensors.
+    """
+    check_factors(delta, activation)
+    if weights is not None and tuple(weights.shape) != (delta.shape[0],):
+        raise ValueError(f"weights: expected shape ({delta.shape[0]},), but got {tuple(weights.shape)}")
+    return _composed("weighted_sum", backend, delta, activation, weights)
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor, *, backend: str | None = None) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ``, left [O, P], right [I, Q] -> [B, P, Q].
+
+    In the type that sums are kept in; BT(OP + IQ + PQ) operations, and never a gradient. On a GPU half-precision
+    factors are read once, and what is projected is not written before it is summed. Differentiable in all tensors.
+    """
+    check_factors(delta, activation)
+    for name, matrix, size in (("left", left, delta.shape[-1]), ("right", right, activation.shape[-1])):
+        if matrix.ndim != 2 or matrix.shape[0] != size:
+            raise ValueError(f"{name}: expected shape [{size}, any], but got {list(matrix.shape)}")
+    return _composed("project", backend, delta, activation, left.to(delta.dtype), right.to(delta.dtype))
+
+
+def square_sum(delta: Tensor, activation: Tensor, *, backend: str | None = None) -> Tensor:
+    """``Σ_b G[b]²`` elementwise -> [O, I]: B times the diagonal of the empirical Fisher matrix. Differentiable.
+
+    T = 1: BOI operations; T > 1: BTOI, through blocks of gradients of a size that suits the device.
+    """
+    check_factors(delta, activation)
+    return _composed("square_sum", backend, delta, activation)
+
+
+def quadratic(delta: Tensor, activation: Tensor, diag: Tensor, *, backend: str | None = None) -> Tensor:
+    """``Σ_oi diag_oi G[b]_oi²`` with diag [O, I] -> [B], at the cost of `square_sum`. Differentiable."""
+    check_factors(delta, activation)
+    _check_operand("diag", diag, "[O, I]", (delta.shape[-1], activation.shape[-1]), delta)
+    return _composed("quadratic", backend, delta, activation, diag)
+
+
+def _composed(name: str, backend: str | None, *tensors: Tensor | None) -> Tensor:
+    """What a backend does where nobody looks on; else `reference`, made of torch's differentiable operators."""
+    delta = tensors[0]
+    assert delta is not None
+    if not _is_plain([t for t in tensors if t is not None]):
+        return without_autocast(delta.device.type, getattr(backends.reference, name), *_wide(tensors))
+    function = backends.implementation(name, backend, backends.Call(delta))
+    return without_autocast(delta.device.type, function, *tensors)
+
+
+def _wide(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """In the type that sums are kept in: a product of another type than its operands has no derivative."""
+    return (None if t is None else t.to(accumulation_type(t.dtype)) for t in tensors)
 
 
 def gram(
@@ -226,22 +286,6 @@ def check_factors(delta: Tensor, activation: Tensor) -> None:
         f"delta, activation: expected dense tensors (torch.strided), but got {delta.layout} and {activation.layout}; "
         "convert them with .to_dense()"
     )
-
-
-def _checked_epilogue(epilogue: str | None, delta: Tensor, operand: Tensor | None) -> tuple[str, Tensor]:
-    if epilogue is None:
-        raise ValueError("operand: expected an epilogue that uses it, but got epilogue=None")
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue: expected None or one of {', '.join(EPILOGUES)}, but got {epilogue!r}")
-    if operand is None:
-        raise ValueError(f"operand: expected a tensor of delta's shape for epilogue={epilogue!r}, but got None")
-    if operand.shape != delta.shape:
-        raise ValueError(f"operand: expected delta's shape {list(delta.shape)}, but got {list(operand.shape)}")
-    if operand.dtype != delta.dtype:
-        raise TypeError(f"operand: expected delta's type {delta.dtype}, but got {operand.dtype}; convert it with .to()")
-    if operand.device != delta.device:
-        raise ValueError(f"operand: expected delta's device {delta.device}, but got {operand.device}")
-    return epilogue, operand
 
 
 def _check_other(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activation: Tensor) -> None:
@@ -407,20 +451,20 @@ def _outer_kernels(name: str, ndim: int):
         if len(delta.shape) != ndim:
             raise ValueError(f"delta: expected {ndim} dimensions, but got shape {list(delta.shape)}")
 
-    def write(delta, activation, out, backend, epilogue, operand):
+    def write(delta, activation, out, backend):
         device = delta.device.type
         module = backends.choose("outer", backend, device, backends.Call(delta, out))
-        return without_autocast(device, module.outer, delta, activation, out, None, epilogue, operand)
+        return without_autocast(device, module.outer, delta, activation, out)
 
-    def functional(delta, activation, *, dtype=None, backend=None, epilogue=None, operand=None):
+    def functional(delta, activation, *, dtype=None, backend=None):
         check(delta, activation)
-        return write(delta, activation, _new_result(delta, activation, dtype), backend, epilogue, operand)
+        return write(delta, activation, _new_result(delta, activation, dtype), backend)
 
-    def into_out(delta, activation, *, out, backend=None, epilogue=None, operand=None):
+    def into_out(delta, activation, *, out, backend=None):
         check(delta, activation)
         check_out(out, _gradient_shape(delta, activation), delta.device)
-        check_apart((out,), (delta, activation) if operand is None else (delta, activation, operand))
-        write(delta, activation, out, backend, epilogue, operand)
+        check_apart((out,), (delta, activation))
+        write(delta, activation, out, backend)
 
     def fake(delta, activation, *, dtype=None, backend=None):
         check(delta, activation)
@@ -445,9 +489,9 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
     results: list[Tensor] = []
     groups: dict[ModuleType, list[tuple]] = {}
     if any(p.out is not None for p in products):
-        inputs = (t for p in products for t in (p.delta, p.activation, p.operand) if t is not None)
+        inputs = (t for p in products for t in (p.delta, p.activation))
         check_apart([p.out for p in products if p.out is not None], inputs)
-    for delta, activation, out, dtype, epilogue, operand in products:
+    for delta, activation, out, dtype in products:
         check_factors(delta, activation)
         if out is None:
             out = _new_result(delta, activation, dtype)
@@ -455,15 +499,39 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
             check_out(out, _gradient_shape(delta, activation), delta.device)
         results.append(out)
         module = backends.choose("outer", backend, delta.device.type, backends.Call(delta, out))
-        groups.setdefault(module, []).append((delta, activation, out, epilogue, operand))
+        groups.setdefault(module, []).append((delta, activation, out))
     for module, problems in groups.items():
         device = problems[0][0].device.type
         if hasattr(module, "outer_group"):
             without_autocast(device, module.outer_group, problems)
         else:
-            for delta, activation, out, epilogue, operand in problems:
-                without_autocast(device, module.outer, delta, activation, out, None, epilogue, operand)
+            for delta, activation, out in problems:
+                without_autocast(device, module.outer, delta, activation, out)
     return results
+
+
+def _sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]], backend: str | None) -> Tensor:
+    groups: dict[tuple[ModuleType, torch.dtype, torch.device], list[int]] = {}
+    for place, (delta, activation) in enumerate(layers):
+        check_factors(delta, activation)
+        module = backends.choose("sq_norm", backend, delta.device.type, backends.Call(delta))
+        groups.setdefault((module, delta.dtype, delta.device), []).append(place)
+    if len({device for _, _, device in groups}) > 1:
+        raise ValueError(
+            "layers: expected all on one device, but got " + ", ".join(sorted({str(d) for *_, d in groups}))
+        )
+    rows: dict[int, Tensor] = {}
+    for (module, _, device), places in groups.items():
+        chosen = [layers[place] for place in places]
+        if hasattr(module, "sq_norm_group"):
+            found = without_autocast(device.type, module.sq_norm_group, chosen)
+            if len(groups) == 1:
+                return found
+        else:
+            function = getattr(module, "sq_norm", None) or backends.reference.sq_norm
+            found = [without_autocast(device.type, function, *layer) for layer in chosen]
+        rows |= zip(places, found, strict=True)
+    return _stacked([rows[place] for place in range(len(layers))])
 
 
 def _contraction_kernel(name: str, operand: str, shape: str, result_shape):

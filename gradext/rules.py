@@ -36,6 +36,12 @@ _MASKED_ELEMENTS = 1 << 24
 _NOT_VECTORISED = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
 
+def is_in_place(func: Callable) -> bool:
+    """Whether a function writes into its first argument, by its name."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
 @dataclass(eq=False)
 class Entry:
     """One call of a torch function with values of parameters among its arguments."""
@@ -52,6 +58,7 @@ class Entry:
     autocast: tuple | None = None
     call: Call | None = None  # as `bind` reads it, where it has
     bound: bool = False
+    direct: bool = False  # the edges are the outputs' own, not their bases'
     spent: bool = False  # its graph is freed
     # Of each output that the losses depend on, see `live`:
     states: list[State] = field(default_factory=list)  # where the samples lie, as the graph tells
@@ -64,8 +71,7 @@ class Entry:
 
     @property
     def in_place(self) -> bool:
-        name = self.name
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        return is_in_place(self.func)
 
     def overwritten(self) -> bool:
         return any(tensor._version != version for tensor, version in self.versions)
@@ -78,8 +84,10 @@ class Entry:
         """The entry with those of its outputs that the losses depend on: what they do not has no gradient."""
         states = {k: state for k, edge in enumerate(self.edges) if (state := structure.of(edge)) is not None}
         parts = {name: [getattr(self, name)[k] for k in states] for name in ("outputs", "edges", "ends")}
-        found = [state_of_view(self.outputs[k], state, structure.batch) for k, state in states.items()]
-        return replace(self, states=found, **parts)  # type: ignore[arg-type]
+        found = list(states.values())
+        if not self.direct:
+            found = [state_of_view(self.outputs[k], state, structure.batch) for k, state in states.items()]
+        return replace(self, states=found, **parts)
 
     def reason(self) -> str:
         """Where in the graph the samples were lost."""
@@ -112,7 +120,7 @@ def tensors_of(value: Any) -> list[Tensor]:
         return [value]
     found: list[Tensor] = []
     if not isinstance(value, (list, tuple, set)):
-        value = value.values() if callable(getattr(value, "values", None)) and not isinstance(value, type) else ()
+        value = value.values() if hasattr(value, "values") and not isinstance(value, type) else ()
     for item in value:
         if isinstance(item, Tensor):
             found.append(item)
@@ -173,7 +181,7 @@ def _matmul(entry: Entry, first, second) -> Call | None:
     if first.ndim != 2 or second.ndim < 3:
         return None
 
-    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors:
         return _linear_gradient("weight", input.mT, delta.mT)
 
     return Call("linear", second, {"weight": first}, second.ndim - 2, gradient)
@@ -232,32 +240,28 @@ def _embedding(
         padding_idx = None
     padding = None if padding_idx is None else padding_idx % rows
 
-    def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
+    def gradient(role, index, delta):
         delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
-        return _embedding_gradient(index, delta, rows)
+        B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
+        return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
 
     return Call("embedding", input, {"weight": weight}, input.ndim, gradient)
-
-
-def _embedding_gradient(index: Tensor, delta: Tensor, rows: int) -> EmbeddingFactors:
-    B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
-    return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
 
 
 def _rows_of_table(entry, table, index) -> Call | None:
     """``W[index]`` with an integer index: an embedding."""
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or table.ndim != 2:
         return None
-    rows = table.shape[0]
+    call = _embedding(entry, index, table)
 
-    def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
-        return _embedding_gradient(torch.where(index < 0, index + rows, index), delta, rows)
+    def gradient(role, index, delta):
+        return call.gradient(role, torch.where(index < 0, index + table.shape[0], index), delta)
 
-    return Call("embedding", index, {"weight": table}, index.ndim, gradient)
+    return call._replace(gradient=gradient)
 
 
 # The names of the arguments, in order.
-_NORMS: dict[Callable, tuple[str, ...]] = {
+_NORMS = {
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
     F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
@@ -369,7 +373,8 @@ def _elementwise(entry: Entry, delta: Tensor, rows: Rows, batch: int) -> list[Sh
     for k, operand in enumerate(operands):
         if id(operand) in entry.values:
             weighted = delta * operands[1 - k] if name in _MUL else delta
-            found.append(_reduced(-weighted if k == negative else weighted, operand, entry, rows, batch))
+            share = _reduced(weighted, operand, entry, rows, batch)
+            found.append(share._replace(gradient=-share.gradient) if k == negative else share)
     return found
 
 
@@ -439,7 +444,7 @@ def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) ->
         gradient = call.gradient(role, input, delta)
         if grouped and isinstance(gradient, Tensor):
             gradient = gradient.unflatten(0, (batch, -1)).sum(1)
-        elif grouped and isinstance(gradient, GradFactors):
+        elif grouped:
             gradient = gradient.regrouped(batch)
         found.append(Share(value, gradient))
     return found
@@ -517,8 +522,7 @@ def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) ->
         batched_grad(outputs, given, [mask[b : b + step] for mask in masks], create_graph)
         for b in range(0, batch, step)
     ]
-    joined = ([g for part in parts if (g := part[k]) is not None] for k in range(len(given)))
-    return [torch.cat(found) if found else None for found in joined]
+    return [None if parts[0][k] is None else torch.cat([part[k] for part in parts]) for k in range(len(given))]
 
 
 def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
@@ -538,10 +542,10 @@ def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bo
     ]
     stacked: list[Tensor | None] = []
     for k in range(len(inputs)):
-        known = [dense(row[k]) for row in rows if row[k] is not None]
-        zeros = [torch.zeros_like(g) for g in known[:1]]
-        rest = iter(known)
-        stacked.append(torch.stack([zeros[0] if row[k] is None else next(rest) for row in rows]) if known else None)
+        own = [None if row[k] is None else dense(row[k]) for row in rows]
+        like = next((g for g in own if g is not None), None)
+        zeros = None if like is None else torch.zeros_like(like)
+        stacked.append(None if like is None else torch.stack([zeros if g is None else g for g in own]))
     return stacked
 
 
@@ -552,17 +556,19 @@ def dense(gradient: Tensor) -> Tensor:
 def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int) -> list[Share] | None:
     """A vmapped vjp of the call over the samples' slices of its arguments; None where it is no function of these.
 
-    An argument is taken for samples where it has their dimension's size, counted from the left or from the right;
-    values only if it does not go without.
+    An argument is taken for samples where it has their dimension's size, counted from the left or from the right; a
+    value only where it has as many dimensions as the output, and first so: rows that are alike would pass for a whole.
     """
     out, first = entry.outputs[0], rows[0]
     leaves, structure = pytree.tree_flatten((entry.args, entry.kwargs))
     tried = []
-    for own_values in (False, True):
+    for own_values in (True, False):
         for from_left in (True, False):
             dims = {}
             for k, t in enumerate(leaves):
-                if isinstance(t, Tensor) and t.layout is torch.strided and (own_values or id(t) not in entry.values):
+                if not isinstance(t, Tensor) or t.layout is not torch.strided:
+                    continue
+                if id(t) not in entry.values or (own_values and t.ndim == out.ndim):
                     dim = first.dim if from_left else first.dim - (out.ndim - t.ndim)
                     if 0 <= dim < t.ndim and t.shape[dim] == out.shape[first.dim]:
                         dims[k] = dim
@@ -597,7 +603,7 @@ def _vmapped(
             tensors = [t for t in tensors_of(entry.func(*args, **kwargs)) if t.is_floating_point()]
             return tuple(tensors[: len(entry.outputs)])
 
-        outputs, back = torch.func.vjp(run, {k: slices.get(k, plain[k]) for k in values})  # type: ignore[misc]
+        outputs, back = torch.func.vjp(run, {k: slices.get(k, plain[k]) for k in values})
         return outputs, back(tuple(cotangents))[0]
 
     try:

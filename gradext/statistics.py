@@ -21,8 +21,9 @@ class GradStatistics:
     >>> statistics = gradext.GradStatistics(kron_fisher=True)
     >>> for batch in torch.rand(100, 6).split(30):
     ...     _ = statistics.partial_fit(gradext.batch_layer_factors(model, batch))
-    >>> statistics.count, tuple(statistics.mean["0"].shape), [tuple(m.shape) for m in statistics.kron_fisher["2"]]
-    (100, (3, 6), [(3, 3), (6, 6)])
+    >>> weights = statistics.mean["0.weight"], *statistics.kron_fisher["2.weight"]
+    >>> statistics.count, *(tuple(matrix.shape) for matrix in weights)
+    (100, (3, 6), (3, 3), (6, 6))
 
     mean: the mean gradient (OI numbers a layer); diag_fisher: the mean of its squares, ``(1/N) Σ G²`` (OI);
     kron_fisher: the Kronecker factors A and D of `GradFactors.kron_fisher` (I² + O²). Results do not depend on how the

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .factors import LayerFactors
+from .factors import LayerFactors, LayerGrads
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
 from .rules import tensors_of
 
@@ -27,7 +27,7 @@ def iter_layer_grads(
     paired: bool = ...,
     progress: bool = ...,
     **options: Any,
-) -> Iterator[dict[str, Tensor]]: ...
+) -> Iterator[LayerGrads]: ...
 @overload
 def iter_layer_grads(
     model: nn.Module,

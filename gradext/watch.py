@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,16 @@ _locks = WeakIdKeyDictionary()
 _locks_guard = threading.Lock()
 
 
+def _after_fork() -> None:
+    """A child starts with no call under way, whatever other threads of its parent were doing."""
+    global _locks, _locks_guard
+    _locks, _locks_guard = WeakIdKeyDictionary(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def lock_of(model: nn.Module) -> threading.RLock:
     """Calls on one model take turns: its parameters' flags and buffers are changed for their time."""
     with _locks_guard:
@@ -50,9 +61,9 @@ def _recording(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]
             stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # Each call gets a stand-in of its own for a weight: a cast of it is of no use to another.
-        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-        torch.set_autocast_cache_enabled(False)
+        if torch.is_autocast_cache_enabled():  # it would keep a cast of every stand-in until the caller's context ends
+            stack.callback(torch.set_autocast_cache_enabled, True)
+            torch.set_autocast_cache_enabled(False)
         for parameter in parameters:
             if not parameter.requires_grad:
                 stack.callback(parameter.requires_grad_, False)
@@ -261,7 +272,7 @@ def _as_whole(mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.P
                 f"layer with a rule of its own, but it returned {type(output).__name__}"
             )
         call = rules.registered_call(name, module, versions[0][0], given)
-        values: dict[int, Tensor] = {id(t): own[role] for role, t in given.items()}
+        values = {id(t): own[role] for role, t in given.items()}
         inputs = tuple(given.values())
         mode.record(_registered_layer, inputs, {}, values, [output], versions=versions, call=call, bound=True)
         return output
@@ -273,7 +284,7 @@ def _registered_layer(*args, **kwargs):
     raise TypeError("a layer with a rule of its user's own is no function")
 
 
-def _exchange(module: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
+def _exchange(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put tensors in place of parameters, by their names in the module; returns what was there."""
     former = {}
     for role, tensor in tensors.items():

@@ -129,8 +129,9 @@ def test_statistics_are_of_all_samples_but_those_of_calibration(score, digits, m
     options = {"layer": ("first", "last"), **FAST, "epochs": 3}
     fitted = NoveltyDetector(score, **options).fit(digits[0])
     training, validation, calibration = parts[0]
-    others = torch.from_numpy(digits[0][np.concatenate([training, validation])]).double()
-    expected = Statistics.of(characterize(fitted.model_, others, layer=("first", "last")), [score])
+    others = fitted._as_samples(digits[0][np.concatenate([training, validation])], torch.float64)
+    seen = characterize(fitted.model_, others, layer=("first", "last"), loss=fitted.loss_)
+    expected = Statistics.of(seen, [score])
     for name, value in fitted.score_.tensors().items():
         assert torch.equal(value, expected.tensors()[name]), name
     other = digits[0].copy()
@@ -164,9 +165,10 @@ def test_contamination_is_the_share_of_training_samples_called_novel(digits):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_contamination_counts_what_overflows_as_novel(dtype, digits):
     X = np.concatenate([digits[0], digits[1][:20]]).astype(np.float64)
-    X[[3, 30]] = 1e300
+    X[[3, 30]] = 1e308
     model = nn.Sequential(nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 64))
-    options = {"model": model, "epochs": 0, "scaling": "none", "loss": "mse", "random_state": 0, "dtype": dtype}
+    options = {"model": model, "epochs": 0, "scaling": "none", "loss": "mse", "layer": "last", "random_state": 0}
+    options["dtype"] = dtype
     detector = NoveltyDetector(contamination=0.1, **options)
     predicted = detector.fit(X, X_calibration=digits[0]).predict(X)
     assert (predicted == -1).sum() == pytest.approx(0.1 * len(X), abs=1)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from gradext.cli import main
-from gradext.novelty import load, scoring
+from gradext.novelty import load, scoring, writing
 from gradext.novelty.detector import NoveltyDetector
 
 SMALL = ["--hidden-dim", "64", "--latent-dim", "8"]
@@ -107,8 +107,7 @@ def test_samples_whose_scores_overflow_are_the_most_novel(tmp_path, capsys):
     assert main(["evaluate", model, test, "--normal", "0", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     novelty = -load(model).score_samples(np.load(test)["X"])
-    assert novelty[-1] == np.inf
-    novelty[-1] = 1e300
+    assert novelty[-1] == novelty.max()
     assert result["auroc"] == roc_auc_score(np.load(test)["y"], novelty)
     assert main(["report", model, test, "--normal", "0", "--out", str(out)]) == 0
     assert f"{result['auroc']:.3f}" in out.read_text()
@@ -288,6 +287,149 @@ def test_a_full_disk_keeps_what_is_done(digits, model, tmp_path, capsys, monkeyp
     assert len(rows_of(out)) == len(list((digits / "test").glob("*/*.png")))
 
 
+@pytest.mark.parametrize("same_name", [True, False])
+@pytest.mark.parametrize("kind", ["array", "images"])
+def test_other_data_of_the_same_size_and_time_are_noticed(
+    kind, same_name, digits, model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(scoring, "ROWS_AT_A_TIME", 20)
+    original, calls = NoveltyDetector.score_samples, []
+
+    def interrupted(self, X):
+        calls.append(len(X))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, X)
+
+    if kind == "array":
+        data = path = tmp_path / "x.npy"
+        np.save(path, np.random.default_rng(0).random((60, 64)))
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0xFF
+    else:
+        data = tmp_path / "images"
+        data.mkdir()
+        for k, image in enumerate(sorted((digits / "test" / "0").iterdir())):
+            (data / f"{k}.png").write_bytes(image.read_bytes())
+        path = data / "3.png"
+        content = bytearray((data / "5.png").read_bytes())
+    times = path.stat()
+    out = tmp_path / "s.csv"
+    monkeypatch.setattr(NoveltyDetector, "score_samples", interrupted)
+    assert main(["score", model, str(data), "--out", str(out)]) == 130
+    if same_name:
+        path.write_bytes(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    calls[:] = [0] * 9
+    assert main(["score", model, str(data), "--out", str(out)]) == int(same_name)
+    assert ("other data" in capsys.readouterr().err) == same_name
+
+
+# --- nothing is overwritten ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["fit", "{tmp}/x.npy", "--out", "{tmp}/x.npy"], "the data"),
+        (["fit", "{tmp}/x.npy", "--out", "{tmp}/link.npy"], "the data"),
+        (["fit", "{tmp}/x.npy", "--out", "{tmp}/sub/../x.npy"], "the data"),
+        (
+            ["fit", "{tmp}/x.npy", "--labels", "{tmp}/y.npy", "--normal", "0", "--out", "{tmp}/y.npy"],
+            "the file of labels",
+        ),
+        (["fit", "{tmp}/sub", "--out", "{tmp}/sub/a.png"], "in the data"),
+        (["score", "{tmp}/m", "{tmp}/t.csv", "--out", "{tmp}/t.csv"], "the data"),
+        (["score", "{tmp}/m.csv", "{tmp}/t.csv", "--out", "{tmp}/m.csv"], "the model"),
+        (["score", "{tmp}/m", "{tmp}/t.csv.partial", "--out", "{tmp}/t.csv"], "the data"),
+        (["report", "{tmp}/m", "{tmp}/t.csv", "--out", "{tmp}/m"], "the model"),
+        (["report", "{tmp}/m", "{tmp}/t.csv", "--out", "{tmp}/t.csv"], "the data"),
+        (
+            ["report", "{tmp}/m", "{tmp}/t.csv", "--training", "{tmp}/x.npy", "--out", "{tmp}/x.npy"],
+            "the training data",
+        ),
+        (["export", "{tmp}/m", "--out", "{tmp}/m"], "the model"),
+    ],
+)
+def test_an_output_that_is_an_input_is_refused(arguments, what, digits, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 4)))
+    np.save(tmp_path / "y.npy", np.zeros(40))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "x.npy")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(next((digits / "test" / "0").iterdir()).read_bytes())
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "t.csv.partial").write_text("a,b\n1,2\n")
+    for name in ("m", "m.csv"):
+        (tmp_path / name).write_bytes(b"a model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([a.format(tmp=tmp_path) for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{what}, " in error
+    assert "choose another name" in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_on_one_output(digits, model, tmp_path, capsys):
+    """One works, the other says so; a lock that a killed process left is in nobody's way."""
+    out = tmp_path / "s.csv"
+    arguments = ["score", model, str(digits / "test"), "--out", str(out)]
+    with writing.alone(out):
+        assert main(arguments) == 1
+        assert "another process is writing it" in capsys.readouterr().err
+    (tmp_path / ".s.csv.lock").write_bytes(b"")
+    assert main(arguments) == 0
+    assert os.listdir(tmp_path) == ["s.csv"]
+    for other in (["fit", str(digits / "test" / "0")], ["report", model, str(digits / "test")], ["export", model]):
+        with writing.alone(tmp_path / "o"):
+            assert main([*other, "--out", str(tmp_path / "o")]) == 1
+        assert "another process is writing it" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_end_of_a_fit_is_told(digits, tmp_path, capsys, monkeypatch):
+    import errno
+
+    out = tmp_path / "m"
+    arguments = ["fit", str(digits / "test" / "0"), "--out", str(out), "--epochs", "3", *SMALL]
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:  # the first was the checkpoint's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "m.partial; run the same command again to go on" in error
+    assert main(arguments) == 0
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_another_threshold_when_scoring(digits, model, tmp_path, capsys):
+    rows = []
+    for k, rate in enumerate((None, "0.1", "0.5")):
+        out = tmp_path / f"{k}.csv"
+        arguments = [] if rate is None else ["--target-fpr", rate]
+        assert main(["score", model, str(digits / "test"), "--out", str(out), *arguments]) == 0
+        rows.append(rows_of(out))
+    novel = [sum(int(row["novel"]) for row in table) for table in rows]
+    assert novel[0] <= novel[1] <= novel[2]
+    assert novel[0] < novel[2]
+    assert [[row["novelty"] for row in table] for table in rows] == [[row["novelty"] for row in rows[0]]] * 3
+    capsys.readouterr()
+    alarms = []
+    for rate in ("0.1", "0.5"):
+        command = ["evaluate", model, str(digits / "test"), "--normal", "0", "--json", "--target-fpr", rate]
+        assert main(command) == 0
+        alarms.append(json.loads(capsys.readouterr().out)["false_alarm_rate"])
+    assert alarms[0] < alarms[1]
+    assert main(["score", model, str(digits / "test"), "--out", str(tmp_path / "x.csv"), "--target-fpr", "2"]) == 1
+    assert "target_fpr: expected a number between 0 and 1" in capsys.readouterr().err
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -338,3 +480,118 @@ def test_auroc_is_that_of_the_scores(digits, model, tmp_path, capsys):
     novel = [not row["sample"].startswith("0/") for row in table]
     expected = roc_auc_score(novel, [float(row["novelty"]) for row in table])
     assert json.loads(capsys.readouterr().out)["auroc"] == pytest.approx(expected, abs=1e-12)
+
+
+# --- folders and files as they are -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inspection(tmp_path_factory):
+    """An inspection folder: 60 good images to train on, 8 good and 8 with a bright square to test, masks, a model."""
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("inspection") / "part", np.random.default_rng(0)
+    y, x = np.mgrid[:24, :24]
+    for folder, count in (("train/good", 60), ("test/good", 8), ("test/crack", 8)):
+        (root / folder).mkdir(parents=True)
+        for k in range(count):
+            image = 120 + 60 * np.sin(x / 2 + rng.uniform(0, 6)) * np.cos(y / 3) + rng.normal(0, 8, (24, 24))
+            if folder == "test/crack":
+                mask = np.zeros((24, 24), np.uint8)
+                mask[6:12, 9:15] = 255
+                image[mask > 0] = 250
+                (root / "ground_truth" / "crack").mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(root / "ground_truth" / "crack" / f"{k:03}_mask.png")
+            Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(root / folder / f"{k:03}.png")
+    assert main(["fit", str(root), "--out", str(root.parent / "m"), "--quiet"]) == 0
+    return root
+
+
+def test_an_inspection_folder_needs_no_option(inspection, tmp_path, capsys):
+    model, maps = str(inspection.parent / "m"), tmp_path / "maps"
+    assert load(model).input_shape_ == (24, 24)
+    assert main(["evaluate", model, str(inspection), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["normal"], result["novel"]) == (8, 8)
+    assert result["auroc"] > 0.95
+    assert result["pixel_auroc"] > 0.95
+    assert [(kind["label"], kind["normal"]) for kind in result["labels"]] == [("good", True), ("crack", False)]
+    out = tmp_path / "s.csv"
+    assert main(["score", model, str(inspection), "--out", str(out), "--maps", str(maps)]) == 0
+    assert len(rows_of(out)) == 16
+    from PIL import Image
+
+    aurocs = []
+    for k in range(8):
+        heat = np.asarray(Image.open(maps / "test" / "crack" / f"{k:03}.png"))
+        mask = np.asarray(Image.open(inspection / "ground_truth" / "crack" / f"{k:03}_mask.png"))
+        aurocs.append(roc_auc_score(mask.ravel() > 0, heat.ravel()))
+    assert np.mean(aurocs) > 0.95
+    for folder in (str(inspection), str(inspection / "maps")):
+        assert main(["score", model, str(inspection), "--out", str(out), "--maps", folder]) == 1
+        assert "expected a folder apart from the data" in capsys.readouterr().err
+
+
+def test_one_picture_is_scored(inspection, tmp_path):
+    out = tmp_path / "s.csv"
+    picture = inspection / "test" / "crack" / "000.png"
+    assert main(["score", str(inspection.parent / "m"), str(picture), "--out", str(out)]) == 0
+    assert [row["sample"] for row in rows_of(out)] == ["000.png"]
+
+
+def test_a_table_with_an_index_a_name_and_a_reason(tmp_path, capsys):
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    frame = pandas.DataFrame(rng.normal(size=(200, 4)), columns=list("abcd"))
+    frame.to_csv(tmp_path / "train.csv")
+    model, out = str(tmp_path / "m"), tmp_path / "s.csv"
+    assert main(["fit", str(tmp_path / "train.csv"), "--out", model, "--quiet"]) == 0
+    assert "'Unnamed: 0' counts the rows and is left out" in capsys.readouterr().err
+    test = frame.iloc[:3].assign(name=["x", "y", "z"])
+    test.loc[1, "c"] = 60.0
+    test[["name", "d", "c", "b", "a"]].to_csv(tmp_path / "test.csv", sep=";", decimal=",", index=False)
+    assert main(["score", model, str(tmp_path / "test.csv"), "--out", str(out)]) == 0
+    error = capsys.readouterr().err
+    assert "columns that the model does not know are left out: name" in error
+    assert "warning" not in error
+    rows = rows_of(out)
+    assert (rows[1]["feature"], float(rows[1]["value"]), rows[1]["novel"]) == ("c", 60.0, "1")
+    assert float(rows[1]["share"]) > 0.5
+    assert abs(float(rows[1]["expected"])) < 30
+
+
+def test_photos_that_no_memory_holds_are_told_with_a_size(tmp_path, capsys):
+    from PIL import Image
+
+    for k in range(4):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(
+            tmp_path / f"{k}.png"
+        )
+    arguments = ["fit", str(tmp_path), "--out", str(tmp_path / "m")]
+    assert main([*arguments, "--size", "9000x12000"]) == 1
+    error = capsys.readouterr().err
+    assert "GB of memory, and this machine has" in error
+    assert "such as --size 48x64" in error
+    assert error.count("\n") == 1
+
+
+def test_progress_is_told_where_there_is_no_terminal(capfd):
+    X = np.random.default_rng(0).random((200, 6))
+    NoveltyDetector(verbose=True, epochs=30, hidden_dim=8, random_state=0).fit(X)
+    error = capfd.readouterr().err
+    lines = error.splitlines()
+    assert len(lines) == 11
+    assert "epoch 3 of 30" in lines[0]
+    assert "s left" in lines[0]
+    assert "the best was" in lines[-1]
+    NoveltyDetector(epochs=30, hidden_dim=8, random_state=0).fit(X)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((5, 3)))
+    for device in ("mps", "xpu", "cuda:9", "nonsense"):
+        assert main(["fit", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m"), "--device", device]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert len(error) < 300

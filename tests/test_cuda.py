@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from gradext.backends import cuda
 from gradext.backends.reference import accumulation_type
@@ -47,13 +46,13 @@ class Emulator:
         self.C = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.C)
         self._library = ctypes.CDLL(str(path))
-        self._library.emulator_configure.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+        self._library.emulator_configure.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 3
         for name in ("launches", "last_grid", "stores"):
             getattr(self._library, f"emulator_{name}").restype = ctypes.c_int64
 
-    def configure(self, max_blocks=0, blocks=range(0), backwards=False, multiprocessors=2) -> None:
+    def configure(self, max_blocks=0, blocks=range(0), backwards=False, multiprocessors=2, l2=0) -> None:
         """The most blocks of a grid; which of them run, where not all; the order of threads and blocks."""
-        self._library.emulator_configure(max_blocks, blocks.start, len(blocks), backwards, multiprocessors)
+        self._library.emulator_configure(max_blocks, blocks.start, len(blocks), backwards, multiprocessors, l2)
 
     @property
     def launches(self) -> int:
@@ -63,6 +62,16 @@ class Emulator:
     def last_grid(self) -> int:
         """How many blocks the last launch asked for."""
         return self._library.emulator_last_grid()
+
+    def divide(self, by: int):
+        """`Divisor(by)` as a function of n: (n // by, n % by)."""
+        library, pair = self._library, (ctypes.c_uint32 * 2)()
+
+        def call(n: int) -> tuple[int, int]:
+            library.emulator_divide(ctypes.c_int64(by), ctypes.c_uint32(n), pair)
+            return pair[0], pair[1]
+
+        return call
 
     def stores(self, nbytes: int) -> int:
         return self._library.emulator_stores(nbytes)
@@ -77,7 +86,7 @@ def compile_emulator(folder: Path, includes: list[str]) -> Path:
     headers = [f"-I{here}", *(arg for path in includes for arg in ("-isystem", path))]
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     jobs = {f"{path.stem}_cuda": ["-O1", "-x", "c++", path, *headers] for path in (CSRC / "cuda").glob("*.cu")}
-    jobs["emulator"] = ["-O1", here / "emulator.cpp", *headers]
+    jobs["emulator"] = ["-O1", here / "emulator.cpp", *headers, f"-I{CSRC / 'cuda'}"]
     macros = {"VERSION": "0", "SOURCE_HASH": "0", "WITH_CUDA": "1", "CUDA_ARCHS": "90", "CUDA_PTX": "90"}
     jobs["bindings"] = [CSRC / "bindings.cpp", *python, *(f"-DGRADEXT_{key}={macros[key]}" for key in macros)]
     jobs |= {name: [CSRC / "cpu" / f"{name}.cpp"] for name in ("outer", "threads", "workspace")}
@@ -116,7 +125,6 @@ def emulator(built, monkeypatch):
     C = built.C
     monkeypatch.setattr(cuda, "_C", C)
     monkeypatch.setattr(cuda, "_CODE", {F32: C.F32, F64: C.F64, F16: C.F16, BF16: C.BF16})
-    monkeypatch.setattr(cuda, "_EPILOGUES", {name: code for name, code in C.EPILOGUES.items() if code} | {None: 0})
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     built.configure()
     return built
@@ -209,8 +217,6 @@ def test_outer_of_strided_inputs(T, emulator):
         (delta[..., :1].expand(*leading, 9), activation[:1].expand(*leading, 21)),
     ):
         assert_outer(cuda.outer(d, a), d, a)
-        fused = cuda.outer(d, a, epilogue="residual", operand=d.flip(0))
-        assert_outer(fused, d - d.flip(0), a)
 
 
 @pytest.mark.parametrize("T", [None, 3])
@@ -228,109 +234,26 @@ def test_outer_converts_what_no_kernel_reads(dtype, T, emulator):
     torch.testing.assert_close(columns, cuda.outer(delta, activation))
 
 
-# --- epilogues -------------------------------------------------------------------------------------------------------
-
-
-def derivative(activation):
-    """Upstream times the derivative, as torch's own backward computes it."""
-
-    def backward(d, z):
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(activation(z), z, d)[0]
-
-    return backward
-
-
-EPILOGUES = {
-    "residual": lambda d, z: d - z,
-    "sigmoid_residual": lambda d, z: d.sigmoid() - z,
-    "mse_residual": lambda d, z: 2 * (d - z),
-    "relu": derivative(F.relu),
-    "leaky_relu": derivative(F.leaky_relu),
-    "sigmoid": derivative(torch.sigmoid),
-    "tanh": derivative(torch.tanh),
-    "gelu": derivative(F.gelu),
-    "silu": derivative(F.silu),
-    "elu": derivative(F.elu),
-    "softplus": derivative(F.softplus),
-}
-
-
-def test_every_epilogue_is_tested(emulator):
-    assert list(EPILOGUES) == [name for name, code in emulator.C.EPILOGUES.items() if code]
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_epilogue(epilogue, dtype, emulator):
-    """As exact as torch in the type of the sum, fused for every T, never rounded to half before the product."""
-    wide = accumulation_type(dtype)
-    for T, O, I in ((None, 5, 21), (None, 40, 3), (None, 9, 1), (None, 3, 64), (3, 70, 9)):
-        delta, activation = factors(2, T, O, I, dtype)
-        operand = (3 * factors(2, T, O, I, F64, seed=1)[0]).to(dtype)
-        memory, out = guarded(2, O, I, wide, offset=1)
-        cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
-        assert_nothing_else_written(memory, out)
-        exact = EPILOGUES[epilogue](delta.double(), operand.double())
-        exact = torch.einsum("b...o,b...i->boi", exact, activation.double())
-        by_torch = EPILOGUES[epilogue](delta.to(wide), operand.to(wide))
-        by_torch = torch.einsum("b...o,b...i->boi", by_torch, activation.to(wide))
-        # Beyond torch's own error: a few roundings of the largest numbers. softplus: torch rounds it to 1 from 20 on.
-        allowed = 2 * (by_torch.double() - exact).abs().max() + 8 * torch.finfo(wide).eps * (1 + exact.abs().max())
-        assert (out.double() - exact).abs().max() <= allowed
-
-
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_epilogue_of_nan_infinity_and_zero(epilogue, emulator):
-    """Not a number, infinite or zero exactly where torch's own backward is."""
-    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e-40])
-    delta, operand = (x.reshape(1, -1) for x in torch.meshgrid(special, special, indexing="ij"))
-    ones = torch.ones(1, 1)
-    found = cuda.outer(delta, ones, epilogue=epilogue, operand=operand).flatten()
-    wanted = EPILOGUES[epilogue](delta, operand).flatten()
-    assert torch.equal(found.isnan(), wanted.isnan())
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
-    repeated = (x.unsqueeze(1).expand(1, 2, -1) for x in (delta, operand))
-    half = torch.full((1, 2, 1), 0.5)
-    summed = cuda.outer(next(repeated), half, epilogue=epilogue, operand=next(repeated)).flatten()
-    torch.testing.assert_close(summed, found, equal_nan=True)
-
-
-@pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=str)
-def test_epilogue_with_every_pair_of_types(dtype, out_dtype, emulator):
-    for T in (None, 4):
-        delta, activation = factors(2, T, 13, 11, dtype)
-        operand = factors(2, T, 13, 1, dtype, seed=1)[0]
-        out = cuda.outer(delta, activation, dtype=out_dtype, epilogue="mse_residual", operand=operand)
-        wide = accumulation_type(dtype)
-        assert_outer(out, 2 * (delta.to(wide) - operand.to(wide)), activation.to(wide))
-
-
 # --- several problems in a launch ------------------------------------------------------------------------------------
 
 
-def problem(B, T, O, I, dtype=F32, out_dtype=None, epilogue=None, seed=0):
+def problem(B, T, O, I, dtype=F32, out_dtype=None, seed=0):
     delta, activation = factors(B, T, O, I, dtype, seed)
-    operand = None if epilogue is None else factors(B, T, O, 1, dtype, seed + 1)[0]
-    return delta, activation, torch.full((B, O, I), float("nan"), dtype=out_dtype or dtype), epilogue, operand
+    return delta, activation, torch.full((B, O, I), float("nan"), dtype=out_dtype or dtype)
 
 
 def assert_as_alone(problems):
-    for delta, activation, out, epilogue, operand in problems:
-        alone = cuda.outer(delta, activation, dtype=out.dtype, epilogue=epilogue, operand=operand)
+    for delta, activation, out in problems:
+        alone = cuda.outer(delta, activation, dtype=out.dtype)
         assert torch.equal(out, alone)
 
 
 @pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=str)
 def test_group_of_mixed_shapes_is_one_launch(dtype, out_dtype, emulator):
     shapes = [(3, 5, 7), (2, 33, 129), (1, 1, 1), (3, 64, 48), (2, 40, 3), (0, 3, 4), (2, 9, 1), (2, 1, 9), (70, 2, 3)]
-    names = [None, "gelu", None, "relu", "residual", None, None, "tanh", None]
-    problems = [
-        problem(B, None, O, I, dtype, out_dtype, name, seed)
-        for seed, ((B, O, I), name) in enumerate(zip(shapes, names, strict=True))
-    ]
+    problems = [problem(B, None, O, I, dtype, out_dtype, seed) for seed, (B, O, I) in enumerate(shapes)]
     memory, padded = guarded(3, 5, 7, out_dtype, gap_o=3, gap_b=2, offset=1)
-    problems.append((*problems[0][:2], padded, None, None))
+    problems.append((*problems[0][:2], padded))
     cuda.outer_group(problems)
     assert emulator.launches == 1
     assert_as_alone(problems)
@@ -350,15 +273,15 @@ def test_group_of_several_types_and_positions(emulator):
         problem(2, None, 5, 7),
         problem(2, None, 5, 7, F32, BF16),
         problem(2, 4, 5, 7),
-        problem(2, None, 6, 7, F32, BF16, "silu"),
+        problem(2, None, 6, 7, F32, BF16),
         problem(2, None, 6, 9),
-        problem(2, 4, 5, 7, BF16, None, "elu"),
+        problem(2, 4, 5, 7, BF16),
         problem(2, 0, 5, 7),
         problem(2, 1, 5, 9),
         problem(2, None, 5, 7, F16, BF16),  # read as fp32
     ]
     delta, activation, *_ = problems[0]
-    problems.append((delta, activation, torch.empty(2, 7, 5).mT, None, None))  # by torch
+    problems.append((delta, activation, torch.empty(2, 7, 5).mT))  # by torch
     cuda.outer_group(problems)
     # fp32: one of T = 1 and two of others; fp32 -> bf16; bf16 of T > 1
     assert emulator.launches == 3 + 1 + 1
@@ -369,7 +292,7 @@ def test_problems_of_different_types_are_refused(emulator):
     fields = [cuda._outer_fields(*problem(2, None, 3, 4, dtype)) for dtype in (F32, F64)]
     with pytest.raises(ValueError, match="expected one pair of types"):
         emulator.C.outer_cuda(fields, -1, 0)
-    with pytest.raises(ValueError, match="expected a tuple of 22 integers, but got 3"):
+    with pytest.raises(ValueError, match="expected a tuple of 17 integers, but got 3"):
         emulator.C.outer_cuda([(1, 2, 3)], -1, 0)
     with pytest.raises(ValueError, match="no kernel for this pair"):
         emulator.C.outer_cuda([cuda._outer_fields(*problem(2, None, 3, 4, F64, F32))], -1, 0)
@@ -391,15 +314,21 @@ def assert_norms(found, delta, activation):
     assert (found >= 0).all()
 
 
-def norms_by(emulator, delta, activation, gram_tile, splits):
+def routes(dtype) -> list[str]:
+    """Of T > 1."""
+    cores = ["gradient_64", "gram_16", "gram_32", *(["gram_64"] if dtype is not F64 else [])]
+    return [*cores, *(["mma_gradient_128", "mma_gradient_64", "mma_gram_64"] if dtype.itemsize == 2 else [])]
+
+
+def norms_by(emulator, delta, activation, route, splits):
     """The kernel for T > 1 of a plan of our own choice."""
-    (B, T, O), I = delta.shape, activation.shape[2]
+    C, B = emulator.C, delta.shape[0]
     wide = accumulation_type(delta.dtype)
     memory = torch.full((B + 2,), CANARY, dtype=wide)
     shares = torch.full((B * splits + 2,), CANARY, dtype=wide)
-    pointers = [delta.data_ptr(), activation.data_ptr(), memory[1:].data_ptr()]
-    fields = (*pointers, B, T, O, I, *delta.stride(), *activation.stride(), cuda._CODE[delta.dtype])
-    emulator.C.sq_norm_cuda(fields, gram_tile, splits, shares[1:].data_ptr(), -1, 0)
+    fields = cuda._norm_fields(delta, activation)
+    code, out = cuda._CODE[delta.dtype], memory[1:].data_ptr()
+    C.sq_norm_cuda([fields], [(C.SQ_NORM_ROUTES.index(route), splits)], code, out, shares[1:].data_ptr(), -1, 0)
     for buffer in (memory, shares):
         assert buffer[0] == CANARY
         assert buffer[-1] == CANARY
@@ -417,20 +346,47 @@ def test_norms_of_one_position(dtype, emulator):
         assert_norms(cuda.sq_norm(d, a), d, a)
 
 
-@pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_norms_of_many_positions(dtype, gram_tile, emulator):
+@pytest.mark.parametrize(("dtype", "route"), [(kind, route) for kind in TYPES for route in routes(kind)], ids=str)
+def test_norms_of_many_positions(dtype, route, emulator):
     shapes = [(2, 5, 3, 7), (3, 70, 20, 33), (1, 33, 66, 1), (2, 16, 1, 70), (2, 0, 3, 4), (2, 5, 0, 4), (0, 5, 3, 4)]
+    if route.startswith("mma"):  # several tiles, of whole vectors and not
+        shapes += [(2, 40, 136, 264), (1, 72, 72, 80), (1, 130, 24, 40)]
     for (B, T, O, I), splits in itertools.product(shapes, (1, 3)):
         delta, activation = factors(B, T, O, I, dtype)
-        norms = norms_by(emulator, delta, activation, gram_tile, splits)
+        norms = norms_by(emulator, delta, activation, route, splits)
         assert_norms(norms, delta, activation)
-    columns = activation.mT.contiguous().mT
     for d, a in (
-        (delta.mT.contiguous().mT, columns),
+        (delta.mT.contiguous().mT, activation.mT.contiguous().mT),
         (factors(2, 20, 9, 4, dtype)[0][:, ::2, 1::3], factors(2, 10, 1, 1, dtype)[1].expand(2, 10, 70)),
+        (factors(2, 24, 48, 4, dtype)[0][..., 8:40], factors(2, 48, 1, 72, dtype)[1][:, ::2]),
+        (factors(2, 24, 33, 4, dtype)[0][..., 1:], factors(1, 24, 1, 16, dtype)[1].expand(2, 24, 16)),
     ):
-        assert_norms(norms_by(emulator, d, a, gram_tile, 2), d, a)
+        assert_norms(norms_by(emulator, d, a, route, 2), d, a)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_of_all_layers_are_one_launch(dtype, emulator):
+    """And one that adds up: layers of one position and of many, of any sizes and strides, each as alone."""
+    emulator.configure(multiprocessors=20)
+    sizes = [(None, 5, 7), (70, 20, 33), (None, 300, 700), (1, 9, 3), (5, 3, 7), (0, 4, 4), (24, 72, 80), (None, 0, 3)]
+    layers = [factors(3, T, O, I, dtype, seed) for seed, (T, O, I) in enumerate(sizes)]
+    layers.append([x.mT.contiguous().mT for x in layers[1]])
+    norms = cuda.sq_norm_group(layers)
+    assert emulator.launches == 2
+    assert norms.shape == (len(layers), 3)
+    for row, layer in zip(norms, layers, strict=True):
+        assert_norms(row, *layer)
+    assert torch.equal(norms, cuda.sq_norm_group(layers))
+    assert cuda.sq_norm_group([(d[:0], a[:0]) for d, a in layers]).shape == (len(layers), 0)
+
+
+@pytest.mark.parametrize(("count", "launches"), [(1, 2), (40, 2), (41, 2), (320, 2), (321, 4)])
+def test_norms_of_very_many_layers(count, launches, emulator):
+    layers = [factors(2, (None, 3)[seed % 2], 3 + seed % 5, 4, seed=seed) for seed in range(count)]
+    norms = cuda.sq_norm_group(layers)
+    assert emulator.launches == launches
+    for row, layer in zip(norms, layers, strict=True):
+        assert_norms(row, *layer)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -440,30 +396,41 @@ def test_norms_by_the_plan(dtype, emulator):
         assert_norms(cuda.sq_norm(delta, activation), delta, activation)
 
 
-def test_plan_takes_the_cheaper_route_and_fills_the_gpu(emulator):
+def plans(emulator, dtype, *sizes):
+    """(route, splits) of layers of sizes (B, T, O, I) on a GPU of 132 multiprocessors."""
     emulator.configure(multiprocessors=132)
-
-    def plan(B, T, O, I):
-        return emulator.C.sq_norm_plan(B, T, O, I, -1)
-
-    assert plan(4096, 4, 64, 64) == (0, 1)  # one tile of 4 steps, or 16 x 16 positions of 128
-    assert plan(4096, 16, 784, 400) == (16, 1)
-    assert plan(4096, 30, 784, 400) == (32, 1)
-    assert plan(256, 4096, 784, 400)[0] == 0
-    gram_tile, splits = plan(1, 16, 784, 400)  # one block for the Gram matrix, or 91 for the gradient
-    assert (gram_tile, splits) == (0, 91)
-    gram_tile, splits = plan(1, 4096, 64, 64)  # the other way round
-    assert gram_tile == 64
-    assert splits > 132
-    assert plan(0, 4, 3, 3)[1] >= 1
+    fields = [(0, 0, *size, *[0] * 6) for size in sizes]
+    names = emulator.C.SQ_NORM_ROUTES
+    return [(names[route], splits) for route, splits in emulator.C.sq_norm_plan(fields, cuda._CODE[dtype], -1)]
 
 
-def test_norms_are_not_negative_where_terms_cancel(emulator):
-    delta, activation = factors(8, 64, 30, 40)
-    delta[:, 1::2], activation[:, 1::2] = -delta[:, ::2], activation[:, ::2]
-    for gram_tile in (16, 32, 64):
-        found = norms_by(emulator, delta, activation, gram_tile, 2)
-        assert (found >= 0).all()
+def test_plan_takes_the_cheaper_route(emulator):
+    assert plans(emulator, F32, (4096, 4, 64, 64)) == [("gradient_64", 1)]  # one tile of 4 steps, not 128 of 16 x 16
+    assert plans(emulator, F32, (4096, 16, 784, 400)) == [("gram_16", 1)]
+    assert plans(emulator, F32, (4096, 30, 784, 400)) == [("gram_32", 1)]
+    assert plans(emulator, F32, (256, 4096, 784, 400))[0][0] == "gradient_64"
+    assert plans(emulator, F32, (1, 4096, 64, 64))[0][0] == "gram_64"
+    assert plans(emulator, BF16, (512, 64, 768, 768)) == [("mma_gram_64", 1)]
+    assert plans(emulator, BF16, (16, 4096, 1024, 1024))[0][0] == "mma_gradient_128"
+    assert plans(emulator, F64, (1, 4096, 64, 64))[0][0] == "gram_32"
+    assert plans(emulator, F32, (9, 1, 20, 30), (9, 1, 3000, 30)) == [("rows", 1), ("rows", 8)]
+    assert plans(emulator, F32, (0, 4, 3, 3))[0][1] >= 1
+    assert plans(emulator, F32) == []
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("I", [768, 3072])
+def test_plan_fills_the_gpu_with_few_samples(I, dtype, emulator):
+    """B = 4 and T = 512 make a block for each of 132 multiprocessors at least, alone or among others."""
+    size = (4, 512, 768, I)
+    [(_, splits)] = plans(emulator, dtype, size)
+    assert 4 * splits >= 132
+    blocks = sum(4 * splits for _, splits in plans(emulator, dtype, *[size] * 12))
+    held = 132 * (1 if dtype is F64 else 2)  # at once; twice as many are made, and a part of a block a sample and layer
+    assert 2 * held <= blocks <= 2 * held + 12 * 4
+    [(route, splits)] = plans(emulator, dtype, (1, 4096, 64, 64))  # one tile of G
+    assert route.startswith(("gram", "mma_gram"))
+    assert splits >= 2 * held
 
 
 def test_norms_of_many_samples_by_one_block(emulator):
@@ -472,12 +439,12 @@ def test_norms_of_many_samples_by_one_block(emulator):
     assert_norms(cuda.sq_norm(delta, activation), delta, activation)
 
 
-@pytest.mark.parametrize("gram_tile", [0, 16])
-def test_norms_of_more_blocks_than_tiles(gram_tile, emulator):
+@pytest.mark.parametrize("route", routes(BF16))
+def test_norms_of_more_blocks_than_tiles(route, emulator):
     """A block that adds up nothing in between two samples passes fewer barriers."""
-    delta, activation = factors(3, 9, 5, 7)
+    delta, activation = factors(3, 9, 5, 7, BF16)
     emulator.configure(max_blocks=1, backwards=True)
-    assert_norms(norms_by(emulator, delta, activation, gram_tile, 5), delta, activation)
+    assert_norms(norms_by(emulator, delta, activation, route, 5), delta, activation)
 
 
 def test_sums_over_very_many_positions_do_not_drift(emulator):
@@ -486,24 +453,24 @@ def test_sums_over_very_many_positions_do_not_drift(emulator):
     gradient = cuda.outer(delta, activation)
     exact = torch.full((1, 2, 3), 65_537 * delta[0, 0, 0].double() * activation[0, 0, 0].double(), dtype=F64)
     torch.testing.assert_close(gradient.double(), exact, rtol=2e-5, atol=0)
-    norms = norms_by(emulator, delta, activation, 0, 1)
+    norms = norms_by(emulator, delta, activation, "gradient_64", 1)
     torch.testing.assert_close(norms.double(), exact.square().sum((1, 2)), rtol=4e-5, atol=0)
 
 
-@pytest.mark.parametrize(("gram_tile", "O", "I"), [(16, 65_537, 3), (32, 3, 65_537), (64, 3, 65_537)])
-def test_norms_of_very_many_features_do_not_drift(gram_tile, O, I, emulator):
+@pytest.mark.parametrize(("route", "O", "I"), [("gram_16", 65_537, 3), ("gram_32", 3, 65_537), ("gram_64", 3, 65_537)])
+def test_norms_of_very_many_features_do_not_drift(route, O, I, emulator):
     delta, activation = torch.full((1, 2, O), 0.786), torch.full((1, 2, I), 0.3)
     exact = (4 * O * delta[0, 0, 0].double() ** 2 * I * activation[0, 0, 0].double() ** 2).reshape(1)
-    found = norms_by(emulator, delta, activation, gram_tile, 1)
+    found = norms_by(emulator, delta, activation, route, 1)
     torch.testing.assert_close(found.double(), exact, rtol=4e-5, atol=0)
 
 
-@pytest.mark.parametrize("gram_tile", [0, 16, 32, 64])
-def test_norms_of_nan_and_infinity(gram_tile, emulator):
-    delta, activation = (x.abs() for x in factors(3, 20, 5, 9))
+@pytest.mark.parametrize("route", routes(BF16))
+def test_norms_of_nan_and_infinity(route, emulator):
+    delta, activation = (x.abs() for x in factors(3, 20, 5, 9, BF16))
     delta[0, 3, 2] = float("nan")
     activation[1, 3, 2] = float("inf")
-    found = norms_by(emulator, delta, activation, gram_tile, 1)
+    found = norms_by(emulator, delta, activation, route, 1)
     assert found[0].isnan()
     assert found[1].isinf()
     assert_norms(found[2:], delta[2:], activation[2:])
@@ -517,13 +484,13 @@ def everything():
     results = []
     for T in (None, 3, 20):
         delta, activation = factors(7, T, 70, 33)
-        operand = factors(7, T, 70, 33, seed=1)[0]
         results.append(cuda.outer(delta, activation))
-        results.append(cuda.outer(delta, activation, epilogue="gelu", operand=operand))
+        results.append(cuda.outer(delta, factors(7, T, 70, 36)[1]))
         results.append(cuda.sq_norm(delta, activation))
-    problems = [problem(5, None, 20 + k, 9 + k, seed=k) for k in range(5)]
+        results.append(cuda.sq_norm(delta.bfloat16(), activation.bfloat16()))
+    problems = [problem(5, None, 20 + k, 8 + k, seed=k) for k in range(5)]
     cuda.outer_group(problems)
-    return results + [out for _, _, out, _, _ in problems]
+    return results + [out for _, _, out in problems]
 
 
 def test_order_of_threads_and_blocks_does_not_matter(emulator):
@@ -544,25 +511,46 @@ def test_work_beyond_the_largest_grid(max_blocks, emulator):
 
 
 @pytest.mark.parametrize("I", [8, 11])
-@pytest.mark.parametrize("epilogue", [None, "residual"])
-def test_threads_of_many_steps(epilogue, I, emulator):
-    """Threads take more than one step only beyond 8192 blocks: three of them run, and write what they should."""
+def test_threads_of_many_steps(I, emulator):
+    """As few blocks as stay resident share a large result: three of them write what they should."""
     O = 1 << 23
     delta = (torch.arange(O) % 2039 + 1.0).to(F16)[None]
-    operand = torch.stack([delta, delta / 2], dim=2)[..., 1]  # of another stride, and no difference is zero
     activation = factors(1, None, 1, I, F16)[1].abs() + 0.5
-    options = {} if epilogue is None else {"epilogue": epilogue, "operand": operand}
     out = sparse(O * I, F16).view(1, O, I)
-    emulator.configure(blocks=range(0, 1))
-    cuda.outer(delta, activation, out, **options)
+    emulator.configure(blocks=range(0, 1), multiprocessors=132)
+    cuda.outer(delta, activation, out)
     blocks = emulator.last_grid
+    assert 132 * 6 <= blocks <= 132 * 12
     for block in (blocks // 2, blocks - 1):
-        emulator.configure(blocks=range(block, block + 1))
-        cuda.outer(delta, activation, out, **options)
-    read = delta.float() if epilogue is None else delta.float() - operand.float()
-    expected, written = (read.mT * activation.float()).to(F16), out[0] != 0
+        emulator.configure(blocks=range(block, block + 1), multiprocessors=132)
+        cuda.outer(delta, activation, out)
+    expected, written = (delta.float().mT * activation.float()).to(F16), out[0] != 0
     assert written.sum() >= 2 * 250 * 8 * 4  # two whole blocks of 250 threads at least, 4 steps of 8 numbers
     assert torch.equal(out[0][written], expected[written])
+
+
+@pytest.mark.parametrize(("B", "O", "I"), [(3, 70, 64), (40, 3, 8), (2, 1, 2048), (1, 700, 8), (5, 33, 1104)])
+@pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=str)
+def test_whole_rows(dtype, out_dtype, B, O, I, emulator):
+    """Rows of whole 16-byte chunks, with gaps and without, into the cache or past it, of one step a thread or many."""
+    delta, activation = factors(B, None, O, I, dtype)
+    chunk = 16 // out_dtype.itemsize
+    for multiprocessors, l2, gap in ((1, 0, 0), (132, 1 << 20, 0), (1, 1 << 20, chunk)):
+        emulator.configure(multiprocessors=multiprocessors, l2=l2)
+        memory, out = guarded(B, O, I, out_dtype, gap_o=gap, gap_b=3 * gap)
+        cuda.outer(delta, activation, out)
+        assert emulator.stores(16) * chunk == B * O * I
+        assert_outer(out, delta, activation)
+        assert_nothing_else_written(memory, out)
+
+
+@pytest.mark.parametrize("by", [1, 2, 3, 5, 7, 64, 1000, (1 << 20) - 1, (1 << 30) + 1, (1 << 31) - 1])
+def test_division_by_multiplication(by, emulator):
+    """What `Divisor` does, for the numbers at and beside its multiples."""
+    found = emulator.divide(by)
+    numbers = [n for k in (0, 1, 2, 3, ((1 << 31) - 1) // by) for n in (k * by - 1, k * by, k * by + 1)]
+    for n in (n for n in numbers if 0 <= n < 1 << 31):
+        assert found(n) == divmod(n, by)
 
 
 def sparse(elements, dtype):
@@ -572,8 +560,7 @@ def sparse(elements, dtype):
 
 
 @pytest.mark.parametrize("T", [None, 2])
-@pytest.mark.parametrize("epilogue", [None, "residual"])
-def test_strides_beyond_32_bits(epilogue, T, emulator):
+def test_strides_beyond_32_bits(T, emulator):
     """index · stride passes 2³² elements, of inputs and outputs, where neither does."""
     far = (1 << 32) + 24
     memory, leading = sparse(2 * far + 64, BF16), (2,) if T is None else (2, T)
@@ -582,42 +569,38 @@ def test_strides_beyond_32_bits(epilogue, T, emulator):
     for tensor, values in zip((delta, activation), factors(2, T, 5, 5, BF16), strict=True):
         tensor.copy_(values)
     out = sparse(2 * far + 64, F32).as_strided((2, 5, 5), (far, 5, 1), 3)
-    operand = None if epilogue is None else activation
-    cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
-    read = delta.float() if epilogue is None else delta.float() - activation.float()
-    assert_outer(out, read, activation.float())
+    cuda.outer(delta, activation, out)
+    assert_outer(out, delta.float(), activation.float())
+    aligned = sparse(2 * far + 64, F32).as_strided((2, 5, 4), (far, 8, 1), 8)
+    cuda.outer(delta, activation[..., :4], aligned)
+    assert_outer(aligned, delta.float(), activation[..., :4].float())
     assert_norms(cuda.sq_norm(delta, activation), delta, activation)
     # Far from each other along the features too.
     strides = (0, far - 1) if T is None else (0, 8, far - 1)
-    features, other = (memory.as_strided((*leading, 2), strides, offset) for offset in (3, 43))
-    for tensor, values in zip((features, other), factors(1, T, 2, 2, BF16), strict=True):
-        tensor[:1].copy_(values)
+    features = memory.as_strided((*leading, 2), strides, 3)
+    features[:1].copy_(factors(1, T, 2, 2, BF16)[0])
     assert_norms(cuda.sq_norm(delta, features), delta, features)
-    operand = None if epilogue is None else other
-    read = features.float() if epilogue is None else features.float() - other.float()
-    assert_outer(cuda.outer(features, delta, dtype=F32, epilogue=epilogue, operand=operand), read, delta.float())
+    assert_outer(cuda.outer(features, delta, dtype=F32), features.float(), delta.float())
     assert_outer(cuda.outer(delta, features, dtype=F32), delta.float(), features.float())
 
 
-@pytest.mark.parametrize(("T", "epilogue"), [(None, None), (None, "residual"), (3, None)])
-def test_results_beyond_32_bit_indices(T, epilogue, emulator):
+@pytest.mark.parametrize(("T", "I"), [(None, 30001), (None, 30008), (3, 30001)])
+def test_results_beyond_32_bit_indices(T, I, emulator):
     """The last blocks of a result of more than 2³² elements; the factors are small, their strides 0."""
-    B, O, I = 5, 30011, 30001
+    B, O = 5, 30011
     assert B * O * I > 1 << 32
     row = factors(1, T, 1, I, BF16)[1]
     delta = torch.full((1,) * row.ndim, 2.0, dtype=BF16).expand(B, *row.shape[1:-1], O)
     activation = row.expand(B, *row.shape[1:])
-    operand = None if epilogue is None else torch.ones_like(delta[:1, ..., :1]).expand(delta.shape)
     out = sparse(B * O * I, BF16).view(B, O, I)
     emulator.configure(blocks=range(0, 1))
-    cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+    cuda.outer(delta, activation, out)
     blocks = emulator.last_grid
     emulator.configure(blocks=range(blocks - 300, blocks))  # more than lie side by side
-    cuda.outer(delta, activation, out, epilogue=epilogue, operand=operand)
-    d = delta if operand is None else delta[:1] - operand[:1]
+    cuda.outer(delta, activation, out)
     for corner, part in ((0, slice(9, 40)), (-1, slice(-40, -9))):  # the first block of a sample writes its ends
         found = out[corner, corner, part][None, None]
-        assert_outer(found, d[:1, ..., :1], activation[:1, ..., part])
+        assert_outer(found, delta[:1, ..., :1], activation[:1, ..., part])
 
 
 # --- errors, and GPUs without code -----------------------------------------------------------------------------------
@@ -629,11 +612,11 @@ def test_failed_calls_say_what_and_where(emulator):
         RuntimeError, match=r"outer_cuda: cudaSetDevice failed: .*InvalidDevice, B=2, T=1, O=3, I=4, de.* 99"
     ):
         emulator.C.outer_cuda([fields], 99, 0)
-    norm = (*fields[:7], *fields[7:13], emulator.C.F32)
+    norm = (*fields[:2], *fields[3:13])
     with pytest.raises(
         RuntimeError, match=r"sq_norm_cuda: cudaSetDevice failed: .*B=2, T=1, O=3, I=4, device 99, sm_90"
     ):
-        emulator.C.sq_norm_cuda(norm, 0, 1, fields[2], 99, 0)
+        emulator.C.sq_norm_cuda([norm], [(1, 1)], emulator.C.F32, fields[2], fields[2], 99, 0)
 
 
 @pytest.mark.parametrize(
@@ -651,7 +634,8 @@ def test_failed_calls_say_what_and_where(emulator):
         (103, ["100f"], None, True),  # to its family
         (110, ["100f"], "100f", False),
         (103, ["100a"], None, False),
-        (75, ["native"], None, True),
+        (75, ["75"], "75", True),
+        (110, ["75", "100"], "75", True),  # by the oldest PTX
     ],
 )
 def test_which_gpus_a_binary_has_code_for(capability, archs, ptx, runs):

@@ -8,6 +8,7 @@ import pytest
 
 import gradext
 import gradext.novelty
+import gradext.rules
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")] + sorted(
@@ -22,9 +23,7 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_examples_run_one_after_the_other(page, monkeypatch):
-    from gradext import layers
-
-    monkeypatch.setattr(layers, "_registered", dict(layers._registered))  # their layers are theirs alone
+    monkeypatch.setattr(gradext.rules, "_registered", dict(gradext.rules._registered))  # their layers are theirs alone
     names = {"__name__": page.stem}
     for source in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(compile(source, str(page), "exec"), names)

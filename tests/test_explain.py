@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from gradext import batch_layer_grads
 from gradext.novelty import NoveltyDetector, characterize
 from gradext.novelty.detector import CLASSIFIER_SCORES
-from gradext.novelty.explain import layer_shares, nearest_training, saliency
+from gradext.novelty.explain import expected, heat, layer_shares, nearest_training, reasons, residual, saliency
 from gradext.novelty.scores import SCORES
 
 FAST = {"hidden_dim": 16, "latent_dim": 4, "epochs": 20, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
@@ -22,7 +23,8 @@ def test_layer_shares_are_those_of_the_squared_norms(detector, digits):
     X = digits[1][:9]
     shares = layer_shares(detector, X)
     assert list(shares) == ["decoder.0.weight", "decoder.2.weight"]
-    grads = batch_layer_grads(detector.model_, torch.from_numpy(X).double(), layers=list(shares))
+    samples = detector._as_samples(X, torch.float64)
+    grads = batch_layer_grads(detector.model_, samples, loss="mse", layers=list(shares))
     squares = {name: g.square().sum((1, 2)) for name, g in grads.items()}
     total = sum(squares.values())
     for name, share in shares.items():
@@ -99,9 +101,11 @@ def test_saliency_leaves_the_model_as_it_was(detector, digits):
 
 def test_nearest_training_gradients_are_those_of_the_written_out_ones(detector, digits):
     index, cosine = nearest_training(detector, digits[1][:7], digits[0], k=3)
-    name = "decoder.0.weight"
+    name = "decoder.2.weight"
     G, H = (
-        batch_layer_grads(detector.model_, torch.from_numpy(x).double(), layers=name)[name].flatten(1)
+        batch_layer_grads(detector.model_, detector._as_samples(x, torch.float64), loss="mse", layers=name)[
+            name
+        ].flatten(1)
         for x in (digits[1][:7], digits[0])
     )
 
@@ -115,3 +119,70 @@ def test_nearest_training_gradients_are_those_of_the_written_out_ones(detector, 
     assert nearest_training(both, digits[0][4:6], digits[0], k=1)[0].ravel().tolist() == [4, 5]
     with pytest.raises(ValueError, match="k: expected 1 to 178"):
         nearest_training(detector, digits[1][:7], digits[0], k=0)
+
+
+# --- where, and which feature ----------------------------------------------------------------------------------------
+
+
+def test_a_residual_is_input_minus_reconstruction(detector, digits):
+    X = digits[1][:5]
+    with torch.no_grad():
+        z = detector._as_samples(X, torch.float64)
+        difference = (z - detector.model_(z)).numpy() * detector.scaling_.span
+    np.testing.assert_allclose(residual(detector, X), difference, rtol=1e-12)
+    np.testing.assert_allclose(X - expected(detector, X), difference, atol=1e-9)
+
+
+def stripes(rng, colours=None):
+    y, x = np.mgrid[:24, :24]
+    image = 120 + 60 * np.sin(x / 2 + rng.uniform(0, 6)) * np.cos(y / 3) + rng.normal(0, 8, (24, 24))
+    image = image if colours is None else image[..., None] * colours
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["grey", "colours", "channels last"])
+@pytest.mark.parametrize("value", [250, 10])
+def test_a_map_shows_the_defect(kind, value):
+    rng = np.random.default_rng(0)
+    colours = None if kind == "grey" else np.array([1.0, 0.8, 0.5])
+    X, T = (np.stack([stripes(rng, colours) for _ in range(n)]) for n in (200, 20))
+    masks = np.zeros((20, 24, 24), bool)
+    for image, mask in zip(T, masks, strict=True):
+        y, x = rng.integers(1, 18, 2)
+        image[y : y + 5, x : x + 5] = value
+        mask[y : y + 5, x : x + 5] = True
+    if kind == "colours":
+        X, T = X.transpose(0, 3, 1, 2), T.transpose(0, 3, 1, 2)
+    maps = heat(NoveltyDetector(random_state=0, epochs=60).fit(X), T)
+    assert maps.shape == (20, 24, 24)
+    assert np.mean([roc_auc_score(m.ravel(), h.ravel()) for m, h in zip(masks, maps, strict=True)]) > 0.95
+
+
+def test_reasons_name_the_feature_with_value_and_expected_value():
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    W, units = rng.normal(size=(3, 10)), np.logspace(0, 3, 10)
+
+    def rows(n):
+        return (rng.normal(size=(n, 3)) @ W + 0.2 * rng.normal(size=(n, 10))) * units + 50
+
+    X, T, j = rows(1500), rows(100), rng.integers(0, 10, 100)
+    right = T[np.arange(100), j].copy()
+    T[np.arange(100), j] = right + 6 * X.std(0)[j]
+    names = [f"column {k}" for k in range(10)]
+    detector = NoveltyDetector(random_state=0).fit(pandas.DataFrame(X, columns=names))
+    found = reasons(detector, pandas.DataFrame(T, columns=names))
+    first = [row[0] for row in found]
+    assert np.mean([reason.feature == f"column {k}" for reason, k in zip(first, j, strict=True)]) >= 0.95
+    for reason, k, row in zip(first, j, T, strict=True):
+        if reason.feature == f"column {k}":
+            assert reason.value == row[k]
+    closer = [abs(r.expected - w) < abs(r.value - w) for r, w in zip(first, right, strict=True)]
+    assert np.mean(closer) > 0.9
+    assert all(1 >= row[0].share >= row[1].share >= row[2].share >= 0 for row in found)
+
+
+def test_a_map_of_a_table_is_refused():
+    detector = NoveltyDetector(**FAST).fit(np.random.default_rng(0).normal(size=(60, 5)))
+    with pytest.raises(ValueError, match="X: expected images, but samples have the shape"):
+        heat(detector, np.zeros((2, 5)))

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 import gradext
 import gradext.losses
 import gradext.rows
-
 from gradext import CaptureError, NonFiniteError, graphs
 from gradext.graphs import GraphedLayerGrads
 

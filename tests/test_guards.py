@@ -44,8 +44,8 @@ def test_novelties_in_the_training_data_are_shown(digits):
     with pytest.warns(
         DetectorWarning, match=r"novelties in the training data: \d of \d+ samples .* rows \[1(78|79|80)"
     ):
-        NoveltyDetector(**{**FAST, "epochs": 100}).fit(X)
-    silent(lambda: NoveltyDetector(contamination=0.02, **{**FAST, "epochs": 100}).fit(X))
+        NoveltyDetector(random_state=0).fit(X)
+    silent(lambda: NoveltyDetector(contamination=0.02, random_state=0).fit(X))
 
 
 class Dead(nn.Module):
@@ -59,14 +59,14 @@ class Dead(nn.Module):
 
 
 def test_dead_gradients_are_told(digits):
-    with pytest.warns(DetectorWarning, match=r"dead gradients: that of the layer 'first' is exactly zero for \d+ of"):
+    with pytest.warns(DetectorWarning, match=r"dead gradients: that of the layer .* is exactly zero for \d+ of"):
         NoveltyDetector(model=Dead(), epochs=0, random_state=0).fit(digits[0])
 
 
 def test_a_collapsed_posterior_is_told(digits):
     noise = np.random.default_rng(0).random((300, 64))
     with pytest.warns(DetectorWarning, match="collapsed posterior: the 8 latent dimensions carry .* nats together"):
-        NoveltyDetector(**{**FAST, "epochs": 30}).fit(noise)
+        NoveltyDetector(model="vae", **{**FAST, "epochs": 30}).fit(noise)
 
 
 def test_constant_data_and_features_are_told():

@@ -111,7 +111,7 @@ def test_a_classifier_is_trained_on_as_many_samples_as_fit(digits, monkeypatch):
     original = detector.distort
     monkeypatch.setattr(detector, "distort", lambda x, **options: seen.append(len(x)) or original(x, **options))
     NoveltyDetector("gradient_classifier", **FAST).fit(digits[0])
-    monkeypatch.setattr(detector, "HELD_BYTES", 2 * 10 * 8 * (64 + 4 + 16 + 4))  # 10 pairs of losses and factors
+    monkeypatch.setattr(detector, "HELD_BYTES", 2 * 10 * 8 * (64 + 64 + 16))  # 10 pairs of losses and factors
     NoveltyDetector("gradient_classifier", **FAST).fit(digits[0])
     assert seen == [len(digits[0]) - 27 - 36, 10]
 

@@ -1006,8 +1006,8 @@ def test_all_layers_are_one_call_of_a_backend_that_takes_groups(monkeypatch):
 
     def outer_group(problems):
         calls.append(problems)
-        for delta, activation, out, epilogue, operand in problems:
-            reference.outer(delta, activation, out, None, epilogue, operand)
+        for delta, activation, out in problems:
+            reference.outer(delta, activation, out)
 
     model, x = build("autoencoder")
     expected = gradext.batch_layer_grads(model, x)

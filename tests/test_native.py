@@ -419,6 +419,32 @@ def test_sdist_holds_every_native_source(tmp_path):
     assert wanted | {"setup.py", "MANIFEST.in", "pyproject.toml"} <= held
 
 
+def build(folder, **environment):
+    pytest.importorskip("pybind11")
+    places = ("--build-lib", str(folder), "--build-temp", str(folder))
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *places],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def program(folder, name, script) -> str:
+    """A folder for PATH with such a program."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+NVCC_KNOWS = "echo compute_75; echo compute_80; echo compute_90; echo compute_120"
+MISSING = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -426,24 +452,61 @@ def test_sdist_holds_every_native_source(tmp_path):
         ({"GRADEXT_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}, "nvcc is neither"),
     ],
 )
-@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
+@needs_sources
 def test_build_errors_say_what_to_do(environment, message, tmp_path):
-    pytest.importorskip("pybind11")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "setup.py",
-            "-q",
-            "build_ext",
-            "--build-lib",
-            str(tmp_path),
-            "--build-temp",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+    result = build(tmp_path, **environment)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+@needs_sources
+def test_a_failing_nvcc_fails_no_install(tmp_path):
+    """Unless GRADEXT_CUDA=1 asks for the CUDA kernels."""
+    path = program(tmp_path / "bin", "nvcc", f'case "$*" in *list-gpu-arch*) {NVCC_KNOWS};; *) exit 1;; esac')
+    options = {"PATH": path, "CUDA_HOME": "", "CUDA_PATH": "", "GRADEXT_CUDA": "", "GRADEXT_CUDA_ARCHS": "90"}
+    options |= MISSING  # which saves the time of compiling the rest
+    result = build(tmp_path, **options)
+    assert result.returncode == 0, result.stderr
+    assert "could not compile the CUDA kernels" in result.stderr
+    assert "left out, and Triton takes their place" in result.stderr
+    result = build(tmp_path, **options | {"GRADEXT_CUDA": "1"})
+    assert result.returncode != 0
+    assert "could not compile the CUDA kernels" in result.stderr
+
+
+@needs_sources
+def test_a_missing_compiler_fails_no_install(tmp_path):
+    """As on Windows, whose compiler takes none of the flags."""
+    result = build(tmp_path, **MISSING, GRADEXT_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert "installed without them and runs on plain torch" in result.stderr
+    assert not list(tmp_path.rglob("_C*"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "targets"), [("echo 9.0; echo 7.5; echo 9.0", ["75", "90"]), ("echo 12.0", ["120"]), ("exit 9", None)]
+)
+@needs_sources
+def test_native_is_what_this_machines_gpus_are(answer, targets, tmp_path):
+    nvcc = f'case "$*" in *list-gpu-arch*) {NVCC_KNOWS};; *) echo "$*" >&2; exit 1;; esac'
+    program(tmp_path / "bin", "nvcc", nvcc)
+    path = program(tmp_path / "bin", "nvidia-smi", answer)
+    options = {"PATH": path, "CUDA_HOME": "", "CUDA_PATH": "", "CUDA_VISIBLE_DEVICES": "-1"}
+    result = build(tmp_path / "built", **options, GRADEXT_CUDA="1", GRADEXT_CUDA_ARCHS="native")
+    assert result.returncode != 0
+    if targets is None:
+        assert "neither nvidia-smi nor torch tells the compute capability of a GPU" in result.stderr
+        return
+    for target in targets:
+        assert f"-gencode=arch=compute_{target},code=sm_{target}" in result.stderr
+    assert f"code=compute_{targets[0]}" in result.stderr
+    assert result.stderr.count("code=sm_") // result.stderr.count("code=compute_") == len(targets)
+
+
+@needs_sources
+def test_amd_is_told_no(tmp_path):
+    path = program(tmp_path / "bin", "hipcc", "exit 1")
+    bare = os.pathsep.join(folder for folder in path.split(os.pathsep) if not (Path(folder) / "nvcc").exists())
+    result = build(tmp_path / "built", PATH=bare, CUDA_HOME="", CUDA_PATH="", GRADEXT_CUDA="", **MISSING)
+    assert result.returncode == 0, result.stderr
+    assert "ROCm is not supported" in result.stderr

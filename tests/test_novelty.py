@@ -30,6 +30,7 @@ from gradext.novelty import (
 )
 from gradext.novelty.detector import CLASSIFIER_SCORES, fit_score
 from gradext.novelty.plots import overlap
+from gradext.novelty.training import PlainAdam
 from gradext.oracles import loop_layer_grads
 
 
@@ -113,6 +114,21 @@ def test_train_keeps_the_best_epoch_and_the_global_random_state(digits):
         loss = model.eval().loss(digits[0][60:80]).mean().item()
     assert loss == pytest.approx(history.validation[history.best_epoch], rel=1e-6)
     assert history.validation[-1] < history.validation[0]
+
+
+def test_adam_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Linear(5, 3).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = PlainAdam(list(ours.parameters()), lr=0.01), torch.optim.Adam(theirs.parameters(), lr=0.01)
+    for k in range(20):
+        x = torch.randn(7, 5, dtype=torch.float64)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            (model(x) - k).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-12, atol=1e-12)
 
 
 def test_train_is_seeded(digits):
@@ -403,7 +419,12 @@ def test_scores_are_their_formulas(model, digits):
     )
     z_evidence = (evidence - inside_evidence.mean(0)) / inside_evidence.std(0, correction=0)
     kronecker = torch.einsum("bi,ij,bj->b", activation, inverse(inliers.gradient.activation), activation) * whitened
+    constant, of_inliers = (
+        torch.cat([seen.gradient.activation, torch.ones(len(seen), 1)], dim=1).double() for seen in (sample, inliers)
+    )
+    with_bias = torch.einsum("bi,ij,bj->b", constant, inverse(of_inliers), constant)
     expected = {
+        "whitened_gradient": whitened.sqrt() * with_bias.pow(0.25),
         "gradient_norm": gradient.norm(dim=1),
         "delta_norm": delta.norm(dim=1),
         "gradient_cosine": 1 - gradient @ mean / (gradient.norm(dim=1) * mean.norm()),

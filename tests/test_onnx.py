@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+import gradext
 from gradext.cli import main
 from gradext.novelty import SCORES, VAE, NoveltyDetector, save
 from gradext.novelty.detector import CLASSIFIER_SCORES
-from gradext.novelty.onnx import ScoringGraph, export_onnx
+from gradext.novelty.onnx import ScoringGraph, default_dtype, export_onnx
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")  # of models that are hardly trained
 
@@ -132,11 +133,17 @@ class Unnamed(nn.Module):
 shared = nn.Linear(64, 64)
 REFUSED = {
     "another module": (Unnamed(), {}, r"model: expected an nn.Sequential, or .* but got Unnamed with none of them"),
-    "a convolution": (
+    "a chosen convolution": (
         nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Sigmoid()),
+        {"input_shape": (1, 8, 8)},
+        r"layer: expected linear layers that run once, on \[N, features\]",
+    ),
+    "a convolution of padded copies": (
+        nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Sigmoid()),
         {"input_shape": (1, 8, 8)},
         r"model: expected layers of the kinds Linear, .* but got Conv2d",
     ),
+    "a rotation network": ("rotation", {"input_shape": (8, 8)}, "model: expected an nn.Sequential, or .* RotationNet"),
     "a latent layer of another kind": (
         OwnVAE(
             encoder=nn.Sequential(nn.Linear(64, 9)), mu=nn.Linear(9, 3), logvar=nn.Sequential(nn.Linear(9, 3)),
@@ -180,6 +187,40 @@ def test_other_types_and_detectors_that_are_not_fitted_are_refused(digits):
     detector = NoveltyDetector(**{**FAST, "epochs": 1}).fit(digits[0])
     with pytest.raises(ValueError, match="dtype: expected one of float32, float64, but got 'float16'"):
         ScoringGraph(detector, "float16")
+
+
+@pytest.mark.parametrize("score", ["whitened_gradient", "gradient_norm", "reconstruction_error", "latent_loss"])
+def test_convolutional_models(score, digits, tmp_path):
+    detector = NoveltyDetector(score, model="conv", input_shape=(1, 8, 8), epochs=2, random_state=0).fit(digits[0])
+    assert default_dtype(detector) == "float32"
+    check(detector, digits[1], tmp_path, ["float32"])
+
+
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_convolutions_of_any_stride(stride, size, digits, tmp_path):
+    torch.manual_seed(0)
+    X = digits[0].reshape(-1, 1, 8, 8)[:, :, :size, :size]
+    n = (size + 2 - 2 * 2 - 1) // stride + 1
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, size, size)), nn.Flatten(), nn.Linear(size * size, 4), nn.Tanh(), nn.Linear(4, size * size),
+        nn.Unflatten(1, (1, size, size)), nn.Conv2d(1, 4, 3, stride, 1, dilation=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(4 * n * n, size * size), nn.Sigmoid(),
+    )  # fmt: skip
+    detector = NoveltyDetector(model=model, input_shape=(size * size,), layer="first", epochs=2, random_state=0)
+    detector.fit(X.reshape(len(X), -1))
+    T = digits[1].reshape(-1, 1, 8, 8)[:, :, :size, :size]
+    check(detector, T.reshape(len(T), -1), tmp_path, ["float32"])
+
+
+def test_a_graph_tells_its_threshold_and_version(digits, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    detector = NoveltyDetector(**FAST).fit(digits[0])
+    export_onnx(detector, tmp_path / "m.onnx")
+    told = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert float(told["threshold"]) == -detector.offset_
+    assert told["novelty_score"] == "whitened_gradient"
+    assert told["gradext_version"] == gradext.__version__
 
 
 def test_on_the_command_line(digits, tmp_path, capsys, monkeypatch):

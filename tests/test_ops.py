@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext import backends, ops
 from gradext.backends import reference
-from gradext.backends.reference import EPILOGUES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # B, T (None: no such dimension), O, I: ones and zeros everywhere, O < I and O > I, few and many positions.
@@ -316,142 +312,25 @@ def test_direct_calls_equal_dispatched_ones_and_hide_from_nobody():
         assert torch.equal(direct, dispatched)
 
 
-# --- epilogues -------------------------------------------------------------------------------------------------------
-
-ACTIVATIONS = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "elu": F.elu,
-    "softplus": F.softplus,
-}
-RESIDUALS = {
-    "residual": lambda d, z: d - z,
-    "sigmoid_residual": lambda d, z: torch.sigmoid(d) - z,
-    "mse_residual": lambda d, z: 2 * (d - z),
-}
-
-
-def upstream_through(activation, d: Tensor, z: Tensor) -> Tensor:
-    """What torch's own backward of the activation hands to the layer before it."""
-    z = z.detach().requires_grad_()
-    return torch.autograd.grad(activation(z), z, d)[0]
-
-
-def expected_delta(epilogue: str, d: Tensor, z: Tensor) -> Tensor:
-    if epilogue in RESIDUALS:
-        return RESIDUALS[epilogue](d, z)
-    return upstream_through(ACTIVATIONS[epilogue], d, z)
-
-
-def test_every_epilogue_is_known_here():
-    assert set(EPILOGUES) == {*RESIDUALS, *ACTIVATIONS}
-
-
-@pytest.mark.parametrize("T", [None, 3, 20])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_epilogues_equal_the_backward_of_their_activation(epilogue, T, backend):
-    delta, activation = factors(4, T, 5, 3)
-    z = 3 * operand(*delta.shape)
-    expected = plain_outer(expected_delta(epilogue, delta, z), activation)
-    for options in {}, {"out": torch.empty(4, 5, 3, dtype=torch.float64)}, {"out": torch.empty(4, 3, 5).double().mT}:
-        result = ops.outer(delta, activation, epilogue=epilogue, operand=z, backend=backend, **options)
-        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
-        assert "out" not in options or result is options["out"]
-    torch.testing.assert_close(ops.epilogue_delta(epilogue, delta, z), expected_delta(epilogue, delta, z))
-
-
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_epilogues_treat_nan_and_zero_as_torch_does(epilogue):
-    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-30, 30.0, -30.0, 80.0, -80.0])
-    delta, z = (t.flatten() for t in torch.meshgrid(special, special, indexing="ij"))
-    expected = expected_delta(epilogue, delta, z)
-    torch.testing.assert_close(ops.epilogue_delta(epilogue, delta, z), expected, equal_nan=True, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_epilogues_of_half_precision_are_not_rounded_in_between(epilogue, dtype, backend):
-    delta, activation = factors(6, None, 40, 30, dtype)
-    z = operand(6, 40, dtype=dtype)
-    exact = plain_outer(expected_delta(epilogue, delta.double(), z.double()), activation.double())
-    for wanted in False, True:  # fused, and composed of differentiable operators
-        found = ops.outer(
-            delta.clone().requires_grad_(wanted),
-            activation,
-            epilogue=epilogue,
-            operand=z,
-            dtype=torch.float32,
-            backend=backend,
-        )
-        torch.testing.assert_close(found.detach().double(), exact, rtol=1e-5, atol=1e-6)
-        same = ops.outer(delta, activation.clone().requires_grad_(wanted), epilogue=epilogue, operand=z)
-        assert same.dtype == dtype
-        assert same.requires_grad == wanted
-
-
-@pytest.mark.parametrize("T", [None, 2])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_outer_with_epilogue_is_differentiable_twice_and_compiles(epilogue, T):
-    delta, activation = factors(2, T, 3, 2)
-    inputs = [t.requires_grad_() for t in (delta, activation, operand(*delta.shape))]
-
-    def function(delta, activation, z):
-        return ops.outer(delta, activation, epilogue=epilogue, operand=z)
-
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
-    if T is None:
-        torch.compiler.reset()
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs), function(*inputs))
-        plain = [t.detach() for t in inputs]
-        torch.testing.assert_close(compiled(*plain), function(*plain))
-
-
-def test_wrong_epilogues():
-    delta, activation = factors(4, None, 5, 3)
-    z = operand(4, 5)
-    for function in (
-        lambda **options: ops.outer(delta, activation, **options),
-        lambda **options: ops.outer_group([ops.Product(delta, activation, **options)] * 2),
-    ):
-        with pytest.raises(ValueError, match=r"epilogue: expected None or one of residual, .*but got 'swish'"):
-            function(epilogue="swish", operand=z)
-        with pytest.raises(ValueError, match=r"operand: expected a tensor of delta's shape.*but got None"):
-            function(epilogue="relu")
-        with pytest.raises(ValueError, match=r"operand: expected an epilogue that uses it"):
-            function(operand=z)
-        with pytest.raises(ValueError, match=r"operand: expected delta's shape \[4, 5\], but got \[4, 3\]"):
-            function(epilogue="relu", operand=activation)
-        with pytest.raises(TypeError, match=r"operand: expected delta's type torch.float64, but got torch.float32"):
-            function(epilogue="relu", operand=z.float())
-        with pytest.raises(ValueError, match=r"operand: expected delta's device cpu, but got meta"):
-            function(epilogue="relu", operand=z.to("meta"))
-
-
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
 def products() -> list[ops.Product]:
-    """Of several shapes, types and positions, with and without an out and an epilogue."""
+    """Of several shapes, types and positions, with and without an out."""
     given = torch.empty(4, 3, 5, dtype=torch.float64).mT
     return [
         ops.Product(*factors(4, None, 5, 3)),
         ops.Product(*factors(4, None, 5, 3), out=given),
         ops.Product(*factors(2, 3, 7, 2), dtype=torch.float32),
-        ops.Product(*factors(4, None, 2, 9, torch.bfloat16), epilogue="relu", operand=operand(4, 2).bfloat16()),
+        ops.Product(*factors(4, None, 2, 9, torch.bfloat16)),
         ops.Product(*factors(0, None, 2, 9)),
     ]
 
 
 def test_a_group_equals_its_products(backend):
     found = ops.outer_group(products(), backend=backend)
-    for result, (delta, activation, out, dtype, epilogue, z) in zip(found, products(), strict=True):
-        expected = ops.outer(delta, activation, epilogue=epilogue, operand=z, dtype=dtype, backend=backend)
+    for result, (delta, activation, out, dtype) in zip(found, products(), strict=True):
+        expected = ops.outer(delta, activation, dtype=dtype, backend=backend)
         assert torch.equal(result, expected)
         assert result.dtype == expected.dtype
         assert out is None or result.stride() == out.stride()
@@ -463,17 +342,14 @@ def test_a_group_is_one_call_of_a_backend_that_has_it(monkeypatch):
 
     def outer_group(problems):
         calls.append(len(problems))
-        for delta, activation, out, epilogue, z in problems:
-            reference.outer(delta, activation, out, None, epilogue, z)
+        for delta, activation, out in problems:
+            reference.outer(delta, activation, out)
 
     monkeypatch.setattr(reference, "outer_group", outer_group, raising=False)
     found = ops.outer_group(products(), backend="reference")
     assert calls == [len(products())]
     for result, product in zip(found, products(), strict=True):
-        expected = plain_outer(
-            product.delta if product.epilogue is None else torch.where(product.operand > 0, product.delta, 0),
-            product.activation,
-        )
+        expected = plain_outer(product.delta, product.activation)
         torch.testing.assert_close(result, expected.to(result.dtype))
     wanted = [p._replace(delta=p.delta.requires_grad_()) for p in products() if p.out is None]
     assert all(result.requires_grad for result in ops.outer_group(wanted, backend="reference"))
@@ -523,7 +399,6 @@ def test_inference_tensors_are_refused_where_a_gradient_is_wanted():
         lambda a: ops.outer(delta, a),
         lambda a: ops.sq_norm(delta, a),
         lambda a: ops.gram(delta, a, delta, a),
-        lambda a: ops.outer(delta, a, epilogue="relu", operand=delta),
     ):
         with pytest.raises(RuntimeError, match=r"made under torch.inference_mode\(\).*pass its .clone\(\)"):
             call(made[1])
@@ -598,7 +473,7 @@ def test_table_on_cuda(table):
             assert table("sq_norm", "cuda", T, dtype) == "cuda"
     assert table("outer", "cuda", 9, half) == "triton"
     assert table("sq_norm", "cuda", None, half) == "cuda"
-    assert table("sq_norm", "cuda", 3, half) == "triton"
+    assert table("sq_norm", "cuda", 3, half) == "cuda"
     assert table("sq_norm", "cuda", 3, half, missing=["triton"]) == "cuda"
     for operator in "dot", "linear", "gram":
         assert table(operator, "cuda", None, half) == "triton"
@@ -633,3 +508,121 @@ def test_table_ends_every_choice_it_begins():
             assert all(row.when != "else" for row in rows[:-1])
             assert not rows or rows[-1].when == "else"
             assert all(row.backends[-1] == "reference" and set(row.backends) <= set(backends.BACKENDS) for row in rows)
+
+
+# --- norms of several layers -----------------------------------------------------------------------------------------
+
+
+def test_norms_of_several_layers(backend):
+    layers = [factors(4, T, 5 + k, 3, seed=k) for k, T in enumerate((None, 3, 40))]
+    found = ops.sq_norm_group(layers, backend=backend)
+    assert found.shape == (3, 4)
+    for row, layer in zip(found, layers, strict=True):
+        torch.testing.assert_close(row, ops.sq_norm(*layer, backend=backend))
+    mixed = [layers[0], [x.bfloat16() for x in layers[1]]]
+    assert ops.sq_norm_group(mixed, backend=backend).dtype == torch.float64
+    assert ops.sq_norm_group(layers[:1], backend=backend).shape == (1, 4)
+    leaves = [[x.clone().requires_grad_() for x in layer] for layer in layers]
+    assert torch.autograd.gradcheck(
+        lambda *x: ops.sq_norm_group([x[:2], x[2:4], x[4:]], backend=backend), [x for layer in leaves for x in layer]
+    )
+
+
+def test_a_group_of_norms_is_one_call_of_a_backend_that_has_it(monkeypatch):
+    calls = []
+
+    def sq_norm_group(layers):
+        calls.append(len(layers))
+        return torch.stack([reference.sq_norm(*layer) for layer in layers])
+
+    monkeypatch.setattr(reference, "sq_norm_group", sq_norm_group, raising=False)
+    layers = [factors(4, T, 5, 3) for T in (None, 3, 40)]
+    layers.append([x.float() for x in layers[0]])
+    found = ops.sq_norm_group(layers, backend="reference")
+    assert sorted(calls) == [1, 3]
+    assert found.dtype == torch.float64
+    for row, (delta, activation) in zip(found, layers, strict=True):
+        torch.testing.assert_close(row, reference.sq_norm(delta, activation).double())
+
+
+def test_norms_of_wrong_layers():
+    one, other = factors(4, None, 5, 3), factors(3, None, 5, 3)
+    with pytest.raises(ValueError, match="expected at least one pair"):
+        ops.sq_norm_group([])
+    with pytest.raises(ValueError, match=r"the same number of samples in all, but got \[3, 4\]"):
+        ops.sq_norm_group([one, other])
+    with pytest.raises(ValueError, match="all on one device, but got cpu, meta"):
+        ops.sq_norm_group([one, [x.to("meta") for x in one]])
+    with pytest.raises(TypeError, match="one floating-point type"):
+        ops.sq_norm_group([one, (one[0], one[1].float())])
+
+
+# --- sums over the batch and projections -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T", "O", "I"), SHAPES)
+def test_weighted_sums_and_projections(B, T, O, I, dtype):
+    delta, activation = factors(B, T, O, I, dtype)
+    weights, left, right = torch.rand(B), operand(O, 4, dtype=dtype), operand(I, 6, dtype=dtype)
+    gradients = plain_outer(delta.double(), activation.double())
+    wide = reference.accumulation_type(dtype)
+    for found, expected in (
+        (ops.weighted_sum(delta, activation), gradients.sum(0)),
+        (ops.weighted_sum(delta, activation, weights), (weights.double()[:, None, None] * gradients).sum(0)),
+        (ops.project(delta, activation, left, right), left.double().mT @ gradients @ right.double()),
+    ):
+        assert found.dtype == wide
+        torch.testing.assert_close(found, expected.to(wide), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [None, 3])
+def test_weighted_sums_and_projections_are_differentiable_and_compile(T):
+    delta, activation = factors(3, T, 4, 5)
+    inputs = [t.requires_grad_() for t in (delta, activation, torch.rand(3).double(), operand(4, 2), operand(5, 3))]
+
+    def function(delta, activation, weights, left, right):
+        return ops.weighted_sum(delta, activation, weights), ops.project(delta, activation, left, right)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    plain = [t.detach() for t in inputs]
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(*plain), function(*plain), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_wrong_weighted_sums_and_projections():
+    delta, activation = factors(3, None, 4, 5)
+    with pytest.raises(ValueError, match=r"weights: expected shape \(3,\), but got \(4,\)"):
+        ops.weighted_sum(delta, activation, torch.rand(4))
+    with pytest.raises(ValueError, match=r"left: expected shape \[4, any\], but got \[5, 2\]"):
+        ops.project(delta, activation, operand(5, 2), operand(5, 2))
+    with pytest.raises(ValueError, match=r"right: expected shape \[5, any\]"):
+        ops.project(delta, activation, operand(4, 2), operand(4, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T", "O", "I"), SHAPES)
+def test_sums_of_squares_and_quadratic_forms(B, T, O, I, dtype, monkeypatch):
+    delta, activation = factors(B, T, O, I, dtype)
+    diag = operand(O, I, dtype=dtype).abs()
+    squares = plain_outer(delta.double(), activation.double()).square()
+    wide = reference.accumulation_type(dtype)
+    for elements in (reference.BLOCK_ELEMENTS, 1):  # in one block, and sample by sample
+        monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
+        for found, expected in (
+            (ops.square_sum(delta, activation), squares.sum(0)),
+            (ops.quadratic(delta, activation, diag), (squares * diag.double()).sum((1, 2))),
+        ):
+            assert found.dtype == wide
+            torch.testing.assert_close(found, expected.to(wide), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [None, 3])
+def test_sums_of_squares_and_quadratic_forms_are_differentiable(T):
+    inputs = [t.requires_grad_() for t in (*factors(3, T, 4, 5), operand(4, 5))]
+    assert torch.autograd.gradcheck(lambda d, a, diag: (ops.square_sum(d, a), ops.quadratic(d, a, diag)), inputs)
+    with pytest.raises(ValueError, match=r"diag: expected shape \[O, I\] with \[O, I\] = \[4, 5\]"):
+        ops.quadratic(*inputs[:2], inputs[2].mT)

@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from gradext.cli import main
+from gradext.novelty.evaluation import auroc_interval
 
 
 class Page(html.parser.HTMLParser):
@@ -64,8 +66,11 @@ def test_labelled_images_with_training_samples(digits, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(digits / "m"), str(digits / "test"), "--normal", "0", "--json"]) == 0
     assert f"{json.loads(capsys.readouterr().out)['auroc']:.3f}" in page.text
-    # plots, 12 samples with their saliency, 12 rows of a sample and 5 neighbours
-    assert len(page.loaded) == 1 + 12 * 2 + 12 * 6
+    # four plots, 12 samples with reconstruction and map, 12 rows of a sample and 5 neighbours
+    assert len(page.loaded) == 4 + 12 * 3 + 12 * 6
+    for part in ("By label", "Borderline", "Called novel: ", "95%: "):
+        assert part in page.text
+    assert not re.search("inlier|outlier", page.text)
 
 
 def test_neighbours_are_sought_among_normal_training_samples(digits, tmp_path):
@@ -103,7 +108,33 @@ def test_tables_name_the_strongest_features(digits, tmp_path):
     assert main(["fit", str(tmp_path / "t.csv"), "--out", str(model), "--hidden-dim", "8", "--epochs", "3"]) == 0
     out = tmp_path / "r.html"
     assert main(["report", str(model), str(tmp_path / "t.csv"), "--out", str(out)]) == 0
-    assert re.search(r"<br>[a-e], [a-e], [a-e]</figure>", out.read_text())
+    assert re.search(r"<br>[a-e]: -?[\d.]+, expected -?[\d.]+ \(\d+%\)", out.read_text())
+
+
+def test_what_the_fit_warned_of_is_in_the_report(tmp_path):
+    X = np.random.default_rng(0).normal(size=(40, 4))
+    X[:, 2] = 7
+    np.save(tmp_path / "x.npy", X)
+    assert main(["fit", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m"), "--quiet"]) == 0
+    assert main(["report", str(tmp_path / "m"), str(tmp_path / "x.npy"), "--out", str(tmp_path / "r.html")]) == 0
+    page = Page((tmp_path / "r.html").read_text())
+    assert "constant features: 1 of 4" in page.text
+    assert "target_fpr=0.05 cannot be promised with 8 held-out samples" in page.text
+
+
+def test_intervals_hold_the_auroc_they_are_of():
+    """Of 300 draws from two normals, whose AUROC is Φ(1/√2), about 95%."""
+    rng, true, held = np.random.default_rng(0), 0.7602499, 0
+    for _ in range(300):
+        novelty = np.r_[rng.normal(0, 1, 60), rng.normal(1, 1, 40)]
+        area, low, high = auroc_interval(np.arange(100) >= 60, novelty)
+        assert area == pytest.approx(roc_auc_score(np.arange(100) >= 60, novelty))
+        assert 0 <= low <= area <= high <= 1
+        held += low <= true <= high
+    assert 275 <= held <= 295
+    area, low, high = auroc_interval(np.array([0, 0, 0, 1, 1], bool), np.arange(5.0))
+    assert area == high == 1
+    assert 0.3 < low < 1
 
 
 def test_names_are_escaped_and_skipped_images_shown(digits, tmp_path):

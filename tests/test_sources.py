@@ -1,5 +1,8 @@
 """Samples as people have them: every kind that can be read, and what is told of those that cannot."""
 
+import gzip
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,11 +57,21 @@ def test_colour_and_grey_are_brought_to_one_mode(tmp_path):
     assert everything(open_source(tmp_path, mode="L")).samples.shape == (3, 4, 6)
 
 
-def test_16_bit_grey_is_scaled_and_not_cut_off(tmp_path):
-    values = (np.arange(24, dtype=np.uint16) * 2800).reshape(4, 6)
-    Image.fromarray(values).save(tmp_path / "1.png")
-    (image,) = everything(open_source(tmp_path)).samples
-    np.testing.assert_array_equal(image, values // 257)
+@pytest.mark.parametrize("top", [0xFFFF, 0xFFF])
+def test_16_bit_grey_keeps_its_levels(tmp_path, top):
+    values = np.random.default_rng(0).integers(0, top, (2, 40, 60), endpoint=True).astype(np.uint16)
+    for k, image in enumerate(values):
+        Image.fromarray(image).save(tmp_path / f"{k}.png")
+    picture(tmp_path / "8-bit.png", size=(60, 40))
+    source = open_source(tmp_path)
+    assert source.image_format == ImageFormat(40, 60, "L", bits=16)
+    images = everything(source).samples
+    assert images.dtype == np.uint16
+    np.testing.assert_array_equal(images[:2], values)
+    np.testing.assert_array_equal(images[2], 257 * np.asarray(Image.open(tmp_path / "8-bit.png")).astype(int))
+    grey = everything(open_source(tmp_path, image_format=ImageFormat(40, 60, "L"))).samples
+    np.testing.assert_array_equal(grey[:2], values // 257)
+    assert np.ptp(everything(open_source(tmp_path, size=(20, 30))).samples[0].astype(int)) > top // 3, "resized"
 
 
 def test_turned_photographs_are_set_upright(tmp_path):
@@ -169,7 +182,10 @@ def test_tables(tmp_path, kind):
     source = open_source(path, labels="class")
     assert source.labels.tolist() == ["ok", "ok", "bad"]
     assert list(everything(source).samples.columns) == ["a", "b"]
-    with pytest.raises(DatasetError, match="expected numeric columns, got class"):
+    with pytest.raises(
+        DatasetError,
+        match="expected numeric columns, got class with values such as 'ok'; leave them out by --drop class",
+    ):
         open_source(path)
     path.write_bytes(b'a,b\n"1' if kind == "csv" else b"PAR1")
     with pytest.raises(DatasetError, match=rf"t\.{kind}"):
@@ -189,7 +205,10 @@ def test_what_cannot_be_data_is_named(tmp_path):
     with pytest.raises(DatasetError, match="there is nothing of that name"):
         open_source(tmp_path / "none")
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(DatasetError, match=r"expected a file of type .npy, .npz, .csv, .parquet, got .txt"):
+    with pytest.raises(
+        DatasetError,
+        match=r"expected a file of type .npy, .npz, .csv, .tsv, .csv.gz, .tsv.gz, .parquet, or an image, got .txt",
+    ):
         open_source(tmp_path / "x.txt")
     np.save(tmp_path / "flat.npy", np.zeros(3))
     with pytest.raises(DatasetError, match=r"expected an array \[N, D\] or \[N, ...\], N >= 1, got \[3\]"):
@@ -210,3 +229,127 @@ def test_what_cannot_be_data_is_named(tmp_path):
         open_source(tmp_path / "x.npy", labels=str(tmp_path / "y.npy"))
     with pytest.raises(DatasetError, match="--labels nowhere"):
         open_source(tmp_path / "x.npy", labels="nowhere")
+
+
+# --- folders and files as they are -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["{}_mask.png", "{}.png"])
+def test_an_inspection_root_has_its_parts(tmp_path, mask):
+    for k in range(3):
+        picture(tmp_path / f"train/good/{k:03}.png", mode="RGB", seed=k)
+        picture(tmp_path / f"test/good/{k:03}.png", mode="RGB", seed=10 + k)
+        picture(tmp_path / f"test/crack/{k:03}.png", mode="RGB", seed=20 + k)
+        picture(tmp_path / "ground_truth" / "crack" / mask.format(f"{k:03}"), seed=30 + k)
+    train, test = (open_source(tmp_path, part=part) for part in ("train", "test"))
+    assert list(train.names) == [f"train/good/{k:03}.png" for k in range(3)]
+    assert train.image_format.mode == "RGB"
+    assert set(test.labels) == {"good", "crack"}
+    assert train.normal == test.normal == ("good",)
+    assert [test.names[row] for row in test.masks] == [f"test/crack/{k:03}.png" for k in range(3)]
+    assert "inspection folder" in train.notes[0]
+    assert len(open_source(tmp_path)) == 12, "without a part all images are there"
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for k in range(3):
+        picture(elsewhere / f"{k}.png", seed=k)
+    root = tmp_path / "root"
+    picture(root / "own" / "3.png")
+    (root / "a").symlink_to(elsewhere, target_is_directory=True)
+    (root / "b").symlink_to(elsewhere, target_is_directory=True)
+    (root / "own" / "loop").symlink_to(root, target_is_directory=True)
+    source = open_source(root)
+    assert list(source.names) == ["a/0.png", "a/1.png", "a/2.png", "own/3.png"]
+    assert everything(source).samples.shape == (4, 4, 6)
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    assert len(open_source(tmp_path / "link")) == 4
+
+
+def test_one_picture(tmp_path):
+    pixels = picture(tmp_path / "x" / "one.png")
+    picture(tmp_path / "x" / "other.png", seed=1)
+    source = open_source(tmp_path / "x" / "one.png")
+    assert list(source.names) == ["one.png"]
+    np.testing.assert_array_equal(everything(source).samples, pixels[None])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([(640, 480)] * 3, (48, 64)), ([(90, 60), (60, 90), (50, 50)], None), ([(20, 10)] * 2, (10, 20))],
+)
+def test_photos_are_brought_to_a_size_of_their_own_accord(tmp_path, sizes, expected):
+    for k, size in enumerate(sizes):
+        picture(tmp_path / f"{k}.png", size=size, seed=k)
+    source = open_source(tmp_path, auto_size=True)
+    images = everything(source).samples
+    assert max(images.shape[1:]) <= 64
+    assert expected is None or images.shape[1:] == expected
+    assert bool(source.notes) == (sizes[0] != (20, 10))
+    assert all("--size HxW" in note for note in source.notes)
+
+
+def test_padding_keeps_the_proportions(tmp_path):
+    Image.fromarray(np.full((10, 40), 255, np.uint8)).save(tmp_path / "wide.png")
+    stretched, padded = (everything(open_source(tmp_path, size=(20, 20), pad=pad)).samples[0] for pad in (False, True))
+    assert (stretched == 255).all()
+    assert (padded[8:12] > 200).all()
+    assert (padded[:7] == 0).all()
+
+
+def test_heic_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.HEIC").write_bytes(b"x")
+    for data in (tmp_path, tmp_path / "a.HEIC"):
+        with pytest.raises(DatasetError, match="need pillow-heif: pip install pillow-heif"):
+            open_source(data)
+    picture(tmp_path / "b.png")
+    with pytest.warns(UserWarning, match=r"left out: a\.HEIC"):
+        source = open_source(tmp_path, skip_unreadable=True)
+    assert list(source.names) == ["b.png"]
+    assert "pillow-heif" in source.notes[0]
+
+
+TEXTS = {
+    "comma": ("t.csv", "a,b\n1.5,2\n3,4\n"),
+    "semicolon and decimal comma": ("t.csv", "a;b\n1,5;2\n3,0;4\n"),
+    "semicolon": ("t.csv", "a;b\n1.5;2\n3;4\n"),
+    "tab": ("t.tsv", "a\tb\n1.5\t2\n3\t4\n"),
+    "tab and decimal comma": ("t.csv", "a\tb\n1,5\t2\n3,0\t4\n"),
+    "bar": ("t.csv", "a|b\n1.5|2\n3|4\n"),
+    "pandas index": ("t.csv", ",a,b\n0,1.5,2\n1,3,4\n"),
+    "named index": ("t.csv", "index,a,b\n0,1.5,2\n1,3,4\n"),
+    "gzip": ("t.csv.gz", "a,b\n1.5,2\n3,4\n"),
+    "gzip, tab": ("T.TSV.GZ", "a\tb\n1.5\t2\n3\t4\n"),
+    "one column of thousands": ("t.csv", "a\n1.5\n3\n"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_of_text_in_any_dialect(tmp_path, name):
+    pytest.importorskip("pandas")
+    file, text = TEXTS[name]
+    content = text.encode()
+    (tmp_path / file).write_bytes(gzip.compress(content) if file.lower().endswith(".gz") else content)
+    source = open_source(tmp_path / file)
+    samples = everything(source).samples
+    assert list(samples.columns) == (["a"] if "one column" in name else ["a", "b"])
+    np.testing.assert_array_equal(samples["a"], [1.5, 3])
+    assert bool(source.notes) == ("index" in name)
+
+
+def test_columns_are_chosen_and_left_out(tmp_path):
+    pytest.importorskip("pandas")
+    path = tmp_path / "t.csv"
+    path.write_text("id,a,b,kind\nx,1,2,ok\ny,3,4,bad\n")
+    with pytest.raises(DatasetError, match="got id, kind with values such as 'x'; leave them out by --drop id kind"):
+        open_source(path)
+    assert list(everything(open_source(path, drop=["id", "kind"])).samples.columns) == ["a", "b"]
+    assert list(everything(open_source(path, columns=["b", "a"])).samples.columns) == ["b", "a"]
+    source = open_source(path, labels="kind", fitted_columns=["b", "a"])
+    assert list(everything(source).samples.columns) == ["b", "a"]
+    assert source.labels.tolist() == ["ok", "bad"]
+    assert "left out: id" in source.notes[0]
+    with pytest.raises(DatasetError, match="expected columns of id, a, b, kind, got c"):
+        open_source(path, drop=["c"])

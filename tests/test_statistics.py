@@ -205,3 +205,25 @@ def test_products_of_embeddings_form_no_unit_vectors(other_T, monkeypatch):
     monkeypatch.setattr("gradext.factors.numerics.BLOCK_ELEMENTS", 30)
     torch.testing.assert_close(first.gram(second), expected)
     assert first[:0].gram(second).shape == (0, 4)
+
+
+def test_embeddings_keep_their_diagonal_and_tied_ones_join_it():
+    torch.manual_seed(0)
+    looked_up = EmbeddingFactors(torch.randint(0, 6, (5, 3)), torch.randn(5, 3, 2).double(), 6)
+    head = GradFactors(torch.randn(4, 2).double(), torch.randn(4, 6).double())
+    tied = GradFactors.add([looked_up[:4], head])
+    alone = GradStatistics(kron_fisher=True).partial_fit({"embedding": looked_up})
+    A, D = alone.kron_fisher["embedding"]
+    assert D.shape == (6,)
+    both = alone.partial_fit({"embedding": tied})
+    A, D = both.kron_fisher["embedding"]
+    pairs = [factors.kron_fisher() for factors in (looked_up, tied)]
+    torch.testing.assert_close(A, (5 * pairs[0][0] + 4 * pairs[1][0]) / 9)
+    torch.testing.assert_close(D, (5 * pairs[0][1].diag() + 4 * pairs[1][1]) / 9)
+    again = GradStatistics(kron_fisher=True).partial_fit({"embedding": looked_up})
+    again = GradStatistics(kron_fisher=True).load_state_dict(again.state_dict())
+    A_inv, D_inv = again.kron_inverses()["embedding"]
+    dense = torch.linalg.inv(torch.diag(1 / D_inv))
+    gradients = tied.materialize()
+    expected = torch.einsum("bvd,vw,bwe,de->b", gradients, dense, gradients, A_inv)
+    torch.testing.assert_close(tied.quadratic_kron(A_inv, D_inv), expected)

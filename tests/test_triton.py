@@ -54,10 +54,6 @@ GPUS = (80, 90, 100)
 TYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
-EPILOGUES = (
-    "residual", "sigmoid_residual", "mse_residual",
-    "relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu", "elu", "softplus",
-)  # fmt: skip
 # What each call is to launch: name -> (kernel, operator, shapes of its operands, options).
 CALLS = {
     "outer aligned": ("outer_tiles", "outer", [(64, 400), (64, 784)], {}),
@@ -72,21 +68,11 @@ CALLS = {
     "outer odd of 4 positions": ("outer_flat", "outer", [(63, 4, 401), (63, 4, 785)], {}),
     "outer of 64 positions": ("outer_dot", "outer", [(64, 64, 400), (64, 64, 784)], {"dtype": torch.float16}),
     "outer of short rows": ("outer_flat", "outer", [(64, 33), (64, 1)], {}),
-    "outer of short rows, gelu": ("outer_flat", "outer", [(64, 33), (64, 1)], {"epilogue": "gelu"}),
-    "outer odd, gelu": ("outer_flat", "outer", [(63, 401), (63, 785)], {"epilogue": "gelu"}),
-    "outer odd of 4 positions, gelu": ("outer_flat", "outer", [(63, 4, 401), (63, 4, 785)], {"epilogue": "gelu"}),
-    "outer of 64 positions, gelu": (
-        "outer_dot", "outer", [(64, 64, 400), (64, 64, 784)], {"dtype": torch.float16, "epilogue": "gelu"}
+    "outer odd of 65 positions": (
+        "outer_dot", "outer", [(64, 65, 400), (64, 65, 784)], {"dtype": torch.float16}
     ),
-    "outer odd of 65 positions, gelu": (
-        "outer_dot", "outer", [(64, 65, 400), (64, 65, 784)], {"dtype": torch.float16, "epilogue": "gelu"}
-    ),
-    **{
-        f"outer {epilogue}": ("outer_tiles", "outer", [(64, 400), (64, 784)], {"epilogue": epilogue})
-        for epilogue in EPILOGUES
-    },
     "group": ("outer_group", "outer_group", [(64, 400), (64, 784), (64, 784), (64, 400), (64, 16), (64, 256)], {}),
-    "group of 8": ("outer_group", "outer_group", [(64, 400), (64, 784)] * 8, {"epilogue": "gelu"}),
+    "group of 8": ("outer_group", "outer_group", [(64, 400), (64, 784)] * 8, {}),
     "norm": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 784)], {}),
     "norm short": ("sq_norm_rows", "sq_norm", [(64, 400), (64, 384)], {}),
     "norm odd": ("sq_norm_rows", "sq_norm", [(64, 401), (64, 785)], {}),
@@ -102,6 +88,10 @@ CALLS = {
     "linear short": ("bilinear", "linear", [(64, 784), (64, 20), (100, 784, 20)], {}),
     "linear odd": ("bilinear", "linear", [(64, 785), (64, 401), (100, 785, 401)], {}),
     "linear of many positions": ("bilinear", "linear", [(64, 9, 400), (64, 9, 784), (1, 400, 784)], {}),
+    "sum": ("weighted_sum", "weighted_sum", [(8, 512, 400), (8, 512, 784), (8,)], {}),
+    "sum odd": ("weighted_sum", "weighted_sum", [(8, 513, 401), (8, 513, 785), (8,)], {}),
+    "project": ("project", "project", [(8, 512, 400), (8, 512, 784), (400, 16), (784, 16)], {}),
+    "project odd": ("project", "project", [(8, 513, 401), (8, 513, 785), (401, 64), (785, 50)], {}),
     "gram": ("gram", "gram", [(2048, 400), (2048, 784), (2000, 400), (2000, 784)], {}),
     "gram odd": ("gram", "gram", [(2047, 401), (2047, 785), (2001, 401), (2001, 785)], {}),
     "gram small": ("gram", "gram", [(64, 400), (64, 784), (32, 400), (32, 784)], {}),
@@ -112,23 +102,36 @@ CALLS = {
     "gram of itself": ("gram", "gram", [(2048, 400), (2048, 784)], {}),
 }  # fmt: skip
 QUICK = {
-    (90, "fp32"): ("outer aligned", "outer odd", "outer gelu", "group", "norm", "norm odd of 27 positions", "linear"),
-    (90, "bf16"): ("outer aligned", "outer odd", "norm odd of 97 positions", "linear short", "gram", "gram odd"),
+    (90, "fp32"): ("outer aligned", "outer odd", "group", "norm", "norm odd of 27 positions", "linear"),
+    (90, "bf16"): (
+        "outer aligned",
+        "outer odd",
+        "norm odd of 97 positions",
+        "linear short",
+        "gram",
+        "gram odd",
+        "sum odd",
+        "project",
+        "project odd",
+    ),
     (90, "fp64"): ("outer aligned", "outer odd", "linear"),
     (90, "tf32"): ("norm of 27 positions", "gram of 5 positions"),
     (80, "fp32"): ("outer odd", "norm odd of 4096 positions"),
-    (80, "bf16"): ("outer of few rows", "outer of 64 positions", "linear odd", "gram of itself"),
+    (80, "bf16"): ("sum", "outer of few rows", "outer of 64 positions", "linear odd", "gram of itself"),
     (100, "fp32"): ("outer odd", "norm of 4096 positions"),
-    (100, "bf16"): ("outer aligned", "outer of 64 positions, gelu", "norm odd of 4096 positions", "linear"),
-    (100, "fp16"): ("outer of short rows, gelu", "gram odd of 9 positions"),
+    (100, "bf16"): ("outer aligned", "outer odd of 65 positions", "norm odd of 4096 positions", "linear"),
+    (100, "fp16"): ("outer of short rows", "gram odd of 9 positions"),
 }
+ON_TENSOR_CORES = ("gram", "weighted_sum", "project")  # alone
 # Consumer cards have no more shared memory for a block: sm_86, sm_89 and sm_120.
 SHARED_MEMORY = 99 * 1024
 
 
 def calls(dtype: str) -> list[str]:
     """The calls that launch a kernel in this type."""
-    return [call for call, (kernel, *_) in CALLS.items() if kernel != "gram" or dtype not in ("fp32", "fp64")]
+    return [
+        call for call, (kernel, *_) in CALLS.items() if kernel not in ON_TENSOR_CORES or dtype not in ("fp32", "fp64")
+    ]
 
 
 def compilations():
@@ -143,16 +146,11 @@ def call_operator(call: str, dtype: str) -> None:
     _, operator, shapes, options = CALLS[call]
     operands = [torch.empty(shape, dtype=TYPES[dtype]) for shape in shapes]
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    epilogue, operand = options.get("epilogue"), torch.empty_like(operands[0])
     if operator == "outer_group":
         pairs = zip(operands[::2], operands[1::2], strict=True)
-        backend.outer_group(
-            [(d, a, d.new_empty(*d.shape, a.shape[1]), epilogue, torch.empty_like(d)) for d, a in pairs]
-        )
+        backend.outer_group([(d, a, d.new_empty(*d.shape, a.shape[1])) for d, a in pairs])
     elif operator == "gram" and len(operands) == 2:
         backend.gram(*operands, *operands)
-    elif epilogue is not None:
-        backend.outer(*operands, **options, operand=operand)
     else:
         getattr(backend, operator)(*operands, **options)
 
@@ -214,7 +212,7 @@ def compiled(jit, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("gpu", "dtype", "call"), list(compilations()))
 def test_compiles_without_spills(compiled, gpu, dtype, call):
-    expected, *_, options = CALLS[call]
+    expected, *_ = CALLS[call]
     kernels = compiled(gpu, dtype, call)
     assert [name for name, _, _ in kernels] == [expected]
     [(_, kernel, report)] = kernels
@@ -234,12 +232,11 @@ def test_compiles_without_spills(compiled, gpu, dtype, call):
             assert len(stores) <= vectors + elements
         else:
             assert wide == stores
-    if expected in ("outer_dot", "sq_norm_gram", "sq_norm_gradient", "bilinear", "gram"):
+    if expected in ("outer_dot", "sq_norm_gram", "sq_norm_gradient", "bilinear", *ON_TENSOR_CORES):
         tensor_cores = re.search(r"(mma\.sync|wgmma|tcgen05\.mma)", ptx) is not None
         assert tensor_cores or dtype in ("fp32", "fp64")
-        # An fp32 delta of half-precision tensors is split into parts that TF32 holds.
-        split = "epilogue" in options and dtype in ("bf16", "fp16")
-        assert ("tf32" in ptx) == (dtype == "tf32" or split), "TF32 where it was asked for, and only there"
+        in_parts = expected == "project"  # whose sums over positions are split into parts that TF32 holds
+        assert ("tf32" in ptx) == (dtype == "tf32" or in_parts), "TF32 where it was asked for, and only there"
 
 
 def flat_stores_per_thread(call: str, dtype: str) -> tuple[int, int]:
@@ -255,7 +252,7 @@ def flat_stores_per_thread(call: str, dtype: str) -> tuple[int, int]:
 
 def test_calls_cover_the_tile_tables(jit, monkeypatch):
     """Every configuration of every table is launched by some call above, so that the slow tests compile them all."""
-    from gradext.kernels import bilinear, gram, outer, sq_norm
+    from gradext.kernels import bilinear, gram, outer, sq_norm, sums
 
     launched = set()
 
@@ -289,6 +286,12 @@ def test_calls_cover_the_tile_tables(jit, monkeypatch):
     }
     assert {(r, h * n, k, w) for r, h, n, k, w in configurations("bilinear")} == {
         (*blocks, warps) for blocks, warps, _ in bilinear.TILES.values()
+    }
+    assert {(o, i, r, w) for o, i, r, w in configurations("weighted_sum")} == {
+        (*blocks, warps) for blocks, warps, _ in sums.SUM_TILES.values()
+    }
+    assert {(t, k, w) for t, k, _, _, w in configurations("project")} == {
+        (*blocks, warps) for blocks, warps, _ in sums.PROJECT_TILES.values()
     }
     assert {(b * t, c * s, k, w) for b, t, c, s, k, w in configurations("gram")} == {
         (rows, rows, k, warps) for table in gram.TILES.values() for (rows, k), warps, _ in table

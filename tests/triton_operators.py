@@ -156,8 +156,6 @@ def test_offsets_beyond_32_bits():
     check("sq_norm", delta, activation)
     check("linear", delta, activation, torch.ones(2, 4, 4, dtype=torch.float16, device=DEVICE))
     check_gram(delta, activation, activation, delta)
-    value = triton.outer(activation.clone(), activation, epilogue="residual", operand=delta)
-    check_epilogue("residual", activation, activation, delta, value)
     out = memory.as_strided((3, 2, 2), (stride, 2, 1))
     ops.outer(delta[:, :2].clone(), activation[:, :2].clone(), out=out, backend="triton")
     assert out[2, 1, 1] == 9 * 6
@@ -170,8 +168,6 @@ def test_fp64_without_matrix_products(monkeypatch):
     for T in (None, 3, 20):
         delta, activation, _, weight = factors(3, T, 5, 7, torch.float64)
         check("outer", delta, activation, dtype=torch.float16)
-        value = triton.outer(delta, activation, dtype=torch.float32, epilogue="silu", operand=delta.flip(0))
-        check_epilogue("silu", delta, activation, delta.flip(0), value, dtype=torch.float32)
         check("sq_norm", delta, activation)
         check("linear", delta, activation, weight)
     assert set(launched) == {"outer_flat", "sq_norm_rows"}
@@ -183,29 +179,6 @@ def test_mixed_types():
     *_, gradient, weight = factors(3, None, 6, 20)
     check("dot", delta, activation, gradient)
     check("linear", delta, activation, weight)
-
-
-# --- epilogues -------------------------------------------------------------------------------------------------------
-
-F = torch.nn.functional
-ACTIVATIONS = {
-    "relu": F.relu, "leaky_relu": F.leaky_relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu,
-    "silu": F.silu, "elu": F.elu, "softplus": F.softplus,
-}  # fmt: skip
-RESIDUALS = {
-    "residual": lambda d, z: d - z,
-    "sigmoid_residual": lambda d, z: torch.sigmoid(d) - z,
-    "mse_residual": lambda d, z: 2 * (d - z),
-}
-EPILOGUES = (*RESIDUALS, *ACTIVATIONS)
-
-
-def apply(epilogue, d, z):
-    """The delta by torch's own backward, in the type of d."""
-    if epilogue in RESIDUALS:
-        return RESIDUALS[epilogue](d, z)
-    z = z.clone().requires_grad_()
-    return torch.autograd.grad(ACTIVATIONS[epilogue](z), z, d)[0]
 
 
 def record_launches(monkeypatch) -> list[str]:
@@ -220,66 +193,57 @@ def record_launches(monkeypatch) -> list[str]:
     return launched
 
 
-def check_epilogue(epilogue, delta, activation, operand, value, dtype=None):
-    """``value`` is the outer product of the delta that the epilogue makes: not rounded in between."""
-    wide = reference.widen(delta, activation, operand)
-    plain = reference.outer(apply(epilogue, wide[0], wide[2]), wide[1], dtype=dtype or delta.dtype)
-    exact_delta = apply(epilogue, delta.double(), operand.double())
-    exact, terms = (
-        reference.outer(d, a)
-        for d, a in ((exact_delta, activation.double()), (exact_delta.abs(), activation.double().abs()))
-    )
-    compare(value, plain, exact, terms, wide[0].dtype)
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_epilogues(epilogue, dtype, monkeypatch):
-    """By tiles, in a flat range, in a flat range of short rows, and by matrix products."""
-    launched = record_launches(monkeypatch)
-    for T, O, I in ((None, 33, 256), (None, 9, 21), (None, 9, 1), (20, 18, 35)):
-        delta, activation, *_ = factors(2, T, O, I, dtype)
-        operand = factors(2, T, O, I, dtype, seed=1)[0]
-        out_type = dtype if T is None else torch.float16
-        value = triton.outer(delta, activation, dtype=out_type, epilogue=epilogue, operand=operand)
-        check_epilogue(epilogue, delta, activation, operand, value, dtype=out_type)
-    assert launched == ["outer_tiles", "outer_flat", "outer_flat", "outer_dot"]
-
-
-@pytest.mark.parametrize("T", [None, 3, 12])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_epilogue_of_any_strides_and_types(T, dtype):
-    delta, activation, *_ = factors(3, T, 10, 16, dtype)
-    operand = factors(3, T, 30, 1, dtype, seed=1)[0][..., 2:22:2]
-    for out in (
-        torch.empty(3, 10, 16, device=DEVICE, dtype=dtype),
-        torch.empty(3, 10, 16, device=DEVICE, dtype=torch.float16),
-        torch.empty(3, 16, 10, device=DEVICE).mT,
-        torch.empty(3, 20, 40, device=DEVICE)[:, ::2, 3:19],
-    ):
-        assert triton.outer(delta, activation, out=out, epilogue="silu", operand=operand) is out
-        check_epilogue("silu", delta, activation, operand, out, dtype=out.dtype)
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("epilogue", ACTIVATIONS)
-def test_epilogue_of_what_is_not_finite(epilogue, dtype):
-    """As torch's own backward; but ELU's of a NaN, which torch passes on or not by its place in the tensor."""
-    nan, inf = float("nan"), float("inf")
-    z = torch.tensor([0.0, 200.0, -200.0, inf, -inf, 1.0, -1.0, 1.0, -1.0, 3.0, *([] if epilogue == "elu" else [nan])])
-    d = torch.tensor([2.0, 2.0, 2.0, 2.0, 2.0, nan, nan, inf, -inf, 2.0, 2.0])[: len(z)]
-    expected = apply(epilogue, d.double(), z.double())
-    d, z = (x.to(DEVICE, dtype).unsqueeze(0) for x in (d, z))
-    value = triton.outer(d, torch.ones(1, 1, device=DEVICE, dtype=dtype), epilogue=epilogue, operand=z)
-    torch.testing.assert_close(value.flatten().double().cpu(), expected, equal_nan=True, rtol=0.01, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_short_rows(dtype):
     """Rows of fewer than 16 bytes, more samples than programs; and rows longer than 2¹⁵."""
     for B, O, I in ((300, 5, 3), (41, 1, 1), (50, 40, 2), (2, 1, 50_001)):
         check("outer", *factors(B, None, O, I, dtype)[:2])
     check("outer", *factors(30, 3, 7, 3, dtype)[:2])
+
+
+# --- sums over the batch and projections -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 40, 130, 140), (0, 3, 4, 5), (3, 0, 4, 5), (2, 3, 4, 0)], ids=str)
+def test_sums_and_projections(shape, dtype, tf32, monkeypatch):
+    """In splits of the positions and without, of rounded weights at most: against fp64 and plain torch."""
+    B, _, O, I = shape
+    delta, activation, *_ = factors(*shape, dtype)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(B, generator=generator).to(DEVICE)
+    left, right = (torch.randn(n, k, generator=generator).to(DEVICE, dtype) for n, k in ((O, 5), (I, 17)))
+    for multiprocessors in (1, 132):
+        monkeypatch.setattr(triton, "_multiprocessors", lambda device, count=multiprocessors: count)
+        check_wide("weighted_sum", delta, activation, None)
+        check_wide("weighted_sum", delta, activation, weights)
+        check_wide("project", delta, activation, left, right)
+
+
+def check_wide(name, delta, activation, *others):
+    """As exact as torch in the factors' own type, up to the rounding of a weighted delta to it."""
+    value = getattr(ops, name)(delta, activation, *others, backend="triton")
+    plain = getattr(reference, name)
+    exact = plain(*(x if x is None else x.double() for x in (delta, activation, *others)))
+    terms = plain(*(x if x is None else x.double().abs() for x in (delta, activation, *others)))
+    assert value.dtype == reference.accumulation_type(delta.dtype)
+    assert value.shape == exact.shape
+    if value.numel() == 0:
+        return
+    rounding = torch.finfo(delta.dtype).eps if name == "weighted_sum" and others[0] is not None else 0
+    rounding += 2**-10 if triton._precision(delta.dtype) == "tf32" and not INTERPRETED else 0
+    allowed = (rounding + 8 * torch.finfo(torch.float32).eps) * terms.max()
+    assert (value.double() - exact).abs().max() <= allowed
+
+
+def test_sums_and_projections_of_any_strides(tf32):
+    delta = factors(4, 6, 20, 1, torch.bfloat16)[0][:, ::2, 1:-1:2]
+    activation = factors(4, 3, 1, 21, torch.bfloat16)[1].mT.contiguous().mT
+    weights = torch.rand(8, device=DEVICE)[::2]
+    left, right = factors(1, None, 1, 1, torch.bfloat16)[0].expand(9, 3), factors(3, None, 1, 21, torch.bfloat16)[1].mT
+    for d, a in ((delta, activation), (delta, activation[:1].expand(4, 3, 21))):
+        check_wide("weighted_sum", d, a, weights)
+        check_wide("project", d, a, left, right)
 
 
 # --- several problems ------------------------------------------------------------------------------------------------
@@ -289,31 +253,27 @@ def test_group(monkeypatch):
     """Problems that go by tiles share a launch, whatever their types; the others run beside them."""
     launched = record_launches(monkeypatch)
     problems = []
-    for B, T, O, I, dtype, epilogue in (
-        (2, None, 33, 256, torch.float32, None),
-        (3, None, 12, 128, torch.float32, "gelu"),
-        (2, None, 9, 21, torch.float32, "relu"),  # odd
-        (2, None, 32, 240, torch.bfloat16, "residual"),
-        (0, None, 32, 256, torch.float32, None),
-        (2, 3, 32, 64, torch.float64, None),
-        (2, 20, 32, 64, torch.float16, None),  # many positions
+    for B, T, O, I, dtype in (
+        (2, None, 33, 256, torch.float32),
+        (3, None, 12, 128, torch.float32),
+        (2, None, 9, 21, torch.float32),  # odd
+        (2, None, 32, 240, torch.bfloat16),
+        (0, None, 32, 256, torch.float32),
+        (2, 3, 32, 64, torch.float64),
+        (2, 20, 32, 64, torch.float16),  # many positions
     ):
         delta, activation, *_ = factors(B, T, O, I, dtype)
-        operand = None if epilogue is None else factors(B, T, O, I, dtype, seed=1)[0]
-        problems.append((delta, activation, delta.new_empty(B, O, I), epilogue, operand))
+        problems.append((delta, activation, delta.new_empty(B, O, I)))
     assert triton.outer_group(problems) is None
     assert sorted(launched) == ["outer_dot", "outer_flat", "outer_group"]
-    for delta, activation, out, epilogue, operand in problems:
-        if epilogue is None:
-            expected = reference.outer(delta.double(), activation.double()).to(out.dtype)
-            torch.testing.assert_close(out, expected)
-        else:
-            check_epilogue(epilogue, delta, activation, operand, out)
+    for delta, activation, out in problems:
+        expected = reference.outer(delta.double(), activation.double()).to(out.dtype)
+        torch.testing.assert_close(out, expected)
 
     launched.clear()
     delta, activation, *_ = factors(1, None, 16, 128)
     outs = torch.empty(9, 1, 16, 128, device=DEVICE)
-    triton.outer_group([(delta, n * activation, out, None, None) for n, out in enumerate(outs)])
+    triton.outer_group([(delta, n * activation, out) for n, out in enumerate(outs)])
     assert launched == ["outer_group", "outer_tiles"]  # 8 and 1
     torch.testing.assert_close(outs, torch.stack([n * reference.outer(delta, activation) for n in range(9)]))
     triton.outer_group([])

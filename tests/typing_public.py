@@ -12,24 +12,36 @@ from gradext.novelty import VAE, Calibration, NoveltyDetector, benjamini_hochber
 
 
 def gradients(model: nn.Module, x: Tensor) -> None:
-    assert_type(gradext.batch_layer_grads(model, x, loss="mse", layers=["0", model]), dict[str, Tensor])
-    assert_type(gradext.batch_layer_grads(model, {"x": x}, dtype=torch.float16, out=None), dict[str, Tensor])
+    grads = gradext.batch_layer_grads(model, x, loss="mse", layers=["0", model, nn.Linear], exclude="*.bias")
+    assert_type(grads, gradext.LayerGrads)
+    assert_type(grads["0.weight"], Tensor)
+    assert_type(gradext.batch_layer_grads(model, {"x": x}, dtype=torch.float16, out=None), gradext.LayerGrads)
+    gradext.batch_layer_grads(model, [x, {"mask": x}], layers=lambda name, p: p.ndim > 1, mixing="allow", segments=x)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return (output - target).square().flatten(1).sum(1)
 
-    factors = gradext.batch_layer_factors(model, (x, x), loss=loss, layers="first", target=x)
+    factors = gradext.batch_layer_factors(model, (x, x), loss=loss, layers="trainable", target=x)
     assert_type(factors, gradext.LayerFactors)
-    assert_type(factors["0"], gradext.GradFactors)
-    assert_type(factors["0"].norm(), Tensor)
-    assert_type(factors["0"][:4].to(torch.float64).materialize(), Tensor)
-    assert_type(factors["0"].kron_fisher(), tuple[Tensor, Tensor])
-    assert_type(factors.clipped_sum(max_norm=1.0), dict[str, Tensor])
+    assert_type(factors["0.weight"], gradext.GradFactors)
+    assert_type(factors["0.weight"].norm(), Tensor)
+    assert_type(factors["0.weight"][:4].to(torch.float64).materialize(), Tensor)
+    assert_type(factors["0.weight"].kron_fisher(), tuple[Tensor, Tensor])
+    assert_type(factors.clipped_sum(max_norm=1.0), gradext.LayerGrads)
     assert_type(gradext.LayerFactors.cat([factors, factors]).gram(), Tensor)
 
 
+def watched(model: nn.Module, x: Tensor) -> None:
+    with gradext.watch(model, layers=model, train=True) as watch:
+        losses = model(x).square().sum(1)
+    losses.mean().backward()
+    assert_type(watch.factors(), gradext.LayerFactors)
+    assert_type(watch.grads(losses), gradext.LayerGrads)
+    assert_type(watch.coverage.left_out, dict[str, str])
+
+
 def data_sets(model: nn.Module, x: Tensor, batches: list[Tensor]) -> None:
-    assert_type(gradext.iter_layer_grads(model, batches, memory_budget=1 << 28), Iterator[dict[str, Tensor]])
+    assert_type(gradext.iter_layer_grads(model, batches, memory_budget=1 << 28), Iterator[gradext.LayerGrads])
     norms = gradext.iter_layer_grads(model, batches, reduce=lambda factors: factors.norm())
     assert_type(norms, Iterator[Tensor])
     statistics = gradext.GradStatistics(kron_fisher=True).partial_fit(gradext.batch_layer_factors(model, x))

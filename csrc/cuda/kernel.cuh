@@ -37,6 +37,35 @@ __device__ __forceinline__ __nv_bfloat16 convert<__nv_bfloat16, float>(float x) 
   return __float2bfloat16_rn(x);
 }
 
+// Division of n < 2^31 by a divisor known on the host, in three instructions: 2^(31 + s) / divisor, rounded up, exceeds
+// the quotient by less than 2^s / divisor, so that n times it is off by less than n / 2^31 < 1 of what would count.
+struct Divisor {
+  std::uint32_t divisor = 1, factor = 0x80000000u;
+  int shift = 31;
+
+  Divisor() = default;
+  explicit Divisor(std::int64_t by) : divisor(static_cast<std::uint32_t>(by)) {
+    int s = 0;
+    while ((std::int64_t{1} << s) < by) ++s;
+    shift = 31 + s;
+    factor = static_cast<std::uint32_t>((std::uint64_t{1} << shift) / divisor + (s > 0));
+  }
+
+  // n / divisor, and what is left in n.
+  __device__ __forceinline__ std::uint32_t operator()(std::uint32_t& n) const {
+    const auto quotient = static_cast<std::uint32_t>((static_cast<std::uint64_t>(n) * factor) >> shift);
+    n -= quotient * divisor;
+    return quotient;
+  }
+};
+
+#if defined(__CUDACC__)
+template <class T>
+__device__ __forceinline__ void store_cached(T* to, T value) {
+  *to = value;
+}
+#endif  // else the emulator's, which counts
+
 // A 64-bit division takes some hundred instructions, a 32-bit one twenty; nearly all sizes fit.
 __device__ __forceinline__ std::int64_t divide(std::int64_t a, std::int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);

@@ -57,6 +57,21 @@ cudaError_t launch(void (*kernel)(Parameters...), std::int64_t blocks, dim3 bloc
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// How many multiprocessors a GPU has, and the bytes of its L2 cache.
+struct Size {
+  int multiprocessors, l2_bytes;
+};
+
+template <class Params>
+Size size_of(int device, const char* operation, const Params& p) {
+  Size size{};
+  check(cudaDeviceGetAttribute(&size.multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute",
+        operation, p, device);
+  check(cudaDeviceGetAttribute(&size.l2_bytes, cudaDevAttrL2CacheSize, device), "cudaDeviceGetAttribute", operation, p,
+        device);
+  return size;
+}
+
 inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 template <class T>

@@ -1,6 +1,5 @@
 // The CUDA outer product: kernels, and the launch that chooses among them.
 #include "../outer.h"
-#include "epilogue.cuh"
 #include "launch.cuh"
 #include "tile.cuh"
 
@@ -9,8 +8,7 @@ namespace {
 
 constexpr const char* kOperation = "outer_cuda";
 
-// 16 bytes of the output, the widest store there is; written past the cache, as nothing here reads them
-// again.
+// 16 bytes of the output, the widest store there is.
 template <class Out>
 union Chunk {
   static constexpr int kSize = 16 / sizeof(Out);
@@ -19,21 +17,99 @@ union Chunk {
   uint4 all;
 };
 
+// Past the cache, or into it where a result is small enough for its reader to find it there.
+template <bool kStream, class T>
+__device__ __forceinline__ void store(T* to, T value) {
+  if constexpr (kStream)
+    __stcs(to, value);
+  else
+    store_cached(to, value);
+}
+
 template <class Out>
 __device__ __forceinline__ void store_one(Out* to, Out value) {
   __stcs(to, value);
 }
 
-// T = 1. The output falls into runs: stretches of memory without gaps, a sample's [O, I] or, where rows are
-// padded, one row. In a run the 16-byte chunks repeat their position relative to the rows every `period`
-// rows, the least number of rows that fills whole chunks. So a thread takes one position within the period,
-// loads its activations once, and steps from period to period: per store it loads one delta (two where the
-// chunk lies across rows), and it divides only before the loop.
+// T = 1, activations side by side, and rows of whole, aligned 16-byte chunks. A thread takes one chunk of a row, loads
+// its activations once, and steps down the rows of its sample: a delta, a multiplication and a store each.
+struct Rows {
+  const void *delta, *activation;
+  void* out;
+  std::int64_t delta_b, delta_o, activation_b, out_b, out_o;
+  std::int64_t next_delta[5], next_out[5];  // 0 to 4 times y rows further, in bytes
+  std::uint32_t chunks, rows, samples;
+  std::uint32_t x, y, z;  // threads of a block: chunks, rows, samples
+  std::uint32_t steps;    // rows of one thread
+  Divisor column_tiles, row_tiles;
+  std::uint32_t tiles;
+};
+
+template <class T>
+__device__ __forceinline__ T* moved(T* pointer, std::int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
+}
+
+template <class In, class Out, bool kStream>
+__device__ __forceinline__ void write_rows(const Rows& p, std::uint32_t tile, std::uint32_t x, std::uint32_t y,
+                                           std::uint32_t z) {
+  constexpr int kSize = Chunk<Out>::kSize;
+  using Real = Sum<In>;
+  std::uint32_t column_tile = tile;
+  std::uint32_t row_tile = p.column_tiles(column_tile);
+  const std::uint32_t chunk = column_tile * p.x + x, b = p.row_tiles(row_tile) * p.z + z;
+  std::uint32_t row = row_tile * (p.steps * p.y) + y;
+  if (chunk >= p.chunks || b >= p.samples || row >= p.rows) return;
+  const std::uint32_t end = min(p.rows, row + p.steps * p.y);
+
+  Real a[kSize];
+  const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b + std::int64_t{chunk} * kSize;
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) a[k] = convert<Real>(activation[k]);
+  const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b + row * p.delta_o;
+  auto* to = reinterpret_cast<uint4*>(static_cast<Out*>(p.out) + b * p.out_b + row * p.out_o) + chunk;
+
+  const auto write = [&](Real d, uint4* at) {
+    Chunk<Out> c;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(d * a[k]);
+    store<kStream>(at, c.all);
+  };
+  constexpr int kAtOnce = 4;  // deltas on their way
+  for (; row + (kAtOnce - 1) * p.y < end; row += kAtOnce * p.y) {
+    In d[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) d[k] = *(k == 0 ? delta : moved(delta, p.next_delta[k]));
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) write(convert<Real>(d[k]), k == 0 ? to : moved(to, p.next_out[k]));
+    delta = moved(delta, p.next_delta[kAtOnce]);
+    to = moved(to, p.next_out[kAtOnce]);
+  }
+  for (; row < end; row += p.y) {
+    write(convert<Real>(*delta), to);
+    delta = moved(delta, p.next_delta[1]);
+    to = moved(to, p.next_out[1]);
+  }
+}
+
+// One problem.
+template <class In, class Out, bool kStream>
+__global__ void __launch_bounds__(kThreads, 4) outer_rows(const __grid_constant__ Rows p) {
+  for (std::uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
+    write_rows<In, Out, kStream>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
+}
+
+// T = 1 and any rows. The output falls into runs: stretches of memory without gaps, a sample's [O, I] or, where rows
+// are padded, one row. In a run the 16-byte chunks repeat their position relative to the rows every `period` rows, the
+// least number of rows that fills whole chunks. So a thread takes one position within the period, loads its activations
+// once, and steps from period to period: per store it loads one delta (two where the chunk lies across rows), and it
+// divides only before the loop.
 struct Runs {
-  const void *delta, *activation, *operand;
+  const void *delta, *activation;
   void* out;
   std::int64_t I;
-  std::int64_t delta_b, delta_o, activation_b, activation_i, operand_b, operand_o, out_b, out_o;
+  std::int64_t delta_b, delta_o, activation_b, activation_i, out_b, out_o;
   std::int64_t runs, rows;  // runs in all; rows in each
   std::int64_t runs_per_sample;
   std::int64_t period;         // rows
@@ -43,11 +119,10 @@ struct Runs {
   std::int64_t row_tiles;      // blocks below one another in a run
   std::int64_t tiles;          // column_tiles * row_tiles * runs / z, rounded up
   unsigned x, y, z;            // threads of a block: chunks within the period, periods, runs
-  Epilogue epilogue;
 };
 
 // What the thread (x, y, z) writes of a tile: one block's share.
-template <class In, class Out, bool kFused>
+template <class In, class Out>
 __device__ __forceinline__ void write_runs(const Runs& p, std::int64_t tile, unsigned x, unsigned y, unsigned z) {
   constexpr int kSize = Chunk<Out>::kSize;
   using Real = Sum<In>;
@@ -64,8 +139,6 @@ __device__ __forceinline__ void write_runs(const Runs& p, std::int64_t tile, uns
   const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b + first_row * p.delta_o;
   const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b;
   Out* out = static_cast<Out*>(p.out) + b * p.out_b + first_row * p.out_o;
-  const In* operand = nullptr;
-  if constexpr (kFused) operand = static_cast<const In*>(p.operand) + b * p.operand_b + first_row * p.operand_o;
 
   // Elements in front of the first 16-byte boundary, and the whole chunks behind it.
   const int misplaced = static_cast<int>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(Out));
@@ -78,8 +151,7 @@ __device__ __forceinline__ void write_runs(const Runs& p, std::int64_t tile, uns
     for (std::int64_t k = y * p.x + x; k < ends; k += p.x * p.y) {
       const std::int64_t e = k < head ? k : tail + k - head;
       const std::int64_t o = divide(e, p.I);
-      Real d = convert<Real>(delta[o * p.delta_o]);
-      if constexpr (kFused) d = apply(p.epilogue, d, convert<Real>(operand[o * p.operand_o]));
+      const Real d = convert<Real>(delta[o * p.delta_o]);
       store_one(out + e, convert<Out>(d * convert<Real>(activation[(e - o * p.I) * p.activation_i])));
     }
   }
@@ -103,27 +175,14 @@ __device__ __forceinline__ void write_runs(const Runs& p, std::int64_t tile, uns
   }
 
   const In* d = delta + (period * p.period + o) * p.delta_o;
-  const In* z0 = nullptr;
-  if constexpr (kFused) z0 = operand + (period * p.period + o) * p.operand_o;
   Out* to = out + head + chunk * kSize;
   const std::int64_t next_delta = p.period * p.y * p.delta_o;
-  const std::int64_t next_operand = p.period * p.y * p.operand_o;
   const std::int64_t next_chunk = p.period_chunks * p.y;
-#pragma unroll(kFused ? 1 : 4)
+#pragma unroll 4
   for (std::int64_t step = 0; step < p.steps; ++step) {
     if (chunk >= chunks) break;
     Chunk<Out> c;
-    if constexpr (kFused) {
-      // Once for each row, not for each element: an epilogue costs more than the rest.
-#pragma unroll 1
-      for (int r = 0; r <= below[kSize - 1]; ++r) {
-        const Real d0 = apply(p.epilogue, convert<Real>(d[r * p.delta_o]), convert<Real>(z0[r * p.operand_o]));
-#pragma unroll
-        for (int k = 0; k < kSize; ++k)
-          if (below[k] == r) c.element[k] = convert<Out>(d0 * a[k]);
-      }
-      z0 += next_operand;
-    } else if (below[kSize - 1] == 0) {
+    if (below[kSize - 1] == 0) {
       const Real d0 = convert<Real>(*d);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(d0 * a[k]);
@@ -138,65 +197,53 @@ __device__ __forceinline__ void write_runs(const Runs& p, std::int64_t tile, uns
   }
 }
 
-// One problem without an epilogue.
+// One problem.
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, 3) outer_runs(const __grid_constant__ Runs p) {
   for (std::int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
-    write_runs<In, Out, false>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
+    write_runs<In, Out>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
 }
 
-// Several problems, or one with an epilogue. All cross as one argument, which may take 4 KB before CUDA 12.1.
+// Several problems. All cross as one argument, which may take 4 KB before CUDA 12.1.
 constexpr int kGroup = 16;
+struct Problem {
+  bool by_rows;
+  union {
+    Rows rows;
+    Runs runs;
+  };
+  Problem() : by_rows(false), runs{} {}
+  __host__ __device__ std::int64_t tiles() const { return by_rows ? rows.tiles : runs.tiles; }
+};
 struct Group {
-  Runs problem[kGroup];
-  int problems;
+  Problem problem[kGroup];
+  int problems = 0;
 };
 static_assert(sizeof(Group) <= 4096);
 
-template <class In, class Out>
+template <class In, class Out, bool kStream>
 __global__ void __launch_bounds__(kThreads, 3) outer_group(const __grid_constant__ Group group) {
   std::int64_t before = 0;  // tiles of the problems before this one
   int problem = 0;
   for (std::int64_t tile = blockIdx.x;; tile += gridDim.x) {
-    while (problem < group.problems && tile - before >= group.problem[problem].tiles)
-      before += group.problem[problem++].tiles;
+    while (problem < group.problems && tile - before >= group.problem[problem].tiles())
+      before += group.problem[problem++].tiles();
     if (problem == group.problems) return;
-    const Runs& p = group.problem[problem];
-    const unsigned x = threadIdx.x % p.x, row = threadIdx.x / p.x, y = row % p.y, z = row / p.y;
-    if (z >= p.z) continue;
-    if (p.epilogue == Epilogue::none)
-      write_runs<In, Out, false>(p, tile - before, x, y, z);
+    const Problem& p = group.problem[problem];
+    const unsigned px = p.by_rows ? p.rows.x : p.runs.x, py = p.by_rows ? p.rows.y : p.runs.y;
+    const unsigned x = threadIdx.x % px, row = threadIdx.x / px, y = row % py, z = row / py;
+    if (z >= (p.by_rows ? p.rows.z : p.runs.z)) continue;
+    if (p.by_rows)
+      write_rows<In, Out, kStream>(p.rows, static_cast<std::uint32_t>(tile - before), x, y, z);
     else
-      write_runs<In, Out, true>(p, tile - before, x, y, z);
+      write_runs<In, Out>(p.runs, tile - before, x, y, z);
   }
 }
 
 // T > 1 (and T = 0). A block makes a 64 x 64 tile of one sample's output. Only the output is written.
 constexpr int kPatch = 4, kTile = kSide * kPatch;
 
-// delta under its epilogue, [T, O].
-template <class In>
-struct Fused {
-  static constexpr int kUnroll = 1;  // the epilogues are long
-
-  struct Cursor {
-    typename Strided<In>::Cursor delta, operand;
-    Epilogue epilogue;
-
-    __device__ Sum<In> read() const { return apply(epilogue, delta.read(), operand.read()); }
-    __device__ void advance() { delta.advance(), operand.advance(); }
-  };
-
-  Strided<In> delta, operand;
-  Epilogue epilogue;
-
-  __device__ bool by_columns() const { return delta.by_columns(); }
-  __device__ Cursor cursor(std::int64_t t, std::int64_t o, int step_t, int step_o) const {
-    return {delta.cursor(t, o, step_t, step_o), operand.cursor(t, o, step_t, step_o), epilogue};
-  }
-};
-
-template <class In, class Out, bool kFused>
+template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
     outer_sum(const __grid_constant__ OuterParams p, std::int64_t tiles_o, std::int64_t tiles_i) {
   using Real = Sum<In>;
@@ -211,12 +258,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
     const Strided<In> activation{static_cast<const In*>(p.activation) + b * p.activation_b, p.activation_t,
                                  p.activation_i};
     Real sum[kPatch][kPatch];
-    if constexpr (kFused) {
-      const Strided<In> operand{static_cast<const In*>(p.operand) + b * p.operand_b, p.operand_t, p.operand_o};
-      multiply_long_tile(Fused<In>{delta, operand, p.epilogue}, o0, p.O, activation, i0, p.I, p.T, slices, sum);
-    } else {
-      multiply_long_tile(delta, o0, p.O, activation, i0, p.I, p.T, slices, sum);
-    }
+    multiply_long_tile(delta, o0, p.O, activation, i0, p.I, p.T, slices, sum);
 
     const std::int64_t i = i0 + thread % kSide * kPatch;
 #pragma unroll
@@ -252,14 +294,56 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
 
 std::int64_t common_divisor(std::int64_t a, std::int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-Runs plan_runs(const OuterParams& p, std::int64_t element_size) {
+// A thread's steps spread its preparation over several stores. As many blocks as stay resident, some twice over, leave
+// each the most steps and the GPU no idle part.
+#ifndef GRADEXT_BLOCKS  // to try others
+#define GRADEXT_BLOCKS 12
+#endif
+constexpr std::int64_t kBlocksOfMultiprocessor = GRADEXT_BLOCKS;
+
+std::int64_t steps_of(std::int64_t blocks_of_one_step, std::int64_t rows_of_blocks, int multiprocessors) {
+  return std::clamp<std::int64_t>(divide_up(blocks_of_one_step, kBlocksOfMultiprocessor * multiprocessors), 1,
+                                  std::max<std::int64_t>(rows_of_blocks, 1));
+}
+
+// Whether `Rows` can describe it: whole, aligned chunks, and indices that fit.
+bool by_rows(const OuterParams& p, std::int64_t element_size) {
+  const std::int64_t kSize = 16 / element_size;
+  return p.activation_i == 1 && p.I % kSize == 0 && reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0 &&
+         (p.O == 1 || p.out_o % kSize == 0) && (p.B == 1 || p.out_b % kSize == 0) && p.I / kSize < (1 << 30) &&
+         p.O < (1 << 30) && p.B < (1 << 30) && p.B * p.O < kMaxBlocks * 16 / (1 + p.I / kSize / kThreads);
+}
+
+Rows plan_rows(const OuterParams& p, std::int64_t element_size, std::int64_t in_size, int multiprocessors) {
+  const std::int64_t chunks = p.I * element_size / 16;
+  Rows r{};
+  r.delta = p.delta, r.activation = p.activation, r.out = p.out;
+  r.delta_b = p.delta_b, r.delta_o = p.delta_o, r.activation_b = p.activation_b;
+  r.out_b = p.out_b, r.out_o = p.out_o;
+  r.chunks = static_cast<std::uint32_t>(chunks), r.rows = static_cast<std::uint32_t>(p.O);
+  r.samples = static_cast<std::uint32_t>(p.B);
+  // x takes a row in blocks as even as can be, y what x leaves of the threads, z what the sample leaves.
+  const std::int64_t column_tiles = divide_up(chunks, kThreads);
+  r.x = static_cast<std::uint32_t>(divide_up(chunks, column_tiles));
+  r.y = static_cast<std::uint32_t>(std::min<std::int64_t>(p.O, kThreads / r.x));
+  r.z = static_cast<std::uint32_t>(std::min<std::int64_t>(p.B, std::min(kThreads / (r.x * r.y), 64u)));
+  const std::int64_t rows_of_blocks = divide_up(p.O, r.y), others = column_tiles * divide_up(p.B, r.z);
+  r.steps = static_cast<std::uint32_t>(steps_of(rows_of_blocks * others, rows_of_blocks, multiprocessors));
+  const std::int64_t row_tiles = divide_up(rows_of_blocks, r.steps);
+  r.column_tiles = Divisor(column_tiles), r.row_tiles = Divisor(row_tiles);
+  r.tiles = static_cast<std::uint32_t>(row_tiles * others);
+  for (int k = 0; k < 5; ++k)
+    r.next_delta[k] = k * r.y * p.delta_o * in_size, r.next_out[k] = k * r.y * p.out_o * element_size;
+  return r;
+}
+
+Runs plan_runs(const OuterParams& p, std::int64_t element_size, int multiprocessors) {
   const std::int64_t kSize = 16 / element_size;
   const bool joined = p.O == 1 || p.out_o == p.I;
   Runs r{};
-  r.delta = p.delta, r.activation = p.activation, r.operand = p.operand, r.out = p.out, r.I = p.I;
+  r.delta = p.delta, r.activation = p.activation, r.out = p.out, r.I = p.I;
   r.delta_b = p.delta_b, r.delta_o = p.delta_o, r.activation_b = p.activation_b, r.activation_i = p.activation_i;
-  r.operand_b = p.operand_b, r.operand_o = p.operand_o, r.out_b = p.out_b, r.out_o = p.out_o;
-  r.epilogue = p.epilogue;
+  r.out_b = p.out_b, r.out_o = p.out_o;
   r.runs_per_sample = joined ? 1 : p.O;
   r.rows = joined ? p.O : 1;
   r.runs = p.B * r.runs_per_sample;
@@ -273,12 +357,9 @@ Runs plan_runs(const OuterParams& p, std::int64_t element_size) {
   r.y = static_cast<unsigned>(std::min<std::int64_t>(periods, kThreads / r.x));
   r.z = static_cast<unsigned>(std::min<std::int64_t>(r.runs, std::min(kThreads / (r.x * r.y), 64u)));
 
-  // More steps a thread spread its preparation over more stores, as long as every multiprocessor keeps
-  // several blocks.
-  constexpr std::int64_t kEnoughBlocks = 8192, kMaxSteps = 16;
   const std::int64_t rows_of_blocks = divide_up(periods, r.y);
   const std::int64_t others = r.column_tiles * divide_up(r.runs, r.z);
-  r.steps = std::clamp<std::int64_t>(rows_of_blocks * others / kEnoughBlocks, 1, std::min(kMaxSteps, rows_of_blocks));
+  r.steps = steps_of(rows_of_blocks * others, rows_of_blocks, multiprocessors);
   r.row_tiles = divide_up(rows_of_blocks, r.steps);
   r.tiles = others * r.row_tiles;
   return r;
@@ -286,31 +367,44 @@ Runs plan_runs(const OuterParams& p, std::int64_t element_size) {
 
 template <class In, class Out>
 void launch_outer(const std::vector<OuterParams>& problems, int device, cudaStream_t stream) {
+  const Size size = size_of(device, kOperation, problems[0]);
   Group group{};
-  std::int64_t tiles = 0;
+  std::int64_t tiles = 0, bytes = 0;
   const auto launch_group = [&](const OuterParams& last) {
     if (group.problems == 0) return;
-    const Runs& first = group.problem[0];
-    const cudaError_t error = group.problems == 1 && first.epilogue == Epilogue::none
-                                  ? launch(outer_runs<In, Out>, tiles, dim3(first.x, first.y, first.z), stream, first)
-                                  : launch(outer_group<In, Out>, tiles, dim3(kThreads), stream, group);
+    const bool streams = bytes > size.l2_bytes / 2;
+    const Problem& first = group.problem[0];
+    cudaError_t error;
+    if (group.problems > 1)
+      error = launch(streams ? outer_group<In, Out, true> : outer_group<In, Out, false>, tiles, dim3(kThreads), stream,
+                     group);
+    else if (first.by_rows)
+      error = launch(streams ? outer_rows<In, Out, true> : outer_rows<In, Out, false>, tiles,
+                     dim3(first.rows.x, first.rows.y, first.rows.z), stream, first.rows);
+    else
+      error = launch(outer_runs<In, Out>, tiles, dim3(first.runs.x, first.runs.y, first.runs.z), stream, first.runs);
     check(error, "kernel launch", kOperation, last, device);
     group.problems = 0;
-    tiles = 0;
+    tiles = bytes = 0;
   };
   for (const OuterParams& params : problems) {
     const OuterParams p = with_long_rows(params);
     if (p.B == 0 || p.O == 0 || p.I == 0) continue;
     if (p.T == 1) {
-      const Runs& runs = group.problem[group.problems++] = plan_runs(p, sizeof(Out));
-      tiles += runs.tiles;
+      Problem& problem = group.problem[group.problems++];
+      problem.by_rows = by_rows(p, sizeof(Out));
+      if (problem.by_rows)
+        problem.rows = plan_rows(p, sizeof(Out), sizeof(In), size.multiprocessors);
+      else
+        problem.runs = plan_runs(p, sizeof(Out), size.multiprocessors);
+      tiles += problem.tiles();
+      bytes += p.B * p.O * p.I * static_cast<std::int64_t>(sizeof(Out));
       if (group.problems == kGroup) launch_group(p);
       continue;
     }
     const std::int64_t tiles_o = divide_up(p.O, kTile), tiles_i = divide_up(p.I, kTile);
-    const auto kernel = p.epilogue == Epilogue::none ? outer_sum<In, Out, false> : outer_sum<In, Out, true>;
-    check(launch(kernel, p.B * tiles_o * tiles_i, dim3(kThreads), stream, p, tiles_o, tiles_i), "kernel launch",
-          kOperation, p, device);
+    check(launch(outer_sum<In, Out>, p.B * tiles_o * tiles_i, dim3(kThreads), stream, p, tiles_o, tiles_i),
+          "kernel launch", kOperation, p, device);
   }
   launch_group(problems.back());
 }

@@ -27,52 +27,58 @@ struct Slices {
 // A factor of the product, [K, N]: numbers in memory.
 template <class In>
 struct Strided {
-  static constexpr int kUnroll = 4;  // numbers that a thread has on their way
-
-  struct Cursor {
-    const In* at;
-    std::int64_t step;
-
-    __device__ Sum<In> read() const { return convert<Sum<In>>(*at); }
-    __device__ void advance() { at += step; }
-  };
-
   const In* data;
   std::int64_t stride_k, stride_n;
 
   // Whether its numbers follow each other down a column and not along a row.
   __device__ bool by_columns() const { return stride_k == 1 && stride_n != 1; }
-  __device__ Cursor cursor(std::int64_t k, std::int64_t n, int step_k, int step_n) const {
-    return {data + k * stride_k + n * stride_n, step_k * stride_k + step_n * stride_n};
+};
+
+// Where a thread's numbers lie in a slice of kSlice rows and a tile's columns: neighbours read neighbouring numbers.
+template <int kPatch>
+struct Place {
+  int k, n, step_k, step_n;
+
+  __device__ __forceinline__ explicit Place(bool by_columns) {
+    constexpr int kTile = kSide * kPatch;
+    const int thread = static_cast<int>(threadIdx.x);
+    k = by_columns ? thread % kSlice : thread / kTile, n = by_columns ? thread / kSlice : thread % kTile;
+    step_k = by_columns ? 0 : kThreads / kTile, step_n = by_columns ? kThreads / kSlice : 0;
   }
 };
 
-// x[k0 + k, n0 + n] for k < rows and the n of a tile, zero from n = columns on; neighbouring threads read neighbouring
-// numbers.
-template <int kPatch, class X, class Patch>
-__device__ __forceinline__ void load_slice(const X& x, Patch (&to)[kSlice][kSide + 1], std::int64_t k0, int rows,
-                                           std::int64_t n0, int columns) {
-  constexpr int kTile = kSide * kPatch;
-  const int thread = static_cast<int>(threadIdx.x);
-  const bool by_columns = x.by_columns();
-  int k = by_columns ? thread % kSlice : thread / kTile, n = by_columns ? thread / kSlice : thread % kTile;
-  const int step_k = by_columns ? 0 : kThreads / kTile, step_n = by_columns ? kThreads / kSlice : 0;
-  auto cursor = x.cursor(k0 + k, n0 + n, step_k, step_n);
-#pragma unroll X::kUnroll
+// A thread's numbers of a slice, x[k0 + k, n0 + n], in registers: all of them are on their way before the first is
+// stored. Zero from k = rows and from n = columns on.
+template <class In, int kPatch>
+__device__ __forceinline__ void load_slice(const Strided<In>& x, std::int64_t k0, int rows, std::int64_t n0,
+                                           int columns, In (&staged)[kPatch]) {
+  const Place<kPatch> place(x.by_columns());
+  const In* at = x.data + (k0 + place.k) * x.stride_k + (n0 + place.n) * x.stride_n;
+  const std::int64_t step = place.step_k * x.stride_k + place.step_n * x.stride_n;
+#pragma unroll
+  for (int pass = 0; pass < kPatch; ++pass, at += step) {
+    staged[pass] = In(0.0f);
+    if (place.k + pass * place.step_k < rows && place.n + pass * place.step_n < columns) staged[pass] = *at;
+  }
+}
+
+template <class In, int kPatch, class Patch>
+__device__ __forceinline__ void store_slice(const Strided<In>& x, const In (&staged)[kPatch],
+                                            Patch (&to)[kSlice][kSide + 1]) {
+  const Place<kPatch> place(x.by_columns());
+#pragma unroll
   for (int pass = 0; pass < kPatch; ++pass) {
-    if (k < rows) to[k][n / kPatch].element[n % kPatch] = n < columns ? cursor.read() : 0;
-    k += step_k;
-    n += step_n;
-    cursor.advance();
+    const int column = place.n + pass * place.step_n;
+    to[place.k + pass * place.step_k][column / kPatch].element[column % kPatch] = convert<Sum<In>>(staged[pass]);
   }
 }
 
 // sum[u][v] = Σ_k x[k, x0 + (thread / 16) kPatch + u] · y[k, y0 + (thread % 16) kPatch + v], for begin <= k < end.
 // Every thread of the block has to call it.
-template <int kPatch, class X, class Y, class Real>
-__device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::int64_t x_size, const Y& y,
-                                              std::int64_t y0, std::int64_t y_size, std::int64_t begin,
-                                              std::int64_t end, Slices<Real, kPatch>& slices,
+template <int kPatch, class In, class Real>
+__device__ __forceinline__ void multiply_tile(const Strided<In>& x, std::int64_t x0, std::int64_t x_size,
+                                              const Strided<In>& y, std::int64_t y0, std::int64_t y_size,
+                                              std::int64_t begin, std::int64_t end, Slices<Real, kPatch>& slices,
                                               Real (&sum)[kPatch][kPatch]) {
   const int row = static_cast<int>(threadIdx.x) / kSide, column = static_cast<int>(threadIdx.x) % kSide;
 #pragma unroll
@@ -84,9 +90,12 @@ __device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::
             y_columns = static_cast<int>(min(y_size - y0, kTile));
   for (std::int64_t k0 = begin; k0 < end; k0 += kSlice) {
     const int rows = static_cast<int>(min(end - k0, std::int64_t{kSlice}));
+    In xs[kPatch], ys[kPatch];
+    load_slice(x, k0, rows, x0, x_columns, xs);
+    load_slice(y, k0, rows, y0, y_columns, ys);
     __syncthreads();  // the last slice has been read
-    load_slice<kPatch>(x, slices.x, k0, rows, x0, x_columns);
-    load_slice<kPatch>(y, slices.y, k0, rows, y0, y_columns);
+    store_slice(x, xs, slices.x);
+    store_slice(y, ys, slices.y);
     __syncthreads();
 #pragma unroll(8 / kPatch)
     for (int k = 0; k < rows; ++k) {
@@ -100,10 +109,11 @@ __device__ __forceinline__ void multiply_tile(const X& x, std::int64_t x0, std::
 }
 
 // The same for all K, in pieces: beside the running sum of very many products, each of them would lose its last bits.
-template <int kPatch, class X, class Y, class Real>
-__device__ __forceinline__ void multiply_long_tile(const X& x, std::int64_t x0, std::int64_t x_size, const Y& y,
-                                                   std::int64_t y0, std::int64_t y_size, std::int64_t K,
-                                                   Slices<Real, kPatch>& slices, Real (&sum)[kPatch][kPatch]) {
+template <int kPatch, class In, class Real>
+__device__ __forceinline__ void multiply_long_tile(const Strided<In>& x, std::int64_t x0, std::int64_t x_size,
+                                                   const Strided<In>& y, std::int64_t y0, std::int64_t y_size,
+                                                   std::int64_t K, Slices<Real, kPatch>& slices,
+                                                   Real (&sum)[kPatch][kPatch]) {
 #pragma unroll
   for (int u = 0; u < kPatch; ++u)
 #pragma unroll

@@ -47,6 +47,10 @@ class Call(NamedTuple):
     def on_tensor_cores(self) -> bool:
         return triton._on_tensor_cores(self.delta.dtype)
 
+    @property
+    def in_tf32(self) -> bool:
+        return triton._precision(self.delta.dtype) == "tf32"
+
 
 class Row(NamedTuple):
     operators: tuple[str, ...]
@@ -57,7 +61,7 @@ class Row(NamedTuple):
     why: str
 
 
-_FUNCTIONALS = ("dot", "linear", "gram")
+_FUNCTIONALS = ("dot", "linear", "gram", "weighted_sum", "project")
 # For an operator and a device, the first row that fits; where none does, `reference`.
 TABLE = (
     Row(
@@ -77,12 +81,12 @@ TABLE = (
         ("cuda", "triton", "reference"), "bound by writing BOI numbers, in 16-byte streaming stores",
     ),
     Row(
-        ("sq_norm",), "cuda", "T > 1, half precision or TF32", lambda c: c.positions > 1 and c.on_tensor_cores,
+        ("sq_norm",), "cuda", "T > 1, TF32", lambda c: c.positions > 1 and c.in_tf32,
         ("triton", "cuda", "reference"), "both Gram matrices or gradients on tensor cores, never written",
     ),
     Row(
         ("sq_norm",), "cuda", "else", lambda c: True,
-        ("cuda", "triton", "reference"), "T = 1: one pass over the factors; T > 1: nothing but [B] is written",
+        ("cuda", "triton", "reference"), "all layers in one launch, half precision on tensor cores; else Triton",
     ),
     Row(
         _FUNCTIONALS, "cuda", "half precision or TF32", lambda c: c.on_tensor_cores,

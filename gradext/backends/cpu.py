@@ -29,8 +29,6 @@ def outer(
     activation: Tensor,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
 ) -> Tensor:
     """Per-sample outer products, summed over T: ``out[b, o, i] = Σ_t delta[b, t, o] · activation[b, t, i]``.
 
@@ -40,8 +38,6 @@ def outer(
         out: ``[B, O, I]``, any strides, written and returned. Without it the result lies in reused memory of
             gradext's own from 1 MiB on, which returns to the pool with the tensor.
         dtype: of a result without ``out``; the inputs' promoted type by default.
-        epilogue, operand: the delta is ``EPILOGUES[epilogue](delta, operand)``, which torch computes before: B·T·O
-            elements beside the B·O·I of the result.
 
     Sums are kept in fp32, or fp64 for fp64 results, and rounded once. Types the kernel does not take are
     converted before, which costs B·T·(O + I) elements where the result has B·O·I.
@@ -56,8 +52,6 @@ def outer(
     elif dtype is None:
         dtype = delta.dtype if delta.dtype is activation.dtype else torch.promote_types(delta.dtype, activation.dtype)
 
-    if epilogue is not None and operand is not None:  # `ops` sees that both are given or none
-        delta = reference.apply_epilogue(epilogue, delta, operand)
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     if delta.dtype is not compute:
         delta = delta.to(compute)

@@ -14,7 +14,6 @@ _C = native.C
 _CODE = (
     {} if _C is None else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 )
-_EPILOGUES = {} if _C is None else {name: code for name, code in _C.EPILOGUES.items() if code} | {None: 0}
 
 # What the kernels read, for each type that they write. Other inputs are converted before: they are small.
 _READS = {
@@ -24,8 +23,7 @@ _READS = {
     torch.bfloat16: (torch.float32, torch.bfloat16),
 }
 
-# delta [B, (T,) O], activation [B, (T,) I], out [B, O, I], the epilogue's name or None, its operand [B, (T,) O] or None
-Problem = tuple[Tensor, Tensor, Tensor, "str | None", "Tensor | None"]
+Problem = tuple[Tensor, Tensor, Tensor]  # delta [B, (T,) O], activation [B, (T,) I], out [B, O, I]
 
 
 def available() -> str | None:
@@ -50,12 +48,7 @@ def lacking_code(capabilities: Sequence[int], config: dict) -> str | None:
 
 
 def _runs_on(capability: int, arch: str) -> bool:
-    """Code for X.Y runs on X.Z with Z >= Y; an architecture's own features (sm_90a) bind it to that one alone.
-
-    ``native`` is the GPU that was there when it was built; of another one the launch tells.
-    """
-    if arch == "native":
-        return True
+    """Code for X.Y runs on X.Z with Z >= Y; an architecture's own features (sm_90a) bind it to that one alone."""
     number = int(arch.rstrip("af"))
     if arch.endswith("a"):
         return capability == number
@@ -74,8 +67,6 @@ def outer(
     activation: Tensor,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
 ) -> Tensor:
     """Per-sample outer products, summed over T: ``out[b, o, i] = Σ_t delta[b, t, o] · activation[b, t, i]``.
 
@@ -84,9 +75,6 @@ def outer(
         activation: ``[B, I]`` or ``[B, T, I]``, with as many dimensions as ``delta``.
         out: ``[B, O, I]``, any strides, written and returned.
         dtype: of a result without ``out``; the inputs' promoted type by default.
-        epilogue: its name in `reference.EPILOGUES`; ``EPILOGUES[epilogue](delta, operand)`` then takes delta's place,
-            computed in the kernel in the type that sums are kept in.
-        operand: of delta's shape and type, any strides.
 
     Sums are kept in fp32, or fp64 for fp64 results, and rounded once. Runs on the current stream of the
     tensors' device without synchronising, so that it can be captured into a CUDA graph.
@@ -101,11 +89,10 @@ def outer(
         if dtype is None:
             dtype = torch.promote_types(delta.dtype, activation.dtype)
         out = torch.empty(delta.shape[0], delta.shape[-1], activation.shape[-1], dtype=dtype, device=delta.device)
-    problem = (delta, activation, out, epilogue, operand)
     if _takes(out):
-        _launch([_readable(*problem)])
+        _launch([_readable(delta, activation, out)])
     else:
-        _by_torch(*problem)
+        reference.outer(delta, activation, out)
     return out
 
 
@@ -121,10 +108,10 @@ def outer_group(problems: Sequence[Problem]) -> None:
     groups: dict[tuple, list[Problem]] = {}
     for problem in problems:
         if _takes(problem[2]):
-            delta, _, out, *_ = readable = _readable(*problem)
+            delta, _, out = readable = _readable(*problem)
             groups.setdefault((delta.device, delta.dtype, out.dtype), []).append(readable)
         else:
-            _by_torch(*problem)
+            reference.outer(*problem)
     for group in groups.values():
         _launch(group)
 
@@ -133,18 +120,12 @@ def _takes(out: Tensor) -> bool:
     return out.dtype in _READS and (out.stride(2) == 1 or out.shape[2] <= 1)
 
 
-def _by_torch(delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None) -> Tensor:
-    return reference.outer(delta, activation, out, epilogue=epilogue, operand=operand)
-
-
-def _readable(delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None) -> Problem:
+def _readable(delta: Tensor, activation: Tensor, out: Tensor) -> Problem:
     """The problem with factors of one type that the kernels read where they write out's."""
     if delta.dtype is not activation.dtype or delta.dtype not in _READS[out.dtype]:
         compute = torch.float64 if out.dtype is torch.float64 else torch.float32
         delta, activation = delta.to(compute), activation.to(compute)
-    if operand is not None and operand.dtype is not delta.dtype:
-        operand = operand.to(delta.dtype)
-    return delta, activation, out, epilogue, operand
+    return delta, activation, out
 
 
 def _launch(problems: list[Problem]) -> None:
@@ -154,16 +135,12 @@ def _launch(problems: list[Problem]) -> None:
     _C.outer_cuda(fields, delta.get_device(), _stream(delta.device))
 
 
-def _outer_fields(
-    delta: Tensor, activation: Tensor, out: Tensor, epilogue: str | None, operand: Tensor | None
-) -> tuple[int, ...]:
+def _outer_fields(delta: Tensor, activation: Tensor, out: Tensor) -> tuple[int, ...]:
     (B, T, O), delta_strides = _positions(delta)
     (_, _, I), activation_strides = _positions(activation)
     return (
         *(delta.data_ptr(), activation.data_ptr(), out.data_ptr(), B, T, O, I),
         *(*delta_strides, *activation_strides, *out.stride()[:2], _CODE[delta.dtype], _CODE[out.dtype]),
-        *((0, 0, 0, 0) if operand is None else (operand.data_ptr(), *_positions(operand)[1])),
-        _EPILOGUES[epilogue],
     )
 
 
@@ -180,26 +157,35 @@ def _stream(device: torch.device) -> int:
 
 
 def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
-    """``‖G[b]‖² = Σ_ts (δ_t·δ_s)(a_t·a_s)`` -> [B], fp64 for fp64 factors, else fp32.
+    """`sq_norm_group` of one layer -> [B]."""
+    return sq_norm_group([(delta, activation)])[0]
 
-    delta [B, (T,) O], activation [B, (T,) I], any strides, of one type. T = 1: one pass over the factors. T > 1:
-    through tiles of G, BTOI multiply-adds, or of the two Gram matrices, BT²(O + I) / 2, whichever is counted to take
-    less time on this GPU in whole tiles; neither is written, only [B] and, where B samples cannot fill the GPU,
-    [B, splits] shares. Full precision on the CUDA cores, sums in a fixed order: the same call gives the same bits.
-    Runs on the current stream of the tensors' device without synchronising.
+
+def sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """``‖G_l[b]‖² = Σ_ts (δ_t·δ_s)(a_t·a_s)`` of every layer l -> [L, B], fp64 for fp64 factors, else fp32.
+
+    delta [B, (T,) O], activation [B, (T,) I], any strides, all of one type, device and B. One launch for up to 320
+    layers, and one that adds up the shares of its blocks. T = 1: one pass over the factors. T > 1: through tiles of G,
+    BTOI multiply-adds, or of the two Gram matrices, BT²(O + I) / 2, whichever is counted to take less time on this GPU
+    in whole tiles, on tensor cores for half precision; neither is written, only shares [B, splits] a layer. Sums in a
+    fixed order: the same call gives the same bits. Runs on the current stream of the tensors' device without
+    synchronising.
 
     Raises:
         RuntimeError: the launch failed; the message holds sizes, device and what to do.
     """
+    delta = layers[0][0]
+    B, device, code = delta.shape[0], delta.get_device(), _CODE[delta.dtype]
+    norms = delta.new_empty(len(layers), B, dtype=reference.accumulation_type(delta.dtype))
+    fields = [_norm_fields(*layer) for layer in layers]
+    plans = _C.sq_norm_plan(fields, code, device)
+    # Route 0 is that of one position, whose splits are warps.
+    shares = norms.new_empty(B * sum(splits if route else 1 for route, splits in plans))
+    _C.sq_norm_cuda(fields, plans, code, norms.data_ptr(), shares.data_ptr(), device, _stream(delta.device))
+    return norms
+
+
+def _norm_fields(delta: Tensor, activation: Tensor) -> tuple[int, ...]:
     (B, T, O), delta_strides = _positions(delta)
     (_, _, I), activation_strides = _positions(activation)
-    norms = delta.new_empty(B, dtype=reference.accumulation_type(delta.dtype))
-    device = delta.get_device()
-    gram_tile, splits = (0, 1) if T == 1 else _C.sq_norm_plan(B, T, O, I, device)
-    shares = norms if splits == 1 else norms.new_empty(B, splits)
-    fields = (
-        *(delta.data_ptr(), activation.data_ptr(), norms.data_ptr(), B, T, O, I),
-        *(*delta_strides, *activation_strides, _CODE[delta.dtype]),
-    )
-    _C.sq_norm_cuda(fields, gram_tile, splits, shares.data_ptr(), device, _stream(delta.device))
-    return norms
+    return (delta.data_ptr(), activation.data_ptr(), B, T, O, I, *delta_strides, *activation_strides)

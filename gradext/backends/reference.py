@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .. import ranges
 
-# Intermediates are cut to blocks of about this many elements, which stay in a cache of a few MB.
+# Intermediates are cut to blocks of about this many elements: on a CPU what stays in a cache of a few MB, elsewhere
+# 512 MB in fp32, so that a call is few launches.
 BLOCK_ELEMENTS = 1 << 20
+DEVICE_BLOCK_ELEMENTS = 1 << 27
 # Elements of a row, and positions, that are added up one after the other.
 PIECE = 1 << 10
 NARROW = 8  # rows or columns of a product up to which torch's is a running sum
@@ -37,69 +39,42 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(accumulation_type(t.dtype)) for t in tensors)
 
 
-def _silu_backward(upstream: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)  # torch's own formula; its operator has no derivative
-    return upstream * s * (1 + z * (1 - s))
-
-
-_aten = torch.ops.aten
-# How a delta comes from two tensors of its shape: the residuals of the usual losses, and ``upstream · act'(z)`` with z
-# the layer's output before the activation, by torch's own backward where it has one that is differentiable.
-EPILOGUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "residual": lambda output, target: output - target,
-    "sigmoid_residual": lambda logit, target: torch.sigmoid(logit) - target,
-    "mse_residual": lambda output, target: 2 * (output - target),
-    "relu": lambda upstream, z: _aten.threshold_backward(upstream, z, 0),
-    "leaky_relu": lambda upstream, z: _aten.leaky_relu_backward(upstream, z, 0.01, False),
-    "sigmoid": lambda upstream, z: _aten.sigmoid_backward(upstream, torch.sigmoid(z)),
-    "tanh": lambda upstream, z: _aten.tanh_backward(upstream, torch.tanh(z)),
-    "gelu": lambda upstream, z: _aten.gelu_backward(upstream, z),
-    "silu": _silu_backward,
-    "elu": lambda upstream, z: _aten.elu_backward(upstream, 1, 1, 1, False, z),
-    "softplus": lambda upstream, z: upstream * torch.sigmoid(z),
-}
-
-
-def apply_epilogue(epilogue: str, delta: Tensor, operand: Tensor) -> Tensor:
-    """``EPILOGUES[epilogue](delta, operand)`` in the type that sums are taken in."""
-    return EPILOGUES[epilogue](*widen(delta, operand))
-
-
 def outer(
     delta: Tensor,
     activation: Tensor,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
 ) -> Tensor:
-    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; BTOI operations.
-
-    With an epilogue the delta is ``EPILOGUES[epilogue](delta, operand)``.
-    """
+    """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; BTOI operations."""
     dtype = out.dtype if out is not None else dtype or delta.dtype
-    delta, activation = widen(delta, activation)
-    if epilogue is not None and operand is not None:  # `ops` sees that both are given or none
-        delta = apply_epilogue(epilogue, delta, operand)
     if delta.ndim == 2:
+        delta, activation = widen(delta, activation)
         delta, activation = delta.unsqueeze(-1), activation.unsqueeze(-2)
         if out is not None:
             return torch.mul(delta, activation, out=out)
         return (delta * activation).to(dtype)
     if out is None:
         return _gradients(delta, activation).to(dtype)
-    if dtype == delta.dtype and not _drifts(delta.mT, activation):
+    if dtype == delta.dtype == accumulation_type(dtype) and not _drifts(delta.mT, activation):
         return torch.bmm(delta.mT, activation, out=out)
     # A whole product of another type would need twice the memory: in blocks it stays in the cache.
-    step = _samples_a_block(out.shape[1] * out.shape[2])
+    step = _samples_a_block(out.shape[1] * out.shape[2], out.device)
     for b in range(0, out.shape[0], step):
         out[b : b + step].copy_(_gradients(delta[b : b + step], activation[b : b + step]))
     return out
 
 
 def _gradients(delta: Tensor, activation: Tensor) -> Tensor:
-    """``Σ_t δ_t a_tᵀ`` of factors of one type -> [B, O, I]."""
+    """``Σ_t δ_t a_tᵀ`` of factors of one type -> [B, O, I], in the type that sums are kept in."""
+    if _multiplies_halves(delta, activation):
+        return torch.bmm(delta.mT, activation, out_dtype=torch.float32)
+    delta, activation = widen(delta, activation)
     return _product(delta.mT, activation)
+
+
+def _multiplies_halves(x: Tensor, y: Tensor) -> bool:
+    """Whether torch multiplies half-precision tensors of this device into fp32, on tensor cores."""
+    return x.device.type in ("cuda", "meta") and x.dtype == y.dtype and x.dtype.itemsize == 2
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -119,9 +94,14 @@ def _drifts(x: Tensor, y: Tensor) -> bool:
     return y.shape[-2] > PIECE and min(x.shape[-2], y.shape[-1]) <= NARROW
 
 
-def _samples_a_block(elements: int) -> int:
+def block_elements(device: torch.device) -> int:
+    """Elements of an intermediate on this device."""
+    return BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+
+
+def _samples_a_block(elements: int, device: torch.device) -> int:
     """How many samples of so many elements make a block."""
-    return max(1, BLOCK_ELEMENTS // max(1, elements))
+    return max(1, block_elements(device) // max(1, elements))
 
 
 def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
@@ -158,7 +138,7 @@ def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, fl
     pieces = max(1, min(4, T // 32)) if delta.device.type == "cpu" else 1
     work = T * (O + I) * (pieces + 1) / (2 * pieces)  # of the Gram matrices, half of which is enough
     by_gram = work < O * I  # not where both are nothing: a T x T matrix is not
-    step = _samples_a_block(T * T if by_gram else O * I)
+    step = _samples_a_block(T * T if by_gram else O * I, delta.device)
     squares, lost = [], 0.0
     for d, a in _by_blocks(delta, activation, step) if step < B else ((delta, activation),):
         if by_gram:
@@ -177,14 +157,14 @@ def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Te
     And what counts that is lost below the type's range in one of the matrices: the size of the other.
     """
     T, (O, I) = delta.shape[1], (delta.shape[2], activation.shape[2])
-    size, lost, total = -(-T // pieces), 0.0, None
+    size, lost, total = -(-T // pieces), 0.0, delta.new_zeros(())
     for t in range(0, max(1, T), max(1, size)):
         until = min(t + size, T)
         of_delta, of_activation = (torch.bmm(x[:, t:until], x[:, :until].mT) for x in (delta, activation))
         if delta.device.type == "cpu":
             lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
         product = of_delta.mul_(of_activation)
-        if total is None:
+        if t == 0:
             total = product.sum((1, 2))
         else:
             total += product[:, :, t:].sum((1, 2)).add_(product[:, :, :t].sum((1, 2)), alpha=2)
@@ -195,6 +175,72 @@ def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Te
 def _largest(gram: Tensor) -> float:
     """The largest number, those of the diagonal among them, than which none has a larger absolute value."""
     return float(gram.amax()) if gram.numel() else 0.0
+
+
+def wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of half-precision matrices summed and returned in fp32, on a GPU without widening them first.
+
+    Of other types it is `_product`, which does not drift.
+    """
+    if _multiplies_halves(x, y) and x.ndim == 2:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return _product(*widen(x, y))
+
+
+def weighted_sum(delta: Tensor, activation: Tensor, weights: Tensor | None) -> Tensor:
+    """``Σ_b w_b Σ_t δ_bt a_btᵀ`` -> [O, I], one matrix product over all positions of all samples; BTOI operations."""
+    if weights is None:
+        d, a = (x.reshape(-1, x.shape[-1]) if x.numel() else x.flatten(0, -2) for x in (delta, activation))
+        return wide_product(d.mT, a)
+    delta, activation = widen(delta, activation)
+    weights = weights.to(delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
+    if delta.shape[-1] > activation.shape[-1]:  # the smaller one, of which a copy takes less
+        activation = activation * weights
+    else:
+        delta = delta * weights
+    return _product(delta.flatten(0, -2).mT, activation.flatten(0, -2))
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ`` -> [B, P, Q]; BT(OP + IQ + PQ) operations."""
+    shape = delta.shape[:-1]
+    u, v = (
+        wide_product(x.flatten(0, -2), y if x.dtype == y.dtype else y.to(x.dtype)).unflatten(0, shape)
+        for x, y in ((delta, left), (activation, right))
+    )
+    return u.unsqueeze(2) * v.unsqueeze(1) if u.ndim == 2 else _gradients(u, v)
+
+
+def square_sum(delta: Tensor, activation: Tensor) -> Tensor:
+    """``Σ_b G[b]²`` elementwise -> [O, I]; T = 1: ``(δ²)ᵀ(a²)``, BOI operations; T > 1: through blocks of gradients."""
+    if delta.ndim == 2:
+        delta, activation = widen(delta, activation)
+        return _product(delta.square().mT, activation.square())
+    total = None
+    for gradients in _gradient_blocks(delta, activation):
+        squares = gradients.square().sum(0)
+        total = squares if total is None else total + squares
+    if total is None:
+        return delta.new_zeros(delta.shape[2], activation.shape[2], dtype=accumulation_type(delta.dtype))
+    return total
+
+
+def quadratic(delta: Tensor, activation: Tensor, diag: Tensor) -> Tensor:
+    """``Σ_oi diag_oi G[b]_oi²`` -> [B]; T = 1: ``(δ²)ᵀ diag (a²)``, BOI; T > 1: through blocks of gradients, BTOI."""
+    if delta.ndim == 2:
+        delta, activation = widen(delta, activation)
+        return dot(delta.square(), activation.square(), diag)
+    diag = diag.to(accumulation_type(delta.dtype)).flatten()
+    results = [_row_dots(g.flatten(1).square(), diag.unsqueeze(0)) for g in _gradient_blocks(delta, activation)]
+    if not results:
+        return delta.new_zeros(0, dtype=diag.dtype)
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _gradient_blocks(delta: Tensor, activation: Tensor) -> Iterator[Tensor]:
+    step = _samples_a_block(delta.shape[2] * activation.shape[2], delta.device)
+    for b in range(0, delta.shape[0], step):
+        yield _gradients(delta[b : b + step], activation[b : b + step])
 
 
 def row_norms(x: Tensor, p: float = 2) -> Tensor:
@@ -232,8 +278,8 @@ def unchecked_row_norms(x: Tensor, p: float = 2) -> Tensor:
 
 
 def _row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """``Σ_n x_n y_n`` of the last dimension, long ones in pieces."""
-    if x.shape[-1] <= PIECE:
+    """``Σ_n x_n y_n`` of the last dimension, long ones in pieces on a CPU, whose sums run on."""
+    if x.shape[-1] <= PIECE or x.device.type != "cpu":
         return torch.linalg.vecdot(x, y)
     pieces = zip(x.split(PIECE, dim=-1), y.split(PIECE, dim=-1), strict=True)
     return functools.reduce(torch.add, (torch.linalg.vecdot(*piece) for piece in pieces))
@@ -257,6 +303,7 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
     is cut into blocks of samples. T > 1: the same for every position, BTHOI, or through blocks of gradients,
     BOI(T + H), whichever is fewer.
     """
+    narrow = delta, activation
     delta, activation, weight = widen(delta, activation, weight)
     B, (H, O, I) = delta.shape[0], weight.shape
     if delta.ndim == 3:
@@ -264,15 +311,15 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         if T * H <= T + H:
             rows = linear(delta.flatten(0, 1), activation.flatten(0, 1), weight)
             return rows.reshape(B, T, H).sum(1)
-        step, flat = _samples_a_block(O * I), weight.reshape(H, O * I).mT
+        step, flat = _samples_a_block(O * I, delta.device), weight.reshape(H, O * I).mT
         # Into one result: small ones between the blocks would keep the allocator from using their memory again.
         result = delta.new_empty(B, H)
         for b in range(0, B, step):
-            result[b : b + step] = _gradients(delta[b : b + step], activation[b : b + step]).flatten(1) @ flat
+            result[b : b + step] = _gradients(*(factor[b : b + step] for factor in narrow)).flatten(1) @ flat
         return result
     if I == 1:  # gradients as they are: one product
         return _product(delta, weight.reshape(H, O).mT) * activation
-    step = _samples_a_block(H * min(O, I))
+    step = _samples_a_block(H * min(O, I), delta.device)
     result = delta.new_empty(B, H)
     for b in range(0, B, step):
         d, a = delta[b : b + step], activation[b : b + step]
@@ -297,15 +344,16 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
     if 0 in (B, C, T, S, O, I):
         return d.new_zeros(B, C)
-    step = max(1, GRADIENT_ELEMENTS // max(1, O * I))
+    step = max(1, (GRADIENT_ELEMENTS if d.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS) // max(1, O * I))
     n = 1 if step >= C else math.ceil(B / step)  # for each of which the others' gradients are formed again
     if (B * C + B * T + n * C * S) * O * I < B * C * T * S * (O + I):
         same = delta is other_delta and activation is other_activation
         return _gram_by_gradients(d, a, other_d, other_a, step, same)
-    step = max(1, math.isqrt(BLOCK_ELEMENTS // max(1, T * S)))  # blocks of step · T by step · S numbers
+    step = max(1, math.isqrt(block_elements(d.device) // max(1, T * S)))  # blocks of step · T by step · S numbers
     rows = _by_blocks(d, a, step)
     blocks = ([_gram_by_positions(*row, *other) for other in _by_blocks(other_d, other_a, step)] for row in rows)
-    return torch.cat([torch.cat(row, dim=1) for row in blocks])
+    whole = [row[0] if len(row) == 1 else torch.cat(row, dim=1) for row in blocks]
+    return whole[0] if len(whole) == 1 else torch.cat(whole)
 
 
 def _gram_by_gradients(d: Tensor, a: Tensor, other_d: Tensor, other_a: Tensor, step: int, same: bool) -> Tensor:

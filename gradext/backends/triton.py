@@ -33,6 +33,8 @@ def available() -> str | None:
         return f"triton cannot be imported ({error}); pip install triton"
     if interpreting():
         return None
+    if torch.version.hip is not None:
+        return "this torch is built for AMD's ROCm, which is not supported: the kernels are tried on NVIDIA GPUs alone"
     if not torch.cuda.is_available():
         return "torch sees no GPU; TRITON_INTERPRET=1, set before triton is imported, runs the kernels on CPU tensors"
     major, minor = torch.cuda.get_device_capability()
@@ -94,54 +96,46 @@ def outer(
     activation: Tensor,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    epilogue: str | None = None,
-    operand: Tensor | None = None,
 ) -> Tensor:
     """``out[b] = Σ_t delta[b, t] activation[b, t]ᵀ`` -> [B, O, I]; the conversion to out's type is fused.
 
-    With an epilogue the delta is ``EPILOGUES[epilogue](delta, operand)``, operand [B, (T,) O], computed on the way and
-    not rounded before the product. Many positions in fp32 or fp64 without a conversion are `torch.bmm`, which Triton's
-    product at best matches there.
+    Many positions in fp32 or fp64 without a conversion are `torch.bmm`, which Triton's product at best matches there.
     """
     if out is None:
         out = delta.new_empty(delta.shape[0], delta.shape[-1], activation.shape[-1], dtype=dtype)
-    outer_group([(delta, activation, out, epilogue, operand)])
+    outer_group([(delta, activation, out)])
     return out
 
 
-def outer_group(problems: list[tuple[Tensor, Tensor, Tensor, str | None, Tensor | None]]) -> None:
-    """`outer` of each (delta, activation, out, epilogue, operand), written into its out.
+def outer_group(problems: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """`outer` of each (delta, activation, out), written into its out.
 
     The problems that go by tiles (few positions, and rows of out that 16 elements divide) share launches, up to GROUP
-    each, whatever their sizes, types and epilogues. Every other problem has its own.
+    each, whatever their sizes and types. Every other problem has its own.
     """
     from ..kernels import outer as kernels
 
     tiled: dict[torch.device, list[tuple]] = {}
-    for delta, activation, out, epilogue, operand in problems:
+    for delta, activation, out in problems:
         if out.numel() == 0:
             continue
         d, a = _positions(delta, activation)
-        z = d if operand is None else _positions(operand)[0]  # not read without an epilogue
         by_columns = out.stride(1) < out.stride(2)
         many = d.shape[1] > kernels.ONE_BY_ONE
         by_library = many and out.dtype == d.dtype and d.element_size() > 2
         if many and not by_library and not _multiplies(d.dtype):
-            plain.outer(delta, activation, out, epilogue=epilogue, operand=operand)
+            plain.outer(delta, activation, out)
             continue
-        if epilogue is not None and (by_columns or by_library):  # no kernel computes the delta
-            d, z, a = plain.widen(d, z, a)
-            d, epilogue = plain.EPILOGUES[epilogue](d, z), None
         if by_columns:  # the transposed gradient is the one stored by rows
-            d, a, out, z = a, d, out.mT, a
+            d, a, out = a, d, out.mT
         if by_library:
             torch.bmm(d.mT, a, out=out)
         elif many:
-            _outer_dot(d, z, a, out, epilogue)
+            _outer_dot(d, a, out)
         elif _prefers_flat(out):
-            _outer_flat(d, z, a, out, epilogue)
+            _outer_flat(d, a, out)
         else:
-            tiled.setdefault(out.device, []).append((d, z, a, out, epilogue))
+            tiled.setdefault(out.device, []).append((d, a, out))
     for group in tiled.values():
         for first in range(0, len(group), kernels.GROUP):
             _outer_tiles(group[first : first + kernels.GROUP])
@@ -149,28 +143,26 @@ def outer_group(problems: list[tuple[Tensor, Tensor, Tensor, str | None, Tensor 
 
 def _outer_tiles(group: list[tuple]) -> None:
     from ..kernels import outer as kernels
-    from ..kernels.epilogues import CODES
 
     problems, programs, constants = [], [], []
-    for d, z, a, out, epilogue in group:
+    for d, a, out in group:
         (B, O, I), T = out.shape, d.shape[1]
         block_o, block_i = _outer_blocks(out)
-        problems.append((d, z, a, out, T, O, I, *d.stride(), *z.stride(), *a.stride(), *out.stride()))
+        problems.append((d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()))
         programs.append(B * _cdiv(O, block_o) * _cdiv(I, block_i))
-        constants.append((CODES[epilogue], block_o, block_i))
+        constants.append((block_o, block_i))
     options = {"on": group[0][0], "warps": kernels.WARPS, "stages": 1}
     if len(group) == 1:
         [problem], [constant] = problems, constants
-        options |= zip(("EPILOGUE", "BLOCK_O", "BLOCK_I"), constant, strict=True)
+        options |= zip(("BLOCK_O", "BLOCK_I"), constant, strict=True)
         _launch(kernels.outer_tiles, programs[0], problem, **options)
     else:
-        options |= zip(("EPILOGUES", "BLOCKS_O", "BLOCKS_I"), zip(*constants, strict=True), strict=True)
+        options |= zip(("BLOCKS_O", "BLOCKS_I"), zip(*constants, strict=True), strict=True)
         _launch(kernels.outer_group, sum(programs), (tuple(problems), tuple(programs)), **options)
 
 
-def _outer_flat(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | None) -> None:
+def _outer_flat(d: Tensor, a: Tensor, out: Tensor) -> None:
     from ..kernels import outer as kernels
-    from ..kernels.epilogues import CODES
 
     (_, O, I), T, size = out.shape, d.shape[1], out.element_size()
     short = I * size < 16
@@ -179,34 +171,28 @@ def _outer_flat(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | No
     _launch(
         kernels.outer_flat,
         _cdiv(out.numel(), block),
-        (d, z, a, out, T, out.numel(), O, I, magic_o, magic_i, *d.stride(), *z.stride(), *a.stride()),
+        (d, a, out, T, out.numel(), O, I, magic_o, magic_i, *d.stride(), *a.stride()),
         on=d,
         warps=kernels.WARPS,
         stages=1,
-        EPILOGUE=CODES[epilogue],
         VECTOR=1 if short else 16 // size,
         BLOCK=block,
     )
 
 
-def _outer_dot(d: Tensor, z: Tensor, a: Tensor, out: Tensor, epilogue: str | None) -> None:
+def _outer_dot(d: Tensor, a: Tensor, out: Tensor) -> None:
     from ..kernels import outer as kernels
-    from ..kernels.epilogues import CODES
 
     (B, O, I), T = out.shape, d.shape[1]
-    size, precision = d.element_size(), _precision(d.dtype)
-    if epilogue is not None and size == 2:  # the delta is fp32, as exact in three products in TF32
-        size, precision = 4, "tf32x3"
-    (block_o, block_i, block_t), warps, stages = kernels.DOT_TILES[size]
+    (block_o, block_i, block_t), warps, stages = kernels.DOT_TILES[d.element_size()]
     _launch(
         kernels.outer_dot,
         B * _cdiv(O, block_o) * _cdiv(I, block_i),
-        (d, z, a, out, T, O, I, *d.stride(), *z.stride(), *a.stride(), *out.stride()),
+        (d, a, out, T, O, I, *d.stride(), *a.stride(), *out.stride()),
         on=d,
         warps=warps,
         stages=stages,
-        EPILOGUE=CODES[epilogue],
-        PRECISION=precision,
+        PRECISION=_precision(d.dtype),
         BLOCK_T=block_t,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
@@ -293,6 +279,118 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
         )
     # A sum of squares; rounding of the Gram form can fall below zero when the terms cancel.
     return shares.sum(1).clamp_min_(0)
+
+
+# --- sums over the batch and projections -----------------------------------------------------------------------------
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _split(programs: int, length: int, block: int, device: torch.device) -> tuple[int, int]:
+    """(splits, length of each): so many of ``length`` that a few programs run on every multiprocessor, whole blocks."""
+    from ..kernels import sums as kernels
+
+    wanted = _cdiv(kernels.PROGRAMS * _multiprocessors(device), max(1, programs))
+    part = block * max(1, _cdiv(length, block * max(1, wanted)))
+    return max(1, _cdiv(length, part)), part
+
+
+def weighted_sum(delta: Tensor, activation: Tensor, weights: Tensor | None) -> Tensor:
+    """``Σ_b w_b Σ_t δ_bt a_btᵀ`` -> [O, I], fp32; one matrix product, of half-precision operands where they are such.
+
+    In full fp32 and fp64 it is the library's.
+    """
+    from ..kernels import sums as kernels
+
+    if not _on_tensor_cores(delta.dtype):
+        return plain.weighted_sum(delta, activation, weights)
+    d, a = _positions(delta, activation)
+    (B, T, O), I = d.shape, a.shape[2]
+    (block_o, block_i, block_r), warps, stages = kernels.SUM_TILES[d.element_size()]
+    tiles = _cdiv(O, block_o) * _cdiv(I, block_i)
+    splits, rows = _split(tiles, B * T, block_r, d.device)
+    w = None if weights is None else weights.float()
+    if 0 in (B, T, O, I):
+        return d.new_zeros(O, I, dtype=accumulation_type(d.dtype))
+    shares = d.new_empty(splits, O, I, dtype=accumulation_type(d.dtype))
+    _launch(
+        kernels.weighted_sum,
+        splits * tiles,
+        (
+            d,
+            a,
+            shares if w is None else w,
+            shares,
+            B * T,
+            T,
+            O,
+            I,
+            rows,
+            *d.stride(),
+            *a.stride(),
+            0 if w is None else w.stride(0),
+        ),
+        on=d,
+        warps=warps,
+        stages=stages,
+        WEIGHTED=w is not None,
+        PRECISION=_precision(d.dtype),
+        BLOCK_O=block_o,
+        BLOCK_I=block_i,
+        BLOCK_R=block_r,
+    )
+    return shares[0] if splits == 1 else shares.sum(0)
+
+
+def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ`` -> [B, P, Q], fp32, in one pass over the factors."""
+    from ..kernels import sums as kernels
+
+    P, Q = left.shape[1], right.shape[1]
+    one_type = delta.dtype == left.dtype == right.dtype
+    if not _on_tensor_cores(delta.dtype) or not one_type or max(P, Q) > kernels.PROJECT_LIMIT:
+        return plain.project(delta, activation, left, right)
+    d, a = _positions(delta, activation)
+    (B, T, O), I = d.shape, a.shape[2]
+    if 0 in (B, T, P, Q):
+        return d.new_zeros(B, P, Q, dtype=accumulation_type(d.dtype))
+    (block_t, block_k), warps, stages = kernels.PROJECT_TILES[d.element_size()]
+    splits, positions = _split(B, T, block_t, d.device)
+    shares = d.new_empty(splits, B, P, Q, dtype=accumulation_type(d.dtype))
+    _launch(
+        kernels.project,
+        splits * B,
+        (
+            d,
+            a,
+            left,
+            right,
+            shares,
+            B,
+            T,
+            O,
+            I,
+            P,
+            Q,
+            positions,
+            *d.stride(),
+            *a.stride(),
+            *left.stride(),
+            *right.stride(),
+        ),
+        on=d,
+        warps=warps,
+        stages=stages,
+        PRECISION=_precision(d.dtype),
+        BLOCK_T=block_t,
+        BLOCK_K=block_k,
+        BLOCK_P=max(16, _power_of_2(P)),
+        BLOCK_Q=max(16, _power_of_2(Q)),
+    )
+    return shares[0] if splits == 1 else shares.sum(0)
 
 
 # --- functionals -----------------------------------------------------------------------------------------------------

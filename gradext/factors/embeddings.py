@@ -167,8 +167,7 @@ class EmbeddingFactors(GradFactors):
     def _add_sum(self, weights: Tensor | None, total: Tensor) -> Tensor:
         """Adds ``Σ_b w_b G[b]`` to [O, I] in place; BTD operations."""
         (rows,) = widen(self.delta_rows)
-        if weights is not None:
-            rows = rows * weights.to(rows.dtype)[:, None, None]
+        rows = rows if weights is None else rows * weights.to(rows.dtype)[:, None, None]
         self._by_rows(total).index_add_(0, self.index.flatten(), rows.flatten(0, 1))
         return total
 
@@ -218,22 +217,26 @@ class EmbeddingFactors(GradFactors):
         if tuple(self.shape[1:]) != flat_form(self._form) or rank >= self.rows:
             return super()._project_randomly(rank, seed)
         # Of the side that is looked up, the rows in question alone.
-        kind, wide = accumulation_type(self.dtype), self.delta_rows.shape[2]
+        wide = self.delta_rows.shape[2]
         of_index, of_rows = (1, 0) if self.by_columns else (0, 1)
-        looked_up = signs(self.index, kind, rank, seed, of_index)
-        other = None if rank >= wide else signs(torch.arange(wide, device=self.device), kind, rank, seed, of_rows)
-        return self._projected(looked_up, other)
+        looked_up = signs(self.index, self.dtype, rank, seed, of_index)
+        columns = torch.arange(wide, device=self.device)
+        other = None if rank >= wide else signs(columns, self.dtype, rank, seed, of_rows)
+        return self._projected(looked_up, other).mul_(self._scale_of_signs(rank))
 
     def _project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         looked_up, other = (right, left) if self.by_columns else (left, right)
         if looked_up is not None:
             return self._projected(F.embedding(self.index, looked_up), other)
-        rows = self.delta_rows if other is None else self.delta_rows @ other.to(self.dtype)
+        (rows,) = widen(self.delta_rows)
+        rows = rows if other is None else rows @ other.to(rows.dtype)
         return EmbeddingFactors(self.index, rows, self.rows, None, self.by_columns).materialize()
 
     def _projected(self, looked_up: Tensor, other: Tensor | None) -> Tensor:
-        rows = self.delta_rows if other is None else self.delta_rows @ other.to(self.dtype)
-        return self._by_rows(ops.outer(looked_up.to(self.dtype), rows))
+        """With the rows [B, T, R] that were looked up in the one matrix."""
+        (rows,) = widen(self.delta_rows)
+        rows = rows if other is None else rows @ other.to(rows.dtype)
+        return self._by_rows(ops.outer(looked_up.to(rows.dtype), rows))
 
     def _sketch(self, dim: int, seed: int) -> Tensor:
         """Each position's row into buckets shifted by its index's own; BTD operations."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,13 +34,13 @@ def all_pairs(x: GradFactors, y: GradFactors) -> Tensor:
     if isinstance(y, WrittenFactors):
         return x.linear(y.gradients.reshape(len(y), *x._form))
     if x.shape[1:] == y.shape[1:]:
-        embeddings = [isinstance(each, EmbeddingFactors) for each in (x, y)]
-        if not any(embeddings):
-            return _products(x, y)
-        if not all(embeddings):
-            return _embedding_product(x, y) if embeddings[0] else _embedding_product(y, x).mT
-        if x.by_columns == y.by_columns:
-            return _embeddings(x, y)
+        if isinstance(x, EmbeddingFactors):
+            if not isinstance(y, EmbeddingFactors):
+                return _embedding_product(x, y)
+            if x.by_columns == y.by_columns:
+                return _embeddings(x, y)
+        else:
+            return _embedding_product(y, x).mT if isinstance(y, EmbeddingFactors) else _products(x, y)
     step = y._block_size()
     blocks = (y[c : c + step]._written_wide() for c in range(0, max(1, len(y)), step))
     return torch.cat([all_pairs(x, block) for block in blocks], dim=1)
@@ -47,11 +49,9 @@ def all_pairs(x: GradFactors, y: GradFactors) -> Tensor:
 def per_sample(x: GradFactors, y: GradFactors) -> Tensor:
     """``⟨X[b], Y[b]⟩`` -> [B], of factors of one type and device."""
     x, y = _plain(x), _plain(y)
-    embeddings = [isinstance(each, EmbeddingFactors) for each in (x, y)]
-    if sum(embeddings) == 1:
-        embedding, product = (x, y) if embeddings[0] else (y, x)
-        if type(product) is GradFactors:
-            return _embedding_product_per_sample(embedding, product)
+    for one, other in (x, y), (y, x):
+        if isinstance(one, EmbeddingFactors) and type(other) is GradFactors:
+            return _embedding_product_per_sample(one, other)
     step = min(x._block_size(), y._block_size())
     results = []
     for b in range(0, max(1, len(x)), step):
@@ -66,7 +66,7 @@ def _plain(x: GradFactors) -> GradFactors:
     return x._unfolded_factors() if x._is_smaller() else x._written_wide()
 
 
-def _of_sum(x: SumFactors):
+def _of_sum(x: SumFactors) -> Iterator[Tensor]:
     for i, part in enumerate(x.parts):
         yield all_pairs(part, part)
         for other in x.parts[i + 1 :]:

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from ..backends.reference import accumulation_type, scaled_factors
 from . import numerics
 from .numerics import row_norms, safe_sqrt, widen
 from .projections import count_sketch, signs
+
+if TYPE_CHECKING:
+    from .written import WrittenFactors
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ class GradFactors:
             )
 
     @staticmethod
-    def of(gradients: Tensor) -> GradFactors:
+    def of(gradients: Tensor) -> WrittenFactors:
         """The factors of gradients [B, *shape] that are there already: small ones, of biases and the like."""
         from .written import WrittenFactors
 
@@ -195,20 +198,16 @@ class GradFactors:
         pads = [0, 0] * (len(form) - 1 - dim) + [start, after]
         return self._written(lambda gradients: F.pad(gradients, pads))
 
-    in_rows = placed
-
     def _padded_rows(self, before: int, after: int, shape: tuple[int, ...]) -> GradFactors:
-        return GradFactors(self.activation, F.pad(self.delta, (before, after)))._shaped(shape)
+        return GradFactors(self.activation, F.pad(self.delta, (before, after))).reshaped(shape)
 
     def _padded_columns(self, before: int, after: int, shape: tuple[int, ...]) -> GradFactors:
-        return GradFactors(F.pad(self.activation, (before, after)), self.delta)._shaped(shape)
+        return GradFactors(F.pad(self.activation, (before, after)), self.delta).reshaped(shape)
 
-    _shaped = reshaped
-
-    def _written(self, change: Callable[[Tensor], Tensor] = lambda gradients: gradients) -> GradFactors:
+    def _written(self, change: Callable[[Tensor], Tensor] = lambda gradients: gradients) -> WrittenFactors:
         return GradFactors.of(change(self.materialize().reshape(len(self), *self._form)))
 
-    def _written_wide(self) -> GradFactors:
+    def _written_wide(self) -> WrittenFactors:
         """The gradients written in the type that sums are kept in."""
         gradients = self.materialize(dtype=accumulation_type(self.dtype))
         return GradFactors.of(gradients.reshape(len(self), *self._form))
@@ -236,8 +235,6 @@ class GradFactors:
         from .sums import add
 
         return add(parts)
-
-    stack_positions = add
 
     def _explicit(self) -> tuple[Tensor, Tensor]:
         """[B, T, I] and [B, T, O], T = 1 included."""
@@ -366,6 +363,11 @@ class GradFactors:
             return torch.full((len(self),), ranges.NOTHING, dtype=torch.int32, device=self.device)
         return (ranges.exponents(delta) + ranges.exponents(activation)).amax(1).clamp_min(ranges.NOTHING)
 
+    def _wide(self) -> GradFactors:
+        """The same in the type that sums are kept in."""
+        kind = accumulation_type(self.dtype)
+        return self if kind == self.dtype else self.to(kind)
+
     def _scaled(self, by: Tensor) -> GradFactors:
         """The factors of ``2^-n G[b]``, of the type that sums are kept in and of numbers at most about one."""
         activation, delta = widen(*self._explicit())
@@ -460,19 +462,24 @@ class GradFactors:
     def project(self, left: Tensor | int, right: Tensor | None = None, *, seed: int = 0) -> Tensor:
         """``leftᵀ G[b] right`` with left [O, R], right [I, S] -> [B, R, S]; BT(OR + IS + RS) operations.
 
+        In the type that sums are kept in, fp32 for half precision.
+
         With a rank instead, both are random signs by ``seed``, [O, r] of ±1/√r and [I, s] of ±1/√s, r = min(rank, O)
         and s = min(rank, I), or the identity where the rank is full. They are made here, by integer arithmetic, the
-        same ones on every device and in every batch, and not kept. ``⟨project(G), project(H)⟩`` has mean ``⟨G, H⟩``
-        over seeds and a variance of at most ``(2/r + 2/s + 4/rs)‖G‖²‖H‖²``, the terms of a full rank being 0: so a
-        standard deviation of 0.5, 0.25 and 0.18 of ‖G‖‖H‖ at most for ranks 16, 64 and 128, and none for full ones.
+        same ones on every device and in every batch, and not kept.
+        ``⟨project(G), project(H)⟩`` has mean ``⟨G, H⟩`` over seeds and a variance of at most
+        ``(2/r + 2/s + 4/rs)‖G‖²‖H‖²``, the terms of a full rank being 0: so a standard deviation of 0.52, 0.25 and 0.18
+        of ‖G‖‖H‖ at most for ranks 16, 64 and 128, and none for full ones.
         Here [O, I] stands for the parameter's shape, its dimensions behind the first taken together.
         """
-        if right is None and not isinstance(left, Tensor):
+        if not isinstance(left, Tensor):
+            if right is not None:
+                raise TypeError(f"left: expected a tensor beside right, but got {left!r}")
             return self._project_randomly(left, seed)
         _, O, I = self.shape
         for name, matrix, size in (("left", left, O), ("right", right, I)):
-            if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != size:
-                found = list(matrix.shape) if isinstance(matrix, Tensor) else matrix
+            if matrix is None or matrix.ndim != 2 or matrix.shape[0] != size:
+                found = None if matrix is None else list(matrix.shape)
                 raise ValueError(f"{name}: expected shape [{size}, any], but got {found}")
         return self._project(left, right)
 
@@ -480,21 +487,27 @@ class GradFactors:
         if rank < 1:
             raise ValueError(f"rank: expected a positive integer, but got {rank!r}")
         if tuple(self.shape[1:]) != flat_form(self._form):
-            return self._by_blocks(lambda written: written._project_randomly(rank, seed)).to(self.dtype)
-        sizes, kind = self.shape[1:], accumulation_type(self.dtype)
+            return self._by_blocks(lambda written: written._project_randomly(rank, seed))
         left, right = (
-            None if rank >= n else signs(torch.arange(n, device=self.device), kind, rank, seed, stream)
-            for stream, n in enumerate(sizes)
+            None if rank >= n else signs(torch.arange(n, device=self.device), self.dtype, rank, seed, stream)
+            for stream, n in enumerate(self.shape[1:])
         )
-        return self._project(left, right)
+        return self._project(left, right).mul_(self._scale_of_signs(rank))
+
+    def _scale_of_signs(self, rank: int) -> float:
+        """What makes random signs keep inner products: 1/√rank for each side that is not the identity."""
+        return math.prod(rank**-0.5 for n in self.shape[1:] if rank < n)
 
     def _project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """``leftᵀ G[b] right`` where None is the identity."""
-        delta = self.delta if left is None else self.delta @ left.to(self.dtype)
-        activation = self.activation if right is None else self.activation @ right.to(self.dtype)
+        if left is not None and right is not None:
+            return ops.project(self.delta, self.activation, left, right)
+        delta, activation = widen(self.delta, self.activation)
+        delta = delta if left is None else delta @ left.to(delta.dtype)
+        activation = activation if right is None else activation @ right.to(activation.dtype)
         return ops.outer(delta, activation)
 
-    def _by_blocks(self, function: Callable[[GradFactors], Tensor]) -> Tensor:
+    def _by_blocks(self, function: Callable[[WrittenFactors], Tensor]) -> Tensor:
         """``function`` of the gradients written, by blocks of samples."""
         step = self._block_size()
         return torch.cat([function(self[b : b + step]._written_wide()) for b in range(0, max(1, len(self)), step)])
@@ -538,14 +551,7 @@ class GradFactors:
         return self._sum(weights)
 
     def _sum(self, weights: Tensor | None) -> Tensor:
-        activation, delta = widen(*self._explicit())
-        if weights is not None:
-            weights = weights.to(delta.dtype)[:, None, None]
-            if delta.shape[2] > activation.shape[2]:  # the smaller one, where a copy takes less
-                activation = activation * weights
-            else:
-                delta = delta * weights
-        return self._like_weight(delta.flatten(0, 1).mT @ activation.flatten(0, 1))
+        return self._like_weight(ops.weighted_sum(self.delta, self.activation, weights))
 
     def mean(self) -> Tensor:
         """``(1/B) Σ_b G[b]`` -> [O, I]. Raises ValueError for an empty batch."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,12 +29,12 @@ def hashes(index: Tensor, dtype: torch.dtype, dim: int, seed: int, stream: int) 
 
 
 def signs(index: Tensor, dtype: torch.dtype, rank: int, seed: int, stream: int) -> Tensor:
-    """Rows of a matrix of random signs ±1/√rank, those of the indices [...] -> [..., rank]."""
+    """Rows of a matrix of random signs, those of the indices [...] -> [..., rank]: exact in every type."""
     key = _key(seed, stream, index.device)
     words = torch.arange(-(-rank // 64), device=index.device)  # one number gives up to 64 signs
     hashed = _mix(_mix(index + key).unsqueeze(-1) + words)
     bits = (hashed.unsqueeze(-1) >> torch.arange(min(rank, 64), device=index.device)) & 1
-    return (bits.flatten(-2)[..., :rank].to(dtype) * 2 - 1) / math.sqrt(rank)
+    return bits.flatten(-2)[..., :rank].to(dtype) * 2 - 1
 
 
 def _key(seed: int, stream: int, device: torch.device) -> Tensor:

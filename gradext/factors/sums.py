@@ -29,6 +29,12 @@ class SumFactors(GradFactors):
 
     A squared norm is ``Σ ‖part‖² + 2 Σ ⟨part, part'⟩``: where parts nearly cancel it keeps fewer digits than a norm of
     the gradient written, and what rounding makes of it below zero is zero.
+
+    >>> import torch
+    >>> look_up = EmbeddingFactors(torch.tensor([[0, 2], [3, 3]]), torch.rand(2, 2, 5), rows=4)
+    >>> tied = GradFactors.add([look_up, GradFactors(activation=torch.rand(2, 5), delta=torch.rand(2, 4))])
+    >>> [type(part).__name__ for part in tied.parts], tied.norm().shape, tied.materialize().shape
+    (['EmbeddingFactors', 'GradFactors'], torch.Size([2]), torch.Size([2, 4, 5]))
     """
 
     parts: tuple[GradFactors, ...]
@@ -294,9 +300,11 @@ def _cat_positions(parts: Sequence[GradFactors]) -> GradFactors:
     first = parts[0]
     T = max(part.positions for part in parts)
     if isinstance(first, EmbeddingFactors):
-        indices = [F.pad(part.index, (0, T - part.positions)) for part in parts]
-        rows = [F.pad(part.delta_rows, (0, 0, 0, T - part.positions)) for part in parts]
-        return first._of(torch.cat(indices), torch.cat(rows))
+        indices, rows = zip(*(part._tensors() for part in parts), strict=True)
+        return first._of(
+            torch.cat([F.pad(index, (0, T - index.shape[1])) for index in indices]),
+            torch.cat([F.pad(row, (0, 0, 0, T - row.shape[1])) for row in rows]),
+        )
     if all(part.delta.ndim == 2 for part in parts):
         return GradFactors(
             torch.cat([p.activation for p in parts]), torch.cat([p.delta for p in parts]), first.weight_shape

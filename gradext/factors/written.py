@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, ranges
 from ..backends.reference import _product, accumulation_type
 from . import numerics
 from .numerics import row_norms, widen
@@ -88,7 +88,7 @@ class WrittenFactors(GradFactors):
     def _with_form(self, weight_shape: tuple[int, ...] | None) -> WrittenFactors:
         return WrittenFactors(self.gradients.reshape(len(self), *(weight_shape or self.shape[1:])))
 
-    def reshaped(self, weight_shape) -> WrittenFactors:
+    def reshaped(self, weight_shape: Sequence[int]) -> WrittenFactors:
         self._check_weight_shape(weight_shape)
         return WrittenFactors(self.gradients.reshape(len(self), *weight_shape))
 
@@ -109,14 +109,14 @@ class WrittenFactors(GradFactors):
         placed.narrow(dim + 1, start, used).copy_(self.gradients)
         return WrittenFactors(placed)
 
-    def _written(self, change=lambda gradients: gradients) -> GradFactors:
+    def _written(self, change: Callable[[Tensor], Tensor] = lambda gradients: gradients) -> WrittenFactors:
         return WrittenFactors(change(self.gradients))
 
     def regrouped(self, batch: int) -> GradFactors:
         each = len(self) // batch if batch else 1
         return WrittenFactors(self.gradients.reshape(batch, each, *self.weight_shape).sum(1))
 
-    def _blocks(self):
+    def _blocks(self) -> Iterable[Tensor]:
         for block in self._as_columns().split(self._block_size()) if len(self) else ():
             yield block.to(accumulation_type(self.dtype))
 
@@ -144,13 +144,9 @@ class WrittenFactors(GradFactors):
         return self._squares()
 
     def _exponents(self) -> Tensor:
-        from .. import ranges
-
         return ranges.exponents(self._flat())
 
     def _scaled(self, by: Tensor) -> GradFactors:
-        from .. import ranges
-
         return WrittenFactors(ranges.times_two_to(-by, *widen(self.gradients)))
 
     def dot(self, reference: Tensor) -> Tensor:
@@ -173,11 +169,11 @@ class WrittenFactors(GradFactors):
         (found,) = widen(self._as_columns())
         found = found if left is None else left.to(found.dtype).mT @ found
         found = found if right is None else found @ right.to(found.dtype)
-        return found.to(self.dtype, copy=left is right is None)
+        return found.clone() if left is right is None else found
 
     def _sketch(self, dim: int, seed: int) -> Tensor:
         (flat,) = widen(self._flat())
-        return sketch_written(flat, tuple(self.shape[1:]), dim, seed)
+        return sketch_written(flat, flat_form(self.weight_shape), dim, seed)
 
     def sketch(self, dim: int, seed: int = 0) -> Tensor:
         if dim < 1:

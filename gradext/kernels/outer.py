@@ -1,9 +1,8 @@
 """Per-sample outer products written at the speed of memory: four kernels for one formula.
 
 `outer_tiles` for rows that a 16-byte store divides, `outer_group` for several such problems at once, `outer_flat` for
-rows that it does not divide, `outer_dot` for many positions. In each the delta may be computed on the way, from what
-is stored and an operand of its shape ("z" in the names of strides): without an EPILOGUE the operand is not read,
-and any pointer will do. All stores are streaming (".cs"): nothing reads the result again before it has left the cache.
+rows that it does not divide, `outer_dot` for many positions. All stores are streaming (".cs"): nothing reads the result
+again before it has left the cache.
 
 Elements are still stored one by one where rows that 16 bytes do not divide are not those of one contiguous ``out``
 that begins at a multiple of 16 bytes, and by `outer_dot` for rows that 16 elements do not divide.
@@ -12,8 +11,7 @@ that begins at a multiple of 16 bytes, and by `outer_dot` for rows that 16 eleme
 import triton
 import triton.language as tl
 
-from .epilogues import load_delta, widen
-from .tiles import accumulate_gradient, zeros_like_sum
+from .tiles import accumulate_gradient, widen, zeros_like_sum
 
 WARPS = 4  # of `outer_tiles` and `outer_flat`
 # A tile is 16 KB, by bytes per element of out: a warp writes 512 bytes of one row at once.
@@ -27,17 +25,16 @@ FLAT_LIMIT = 1 << 24  # of O and of I, for `divide`
 # Up to this many positions are added one by one, which costs less than the writing (by its peaks, an H200 does 24
 # multiply-adds while it writes one fp32 element); beyond, matrix products take over.
 ONE_BY_ONE = 8
-# (BLOCK_O, BLOCK_I, BLOCK_T), warps, stages of `outer_dot` by bytes per element of the factors, or of the delta that an
-# epilogue makes.
+# (BLOCK_O, BLOCK_I, BLOCK_T), warps, stages of `outer_dot` by bytes per element of the factors.
 DOT_TILES = {2: ((128, 128, 32), 8, 3), 4: ((64, 64, 16), 8, 2), 8: ((32, 32, 16), 4, 3)}
 
 
 @triton.jit
 def write_tile(
-    program, delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
-    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+    program, delta_ptr, activation_ptr, out_ptr, T, O, I,
+    stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai,
     stride_ob, stride_oo, stride_oi,
-    EPILOGUE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """What ``program`` of `outer_tiles` does."""
     tiles_i = tl.cdiv(I, BLOCK_I)
@@ -49,16 +46,14 @@ def write_tile(
     offsets_o = o.to(tl.int64)
     offsets_i = i.to(tl.int64)
     deltas_ptr = delta_ptr + b * stride_db + offsets_o * stride_do
-    operands_ptr = operand_ptr + b * stride_zb + offsets_o * stride_zo
     activations_ptr = activation_ptr + b * stride_ab + offsets_i * stride_ai
 
     gradient = zeros_like_sum(delta_ptr, BLOCK_O, BLOCK_I)
     for _ in range(T):
-        delta = widen(load_delta(deltas_ptr, operands_ptr, o < O, EPILOGUE))
+        delta = widen(tl.load(deltas_ptr, mask=o < O, other=0.0))
         activation = widen(tl.load(activations_ptr, mask=i < I, other=0.0))
         gradient += delta[:, None] * activation[None, :]
         deltas_ptr += stride_dt
-        operands_ptr += stride_zt
         activations_ptr += stride_at
 
     out = out_ptr + b * stride_ob + offsets_o[:, None] * stride_oo + offsets_i[None, :] * stride_oi
@@ -68,37 +63,37 @@ def write_tile(
 
 @triton.jit
 def outer_tiles(
-    delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
-    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+    delta_ptr, activation_ptr, out_ptr, T, O, I,
+    stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai,
     stride_ob, stride_oo, stride_oi,
-    EPILOGUE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """out[b, o, i] = Σ_t delta[b, t, o] activation[b, t, i], a tile [BLOCK_O, BLOCK_I] of one sample per program.
 
-    delta and operand [B, T, O], activation [B, T, I], out [B, O, I], any strides and types. Few positions: T
+    delta [B, T, O], activation [B, T, I], out [B, O, I], any strides and types. Few positions: T
     multiply-adds per element, in fp32 (fp64 for fp64). I/O: write B·O·I; read B·T·O and B·T·I, again for each tile but
     from the L2. Grid: B · tiles.
     """
     # B may exceed 65535, so everything is on the first axis of the grid.
     write_tile(
-        tl.program_id(0), delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
-        stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
-        stride_ob, stride_oo, stride_oi, EPILOGUE, BLOCK_O, BLOCK_I,
+        tl.program_id(0), delta_ptr, activation_ptr, out_ptr, T, O, I,
+        stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai,
+        stride_ob, stride_oo, stride_oi, BLOCK_O, BLOCK_I,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["programs"])
 def outer_group(
-    problems, programs, EPILOGUES: tl.constexpr, BLOCKS_O: tl.constexpr, BLOCKS_I: tl.constexpr,
+    problems, programs, BLOCKS_O: tl.constexpr, BLOCKS_I: tl.constexpr,
 ):  # fmt: skip
     """Several problems of `outer_tiles` in one launch. Grid: the sum of ``programs``, of which each problem has one.
 
-    problems[n] holds the arguments of `outer_tiles`, and EPILOGUES[n], BLOCKS_O[n] and BLOCKS_I[n] its constants.
+    problems[n] holds the arguments of `outer_tiles`, and BLOCKS_O[n] and BLOCKS_I[n] its constants.
     """
     program = tl.program_id(0)
     for n in tl.static_range(len(problems)):
         if (program >= 0) & (program < programs[n]):
-            write_tile(program, *problems[n], EPILOGUES[n], BLOCKS_O[n], BLOCKS_I[n])
+            write_tile(program, *problems[n], BLOCKS_O[n], BLOCKS_I[n])
         program -= programs[n]
 
 
@@ -114,9 +109,9 @@ def divide(n, magic):
 
 @triton.jit(do_not_specialize=["magic_O", "magic_I"])
 def outer_flat(
-    delta_ptr, operand_ptr, activation_ptr, out_ptr, T, total, O, I, magic_O, magic_I,
-    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
-    EPILOGUE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    delta_ptr, activation_ptr, out_ptr, T, total, O, I, magic_O, magic_I,
+    stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `outer_tiles` for a contiguous out [B, O, I] of ``total`` elements, taken as one flat range.
 
@@ -133,7 +128,6 @@ def outer_flat(
     start_i = (start - start_row * I).to(tl.int32)
 
     delta_ptr += start_b * stride_db
-    operand_ptr += start_b * stride_zb
     activation_ptr += start_b * stride_ab
 
     # [BLOCK / VECTOR, 1]: where each vector begins, with b counted from start_b, and the row after that one.
@@ -158,20 +152,17 @@ def outer_flat(
     loads = tl.where(wraps, next_exists, exists)
 
     deltas = b.to(tl.int64) * stride_db + o.to(tl.int64) * stride_do
-    operands = b.to(tl.int64) * stride_zb + o.to(tl.int64) * stride_zo
     next_deltas = next_b.to(tl.int64) * stride_db + next_o.to(tl.int64) * stride_do
-    next_operands = next_b.to(tl.int64) * stride_zb + next_o.to(tl.int64) * stride_zo
     columns = tl.where(wraps, next_b, b).to(tl.int64) * stride_ab + column.to(tl.int64) * stride_ai
     gradient = zeros_like_sum(delta_ptr, BLOCK // VECTOR, VECTOR)
     for _ in range(T):
-        delta = load_delta(delta_ptr + deltas, operand_ptr + operands, exists, EPILOGUE)
+        delta = tl.load(delta_ptr + deltas, mask=exists, other=0.0)
         if VECTOR > 1:
-            next_delta = load_delta(delta_ptr + next_deltas, operand_ptr + next_operands, next_exists, EPILOGUE)
+            next_delta = tl.load(delta_ptr + next_deltas, mask=next_exists, other=0.0)
             delta = tl.where(wraps, next_delta, delta)
         activation = tl.load(activation_ptr + columns, mask=loads, other=0.0)
         gradient += widen(delta) * widen(activation)
         delta_ptr += stride_dt
-        operand_ptr += stride_zt
         activation_ptr += stride_at
 
     out = out_ptr + start + first + lane
@@ -185,10 +176,10 @@ def outer_flat(
 
 @triton.jit
 def outer_dot(
-    delta_ptr, operand_ptr, activation_ptr, out_ptr, T, O, I,
-    stride_db, stride_dt, stride_do, stride_zb, stride_zt, stride_zo, stride_ab, stride_at, stride_ai,
+    delta_ptr, activation_ptr, out_ptr, T, O, I,
+    stride_db, stride_dt, stride_do, stride_ab, stride_at, stride_ai,
     stride_ob, stride_oo, stride_oi,
-    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """As `outer_tiles` for many positions: matrix products over BLOCK_T positions at a time. Grid: B · tiles."""
@@ -199,9 +190,9 @@ def outer_dot(
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     gradient = accumulate_gradient(
-        delta_ptr + b * stride_db, operand_ptr + b * stride_zb, activation_ptr + b * stride_ab, T, o, O, i, I,
-        stride_dt, stride_do, stride_zt, stride_zo, stride_at, stride_ai,
-        EPILOGUE, PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
+        delta_ptr + b * stride_db, activation_ptr + b * stride_ab, T, o, O, i, I,
+        stride_dt, stride_do, stride_at, stride_ai,
+        PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
     )  # fmt: skip
     offsets = o.to(tl.int64)[:, None] * stride_oo + i.to(tl.int64)[None, :] * stride_oi
     value = gradient.to(out_ptr.dtype.element_ty)

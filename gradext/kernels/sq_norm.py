@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from .epilogues import NONE
 from .tiles import accumulate_gradient, load_tile, row_products, zeros_like_sum
 
 # (ROWS, COLUMNS) of `sq_norm_rows` for features up to and beyond SHORT.
@@ -104,7 +103,7 @@ def sq_norm_gradient(
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     gradient = accumulate_gradient(
-        delta_ptr + b * stride_db, delta_ptr, activation_ptr + b * stride_ab, T, o, O, i, I,
-        stride_dt, stride_do, 0, 0, stride_at, stride_ai, NONE, PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
+        delta_ptr + b * stride_db, activation_ptr + b * stride_ab, T, o, O, i, I,
+        stride_dt, stride_do, stride_at, stride_ai, PRECISION, BLOCK_T, BLOCK_O, BLOCK_I,
     )  # fmt: skip
     tl.store(out_ptr + b * tiles + tile, tl.sum(gradient * gradient))

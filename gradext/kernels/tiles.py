@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from .epilogues import load_delta
+
+@triton.jit
+def widen(x):
+    """x in the type that sums are kept in: fp64 for fp64, else fp32."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -25,22 +32,20 @@ def zeros_like_sum(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def accumulate_gradient(
-    delta_ptr, operand_ptr, activation_ptr, T, o, O, i, I,
-    stride_dt, stride_do, stride_zt, stride_zo, stride_at, stride_ai,
-    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    delta_ptr, activation_ptr, T, o, O, i, I,
+    stride_dt, stride_do, stride_at, stride_ai,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Σ_t δ_t[o] a_t[i]ᵀ of one sample -> [BLOCK_O, BLOCK_I], by matrix products over BLOCK_T positions."""
     gradient = zeros_like_sum(delta_ptr, BLOCK_O, BLOCK_I)
     deltas_ptr = delta_ptr + o.to(tl.int64)[:, None] * stride_do
-    operands_ptr = operand_ptr + o.to(tl.int64)[:, None] * stride_zo
     for first in range(0, T, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         offsets = t.to(tl.int64)[None, :]
         mask = (o < O)[:, None] & (t < T)[None, :]
-        deltas = load_delta(deltas_ptr + offsets * stride_dt, operands_ptr + offsets * stride_zt, mask, EPILOGUE)
-        # Positions beyond T add nothing: whatever the epilogue makes of them meets an activation of 0.
-        activations = load_tile(activation_ptr, t, T, stride_at, i, I, stride_ai).to(deltas.dtype)
+        deltas = tl.load(deltas_ptr + offsets * stride_dt, mask=mask, other=0.0)
+        activations = load_tile(activation_ptr, t, T, stride_at, i, I, stride_ai)
         gradient = tl.dot(deltas, activations, gradient, input_precision=PRECISION, out_dtype=gradient.dtype)
     return gradient
 

@@ -10,7 +10,7 @@ from .classifier import GradientFeatures, NoiseClassifier, features, train_class
 from .detector import NoveltyDetector
 from .fitted import FittedScore, fit_score
 from .guards import DetectorWarning
-from .models import VAE, ConvVAE
+from .models import VAE, Autoencoder, ConvVAE, RotationNet
 from .persistence import ModelFileError, load, save
 from .representations import Characterization, characterize, distort
 from .scores import SCORES, Statistics
@@ -19,6 +19,7 @@ from .training import Checkpoint, GradientAlignment, History, train
 __all__ = [
     "SCORES",
     "VAE",
+    "Autoencoder",
     "Calibration",
     "Characterization",
     "Checkpoint",
@@ -31,6 +32,7 @@ __all__ = [
     "ModelFileError",
     "NoiseClassifier",
     "NoveltyDetector",
+    "RotationNet",
     "Statistics",
     "benjamini_hochberg",
     "characterize",

@@ -9,10 +9,12 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,40 +22,48 @@ import numpy as np
 import torch
 import torch.distributed
 from PIL import Image
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 
 from .. import datasets
 from .._version import __version__
 from ..datasets import DatasetError
-from ..sources import Source, open_source
-from . import persistence, reporting, scoring, writing
+from ..sources import AUTO_SIDE, Source, open_source
+from . import evaluation, guards, persistence, reporting, scoring, writing
 from .batches import joined
 from .detector import NoveltyDetector
 from .passes import Processes
+from .scaling import is_image
 from .training import Checkpoint
 
 
 def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     writing.check_writable(out)
-    with _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
-        source = _source(arguments, size=_size(arguments.size), mode=arguments.mode)
-        rows = np.flatnonzero(_normal(source, arguments)) if arguments.normal else np.arange(len(source))
+    with _output(arguments), _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
+        source = _source(
+            arguments, size=_size(arguments.size), mode=arguments.mode, pad=arguments.pad, auto_size=True, part="train",
+        )  # fmt: skip
+        _tell_notes(source, processes)
+        chosen = arguments.normal or source.normal
+        rows = np.flatnonzero(_normal(source, arguments)) if chosen else np.arange(len(source))
+        _check_memory(source, arguments)
         detector = NoveltyDetector(
-            arguments.score, layer=_layer(arguments.layer), epochs=arguments.epochs, hidden_dim=arguments.hidden_dim,
+            arguments.score, model=arguments.model, layer=_layer(arguments.layer), epochs=arguments.epochs,
+            hidden_dim=arguments.hidden_dim,
             latent_dim=arguments.latent_dim, target_fpr=arguments.target_fpr, contamination=arguments.contamination,
             random_state=arguments.seed, device=arguments.device,
             verbose=not arguments.quiet and processes.rank == 0,
         )  # fmt: skip
         checkpoint = _checkpoint(arguments, source, rows)
-        detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
-    if processes.rank > 0:
-        return 0
-    samples = len(rows) - len(source.skipped)
-    detector.image_format_ = source.image_format
-    persistence.save(detector, out)
-    writing.clear_leftovers(out)
-    checkpoint.remove()
+        with _kept_told(checkpoint.path):
+            detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
+            if processes.rank > 0:
+                return 0
+            samples = len(rows) - len(source.skipped)
+            detector.image_format_ = source.image_format
+            persistence.save(detector, out)
+        writing.clear_leftovers(out)
+        checkpoint.remove()
     result = {
         "model": str(out),
         "samples": samples,
@@ -67,7 +77,7 @@ def fit(arguments: argparse.Namespace) -> int:
     _print(
         arguments,
         result,
-        f"{out}: {detector.score_.name} of a VAE fit on {samples} samples of shape "
+        f"{out}: {detector.score_.name} of {_called(detector)} fit on {samples} samples of shape "
         f"{'x'.join(map(str, detector.input_shape_))}; novel above {-detector.offset_:.4g}, from "
         f"{result['calibration_samples']} held-out samples",
     )
@@ -85,25 +95,22 @@ def _checkpoint(arguments: argparse.Namespace, source: Source, rows: np.ndarray)
 
 def score(arguments: argparse.Namespace) -> int:
     scoring.check_out(arguments.out)
-    with _processes(arguments) as processes, _warnings_told():
+    with _output(arguments), _processes(arguments) as processes, _warnings_told():
         rank, world = processes.rank, processes.world
         detector, source = _open(arguments)
-        model_id = hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest()
-        try:
+        _check_maps(arguments, detector)
+        model_id = hashlib.sha256(Path(arguments.model).read_bytes() + repr(detector.offset_).encode()).hexdigest()
+        with _kept_told(scoring.partial_path(arguments.out, rank, world)):
             scoring.score_to_file(
                 detector, source, arguments.out, model_id=model_id, rank=rank, world=world,
-                progress=not arguments.quiet and rank == 0,
+                progress=not arguments.quiet and rank == 0, maps=arguments.maps,
             )  # fmt: skip
-        except (KeyboardInterrupt, OSError):
-            partial = scoring.partial_path(arguments.out, rank, world)
-            if partial.exists():
-                _tell(f"what is done is kept in {partial}; run the same command again to go on")
-            raise
-        if world > 1:
-            torch.distributed.barrier()
-        if rank > 0:
-            return 0
-        errors = scoring.finish(arguments.out, len(source), world)
+            if world > 1:
+                torch.distributed.barrier()
+            if rank > 0:
+                return 0
+            reasons = not is_image(detector.input_shape_)
+            errors = scoring.finish(arguments.out, len(source), world, reasons=reasons)
     for entry in errors:
         _tell(f"skipped: {entry['error']}")
     _print(
@@ -142,23 +149,37 @@ def evaluate(arguments: argparse.Namespace) -> int:
         )
     called = novelty > -detector.offset_
     ranked = scoring.in_finite_numbers(novelty, -detector.offset_)
+    kinds = (
+        [] if source.labels is None else evaluation.by_label(source.labels[index], ~novel, ranked, -detector.offset_)
+    )
+    pixels = evaluation.pixel_auroc(detector, source) if source.masks else None
+    area, low, high = evaluation.auroc_interval(novel, ranked)
     result = {
         "normal": int((~novel).sum()),
         "novel": int(novel.sum()),
-        "auroc": float(roc_auc_score(novel, ranked)),
+        "auroc": area,
+        "auroc_interval": [low, high],
         "average_precision": float(average_precision_score(novel, ranked)),
         "false_alarm_rate": float(called[~novel].mean()),
         "detection_rate": float(called[novel].mean()),
+        "pixel_auroc": pixels,
+        "labels": [kind.as_dict() for kind in kinds],
         "skipped": _skipped(source),
     }
+    more = "" if pixels is None else f"\nby pixel           AUROC {pixels:.4f}, against {len(source.masks)} masks"
+    if len(kinds) > 2:
+        width = max(len(kind.label) for kind in kinds)
+        for kind in kinds:
+            ranks = "normal" if kind.auroc is None else f"AUROC {kind.auroc:.3f} ({kind.low:.3f} to {kind.high:.3f})"
+            more += f"\n{kind.label:<{width}}  {kind.samples:>6}  {kind.called_novel:>6.1%} called novel  {ranks}"
     _print(
         arguments,
         result,
         f"{result['normal']} normal and {result['novel']} novel samples\n"
-        f"AUROC              {result['auroc']:.4f}\n"
+        f"AUROC              {result['auroc']:.4f}  (95%: {low:.4f} to {high:.4f})\n"
         f"average precision  {result['average_precision']:.4f}\n"
         f"at the threshold   {result['detection_rate']:.1%} of the novel found, "
-        f"{result['false_alarm_rate']:.1%} false alarms",
+        f"{result['false_alarm_rate']:.1%} false alarms{more}",
     )
     return 0
 
@@ -167,9 +188,10 @@ def report(arguments: argparse.Namespace) -> int:
     writing.check_writable(arguments.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a report is made by one process: run it without torchrun")
-    with _warnings_told():
+    with _output(arguments), _warnings_told():
         detector, source = _open(arguments)
-        labelled = source.labels is not None and (arguments.normal is not None or set(source.labels) <= {"0", "1"})
+        told = arguments.normal is not None or source.normal is not None
+        labelled = source.labels is not None and (told or set(source.labels) <= {"0", "1"})
         normal = _normal(source, arguments) if labelled or arguments.normal else None
         training = None if arguments.training is None else _training(arguments, detector)
         page = reporting.page(
@@ -188,12 +210,13 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from .onnx import export_onnx
+    from .onnx import default_dtype, export_onnx
 
     writing.check_writable(arguments.out)
-    detector = persistence.load(arguments.model)
-    export_onnx(detector, arguments.out, dtype=arguments.dtype)
-    dtype = arguments.dtype or detector.dtype
+    with _output(arguments):
+        detector = persistence.load(arguments.model)
+        export_onnx(detector, arguments.out, dtype=arguments.dtype)
+    dtype = arguments.dtype or default_dtype(detector)
     result = {
         "out": arguments.out,
         "score": detector.score_.name,
@@ -231,7 +254,66 @@ def images(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
     detector = persistence.load(arguments.model, device=arguments.device)
-    return detector, _source(arguments, image_format=detector.image_format_)
+    _warn_of_calibration(detector, arguments.target_fpr)
+    if arguments.target_fpr is not None:
+        detector.offset_ = -detector.threshold(arguments.target_fpr)
+    source = _source(
+        arguments, image_format=detector.image_format_, part="test",
+        fitted_columns=getattr(detector, "feature_names_in_", None),
+    )  # fmt: skip
+    _tell_notes(source, Processes())
+    return detector, source
+
+
+def _tell_notes(source: Source, processes: Processes) -> None:
+    if processes.rank == 0 and int(os.environ.get("RANK", "0")) == 0:
+        for note in source.notes:
+            _tell(f"note: {note}")
+
+
+def _check_memory(source: Source, arguments: argparse.Namespace) -> None:
+    """Raise ValueError for images whose model would not fit into memory, with a size that would."""
+    if source.image_format is None or arguments.model not in (None, "autoencoder", "vae"):
+        return
+    shape = source.image_format.shape
+    # Weights of both ends in single precision, with their gradients and Adam's two moments, and in double for scores.
+    needed = 2 * math.prod(shape) * (arguments.hidden_dim or 256) * (4 * 4 + 8)
+    if needed > 0.6 * _memory():
+        factor = AUTO_SIDE / max(shape[-2:])
+        smaller = "x".join(str(max(4, 4 * round(side * factor / 4))) for side in shape[-2:])
+        raise ValueError(
+            f"{arguments.data}: a model of images of {source.image_format} needs about {needed / 1e9:.0f} GB of "
+            f"memory, and this machine has {_memory() / 1e9:.0f}; bring them to another size, such as --size {smaller}"
+        )
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory; where nobody tells, a terabyte."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
+def _check_maps(arguments: argparse.Namespace, detector: NoveltyDetector) -> None:
+    """Raise ValueError for ``--maps`` where there are no images, or where maps would lie among the data."""
+    if arguments.maps is None:
+        return
+    if not is_image(detector.input_shape_):
+        raise ValueError(f"--maps: expected a model of images, but its samples have shape {detector.input_shape_}")
+    folder, data = Path(arguments.maps).resolve(), Path(arguments.data).resolve()
+    if data.exists() and (folder == data or data in folder.parents or folder in data.parents):
+        raise ValueError(f"--maps {arguments.maps}: expected a folder apart from the data, {arguments.data}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--maps {arguments.maps}: expected a folder, but it is a file")
+
+
+def _warn_of_calibration(detector: NoveltyDetector, target_fpr: float | None) -> None:
+    """Few held-out samples are told wherever their threshold is used."""
+    if detector.contamination is None or target_fpr is not None:
+        rate = detector.fitted_fpr_ if target_fpr is None else target_fpr
+        for message in guards.of_calibration(len(detector.calibration_.scores), rate):
+            warnings.warn(message, guards.DetectorWarning, stacklevel=2)
 
 
 def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple[Source, np.ndarray]:
@@ -240,13 +322,17 @@ def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple
         "data_dir": arguments.data_dir,
         "image_format": detector.image_format_,
         "skip_unreadable": arguments.skip_unreadable,
+        "part": "train",
+        "fitted_columns": getattr(detector, "feature_names_in_", None),
+        "columns": arguments.columns,
+        "drop": arguments.drop,
     }
     try:
         source = open_source(arguments.training, labels=_label_name(arguments), **options)
     except DatasetError:  # normal samples alone need no labels; whatever else is wrong is told by the second try
         source = open_source(arguments.training, **options)
     labels = np.full(len(source), "") if source.labels is None else source.labels
-    wanted = arguments.normal or (["0"] if set(labels) <= {"0", "1"} else [])
+    wanted = arguments.normal or source.normal or (["0"] if set(labels) <= {"0", "1"} else [])
     normal = np.isin(labels, wanted)
     return source, np.flatnonzero(normal if normal.any() else ~normal)
 
@@ -262,6 +348,8 @@ def _source(arguments: argparse.Namespace, **image_options) -> Source:
         data_dir=arguments.data_dir,
         labels=arguments.labels,
         skip_unreadable=arguments.skip_unreadable,
+        columns=arguments.columns,
+        drop=arguments.drop,
         **image_options,
     )
 
@@ -285,6 +373,8 @@ def _normal(source: Source, arguments: argparse.Namespace) -> np.ndarray:
     if source.labels is None:
         raise DatasetError(f"{arguments.data}: expected labels, but it has none; say where they are with --labels")
     present = sorted(set(source.labels.tolist()))
+    if arguments.normal is None and source.normal is not None:
+        return np.isin(source.labels, source.normal)
     if arguments.normal is None:
         if not set(present) <= {"0", "1"}:
             shown = ", ".join(present[:12])
@@ -298,6 +388,36 @@ def _normal(source: Source, arguments: argparse.Namespace) -> np.ndarray:
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
+
+INPUTS = {"data": "the data", "model": "the model", "labels": "the file of labels", "training": "the training data"}
+
+
+@contextlib.contextmanager
+def _output(arguments: argparse.Namespace) -> Iterator[None]:
+    """Hold ``--out`` for this command; refused where it is one of the inputs, or another process writes it."""
+    inputs = {what: getattr(arguments, name, None) for name, what in INPUTS.items()}
+    name = str(getattr(arguments, "data", "")).partition(":")[0]
+    if name in datasets.NAMES:
+        inputs[f"the set {name}"] = arguments.data_dir or os.environ.get("GRADEXT_DATA")
+    writing.refuse_inputs(arguments.out, inputs)
+    with writing.alone(arguments.out) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _kept_told(partial: Path) -> Iterator[None]:
+    """Say where what is done is kept, if a command is stopped or cannot write."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError):
+        if partial.exists():
+            _tell(f"what is done is kept in {partial}; run the same command again to go on")
+        raise
+
+
+def _called(detector: NoveltyDetector) -> str:
+    name = type(detector.model_).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _skipped(source: Source) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`NoveltyDetector`: model, representation, score and calibration as one scikit-learn estimator."""
+"""`NoveltyDetector`: scaling, model, representation, score and calibration as one scikit-learn estimator."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ from . import guards
 from .batches import BLOCK_ROWS, NO_SAMPLES, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
 from .fitted import CLASSIFIER_SCORES, FittedScore, fit_score
-from .models import VAE
+from .models import VAE, WIDE_INPUT, Autoencoder, ConvVAE, RotationNet
 from .passes import Blocks, Processes
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize, distort, layer_names, parts_of
+from .scaling import CHOICES, Scaling, fit_scaling, is_image
 from .scores import SCORES
-from .training import Checkpoint, History, train
+from .training import Checkpoint, History, auto_epochs, train
 
 __all__ = ["CLASSIFIER_SCORES", "Batches", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
+NEEDS_LATENT = frozenset(("combined_evidence", "joint_density"))
 HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE, "rotation": RotationNet}
+# Training of an `Autoencoder` without epochs=: steps at least, epochs at least, and steps without progress at its end.
+STEPS, WIDE_STEPS, EPOCHS, PATIENCE = 300, 500, 5, 100
+TURN_STEPS = 600  # of a `RotationNet`
 
 
 class Rows(Protocol):
@@ -76,31 +82,41 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
-        novelty_score: a label-free score of the gradient, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``,
-            ``"diagonal_fisher"``, ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of several layers' gradients,
+        novelty_score: a label-free score of the gradient, ``"whitened_gradient"``, ``"gradient_norm"``,
+            ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``, ``"kronecker_fisher"``,
+            ``"whitened_delta_norm"``; of several layers' gradients,
             ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of these and both losses,
             ``"joint_density"``, ``"combined_evidence"``; of the losses alone, ``"reconstruction_error"``,
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
-        model: an autoencoder of your own, ``x -> reconstruction`` or ``x -> (reconstruction, mu, logvar)``; None: a
-            `VAE`. It is copied, never changed. If it has a method ``loss(x) -> [B]``, that is what is trained.
-        input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``.
-        layer: the decoder layer, ``"first"`` (novel classes), ``"last"`` (novel conditions), or a module's name; or
-            several, such as ``("first", "last")``: scores of one layer take the first of them.
+        model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
+            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); None: an `Autoencoder`,
+            or a `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x ->
+            reconstruction`` or ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
+            ``loss(x) -> [B]``, that is what is trained.
+        input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``. Images
+            [N, H, W, C] become [N, C, H, W], unless it says otherwise.
+        layer: the decoder layer, ``"first"`` (the paper's for novel classes), ``"last"`` (for novel conditions, and of
+            the `Autoencoder` for all), or a module's name; or several, such as ``("first", "last")``: scores of one
+            layer take the first of them. ``"auto"``: the last of an `Autoencoder`, the first of all others.
         loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce where the output ends in a sigmoid
             and ``X`` lies in [0, 1].
-        scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"auto"``: 8-bit integers
-            are divided by 255, values in [0, 1] stay, all others are scaled as by minmax.
-        hidden_dim, latent_dim: sizes of the VAE.
-        epochs: training epochs; None: 50, more on small sets; 0: ``model`` is trained already.
-        batch_size, learning_rate: of Adam.
+        scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"robust"``: by each
+            feature's quantiles, what lies far out drawn in by a logarithm; ``"auto"``: images in 0..255 of whatever
+            type are divided by 255, images in [0, 1] stay, tables are scaled as by robust (`fit_scaling` tells all).
+        hidden_dim, latent_dim: sizes of the model; None: its own defaults (`Autoencoder`, `VAE`).
+        epochs: training epochs; None: as many as the held-out loss asks for, a few hundred steps on most sets; 0:
+            ``model`` is trained already.
+        batch_size, learning_rate: of Adam; None: 128, less on small sets, and 1e-3, for an `Autoencoder` of
+            tables 2e-3.
         noise_std, noise_clip: the classifier's training outliers, ``X + N(0, noise_std²)``, clipped to [0, 1] or not.
         validation_fraction: share of ``X`` held out from training to choose the epoch (none with ``epochs=0``). The
             statistics of label-free scores (`Statistics`) are of the training and the validation part together: a model
             explains the samples it was trained on too well, but the validation part alone is too small for some.
         calibration_fraction: share of ``X`` held out from all of that, for threshold and p-values, which are valid
             since nothing else has seen these samples.
-        target_fpr: the wanted rate of false alarms on normal samples; sets ``offset_``.
+        target_fpr: the wanted rate of false alarms on normal samples; sets ``offset_``. `predict`, `decision_function`
+            take another one without a new fit.
         contamination: the share of ``X`` that is novel, in (0, 0.5]: sets ``offset_`` in place of ``target_fpr`` so
             that this share of the training samples is called novel. p-values need clean data all the same.
         random_state: None, an integer or a RandomState.
@@ -116,11 +132,16 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         score_: the `FittedScore`, with its statistics or its classifier.
         calibration_: the `Calibration`, novelties [n] of held-out normal samples.
         offset_: the threshold on `score_samples`, below which a sample is called novel.
+        fitted_fpr_: the ``target_fpr`` of the fit.
         loss_: the reconstruction error that ``loss`` came to, ``"bce"`` or ``"mse"``.
         input_shape_: a sample's shape as the model takes it.
-        shift_, scale_: [D]; the model sees ``(X - shift_) / scale_``.
+        scaling_: the `Scaling` by which the model sees the samples, with ``shift``, ``scale``, ``low``, ``high`` [D].
+        channels_last_: whether samples come as [H, W, C] and the model sees [C, H, W].
+        ceiling_: highest and median novelty of the training samples. What lies far outside of their range
+            (`Scaling.excess`) is more novel than all of them, whatever a saturated model says of it.
         profile_: the `guards.Profile` of the scaled training samples, which `score_samples` compares with; None in old
             files.
+        warnings_: what `fit` warned of, for the report.
         image_format_: the `ImageFormat` that ``gradext fit`` brought image files to; None where there were none.
         n_features_in_: D, the number of values in a sample.
         feature_names_in_: [D], of data frames only.
@@ -140,18 +161,18 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        novelty_score: str = "gradient_norm",
+        novelty_score: str = "whitened_gradient",
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | str | None = None,
         input_shape: Sequence[int] | None = None,
-        layer: str | Sequence[str] | None = "first",
+        layer: str | Sequence[str] | None = "auto",
         loss: str = "auto",
         scaling: str = "auto",
-        hidden_dim: int = 400,
-        latent_dim: int = 20,
+        hidden_dim: int | None = None,
+        latent_dim: int | None = None,
         epochs: int | None = None,
-        batch_size: int = 128,
-        learning_rate: float = 1e-3,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
         noise_std: float = 0.1,
         noise_clip: bool = False,
         validation_fraction: float = 0.15,
@@ -230,10 +251,14 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             checkpoint = replace(checkpoint, run=f"{checkpoint.run} {seed}")
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
         self.image_format_: ImageFormat | None = None
-        self.shift_, self.scale_ = self._fit_scaling(X, training)
+        self.warnings_: list[str] = []
+        self.scaling_ = self._fit_scaling(X, training)
+        training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
+        parts = _cut(training, X.shape[1])
+        self.profile_: guards.Profile | None = guards.Profile.of(self._in_units(X[part]) for part in parts)
+        self.ceiling_: tuple[float, float] | None = None
         samples = _Samples(self, X, training, torch.float32)
-        self.profile_: guards.Profile | None = guards.Profile.of(samples.blocks())
-        self._make_model(samples[:2], seed, in_unit_range=self.profile_.low >= 0 and self.profile_.high <= 1)
+        self._make_model(samples[:2], seed, in_unit_range=self.scaling_.within_unit)
         self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes, checkpoint)
         self.model_.to(DTYPES[self.dtype])
         self.score_ = self._fit_score(X, training, np.concatenate([training, validation]), seed, processes)
@@ -242,9 +267,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         else:
             novelty = self._novelty(X_calibration, np.arange(len(X_calibration)), processes)
         self.calibration_ = Calibration(novelty)
+        self.fitted_fpr_ = self.target_fpr
         if self.contamination is None:
-            self._warn_where_too_few()
-            self.offset_ = -self.calibration_.threshold(self.target_fpr)
+            _warn(guards.of_calibration(len(self.calibration_.scores), self.target_fpr), self.warnings_)
+            self.offset_ = -_just_above(self.calibration_.threshold(self.target_fpr))
         else:
             novelty = self._novelty(X, np.arange(len(X)), processes)
             with np.errstate(invalid="ignore"):  # beside an infinity it is NaN, below which there is nothing
@@ -260,7 +286,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         choices = {
             "novelty_score": [*SCORES, *CLASSIFIER_SCORES],
             "loss": ["auto", *RECONSTRUCTION_LOSSES],
-            "scaling": ["auto", "minmax", "none"],
+            "scaling": list(CHOICES),
             "dtype": list(DTYPES),
         }
         for name, allowed in choices.items():
@@ -275,10 +301,15 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             raise ValueError("validation_fraction, calibration_fraction: expected a sum below 1, to train on the rest")
         if self.contamination is not None and not 0 < self.contamination <= 0.5:
             raise ValueError(f"contamination: expected None or a number in (0, 0.5], but got {self.contamination!r}")
-        if self.model is not None and not isinstance(self.model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module or None, but got {type(self.model).__name__}")
+        if isinstance(self.model, str) and self.model not in MODELS:
+            raise ValueError(f"model: expected one of {sorted(MODELS)} or a torch.nn.Module, but got {self.model!r}")
+        if self.model is not None and not isinstance(self.model, (nn.Module, str)):
+            raise TypeError(
+                f"model: expected a torch.nn.Module, one of {sorted(MODELS)} or None, but got "
+                f"{type(self.model).__name__}"
+            )
         working_device(self.device)
-        if self.epochs == 0 and self.model is None:
+        if self.epochs == 0 and not isinstance(self.model, nn.Module):
             raise ValueError("epochs: expected a positive integer or None, but got 0, which is for a trained model=")
 
     def _split(self, N: int, seed: int, calibration_given: bool) -> tuple[np.ndarray, ...]:
@@ -299,35 +330,59 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         validation, calibration, training = np.split(order, np.cumsum(held_out))
         return training, validation, calibration
 
-    def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shift [D], scale [D])."""
-        D = X.shape[1]
-        low, high = np.full(D, np.inf), np.full(D, -np.inf)
-        for part in _cut(rows, D):
-            block = X[part]
-            low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
-        in_bytes = self.scaling == "auto" and X.dtype == np.uint8
-        as_is = self.scaling == "none" or (self.scaling == "auto" and low.min() >= 0 and high.max() <= 1)
-        _warn(guards.of_features(low, high, minmax=not (in_bytes or as_is)))
-        if in_bytes or as_is:
-            return np.zeros(D), np.full(D, 255.0 if in_bytes else 1.0)
-        return low, np.where(high > low, high - low, 1.0)
+    @property
+    def _kind(self) -> str:
+        """The model's name in `MODELS`; "own" for a module."""
+        if isinstance(self.model, nn.Module):
+            return "own"
+        if isinstance(self.model, str):
+            return self.model
+        return "vae" if "latent" in self.novelty_score or NEEDS_LATENT & {self.novelty_score} else "autoencoder"
+
+    def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> Scaling:
+        parts = list(_cut(rows, X.shape[1]))
+        scaling = fit_scaling(X, parts, self.input_shape_, self.scaling, centred=self._kind == "autoencoder")
+        _warn(guards.of_features(scaling.low, scaling.high, alone=not is_image(self.input_shape_)), self.warnings_)
+        return scaling
+
+    def _without_far_out(self, X: np.ndarray, rows: np.ndarray, *, tell: bool = True) -> np.ndarray:
+        """The rows but for a few that would be all that the model learns: a spike's square is that of a hundred."""
+        if not self.scaling_.bent or len(rows) < 2 or self.epochs == 0:
+            return rows
+        spread = np.concatenate([self.scaling_.spread(X[part]) for part in _cut(rows, X.shape[1])])
+        far = guards.far_out(spread)
+        if tell and self.contamination is None:
+            _warn(guards.of_far_out(np.sort(rows[far]), len(rows)), self.warnings_)
+        return rows[~far]
+
+    @property
+    def shift_(self) -> np.ndarray:
+        """`scaling_`'s shift [D]."""
+        return self.scaling_.shift
+
+    @property
+    def scale_(self) -> np.ndarray:
+        """`scaling_`'s scale [D]."""
+        return self.scaling_.scale
 
     def _make_model(self, first: Tensor, seed: int, *, in_unit_range: bool) -> None:
         """``model_`` and ``loss_``, tried on the ``first`` samples."""
-        device = working_device(self.device)
-        if self.model is None:
-            if not in_unit_range:
+        device, kind = working_device(self.device), self._kind
+        if isinstance(self.model, nn.Module):
+            model: nn.Module = copy.deepcopy(self.model).float()
+        else:
+            if kind != "autoencoder" and not in_unit_range:
                 raise ValueError("scaling: expected values in [0, 1] for the VAE; use scaling='auto' or 'minmax'")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model: nn.Module = VAE(self.n_features_in_, self.hidden_dim, self.latent_dim).float()
-        else:
-            model = copy.deepcopy(self.model).float()
+                model = self._new_model(kind).float()
         self.model_ = model.to(device).eval()
         first = first.to(device).requires_grad_()
         with torch.enable_grad():
             reconstruction, latent = parts_of(self.model_(first))
+        if kind == "rotation":
+            self.loss_, self.layers_ = "rotation", ["head"]
+            return
         if reconstruction.shape[:1] != first.shape[:1] or reconstruction.numel() != first.numel():
             raise ValueError(
                 f"model: expected a reconstruction of {list(first.shape)}, but got {list(reconstruction.shape)}; "
@@ -339,8 +394,23 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             )
         self.loss_ = self.loss
         if self.loss == "auto":
-            self.loss_ = resolve("auto", reconstruction, first.detach()) if in_unit_range else "mse"
-        self.layers_ = layer_names(self.model_, first[:1].detach(), self.layer, self.loss_)
+            self.loss_ = "mse"
+            if in_unit_range and kind != "autoencoder":
+                self.loss_ = resolve("auto", reconstruction, first.detach())
+        layer = ("last" if kind == "autoencoder" else "first") if self.layer == "auto" else self.layer
+        self.layers_ = layer_names(self.model_, first[:1].detach(), layer, self.loss_)
+
+    def _new_model(self, kind: str) -> nn.Module:
+        given = {"hidden_dim": self.hidden_dim, "latent_dim": self.latent_dim}
+        given = {name: value for name, value in given.items() if value is not None}
+        if kind == "conv":
+            given.pop("hidden_dim", None)
+            return ConvVAE((1, *self.input_shape_)[-3:], **given)
+        if kind == "rotation":
+            if not is_image(self.input_shape_):
+                raise ValueError(f"model: 'rotation' is of images, but samples have shape {list(self.input_shape_)}")
+            return RotationNet((1, *self.input_shape_)[-3:])
+        return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
         """What is trained, x [B, ...] -> [B]: the model's own ``loss``, else reconstruction error and latent loss."""
@@ -366,12 +436,21 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.history_ = None
         if self.epochs == 0:
             return
+        plain, wide = self._kind == "autoencoder", self.n_features_in_ >= WIDE_INPUT
+        rate = self.learning_rate or (2e-3 if plain and not wide else 1e-3)
+        batch = self.batch_size or (min(128, max(16, len(training) // 4)) if plain else 128)
+        epochs, patience = self.epochs, None
+        if epochs is None:
+            steps = {"steps": WIDE_STEPS if wide else STEPS, "least": EPOCHS} if plain else {}
+            steps = {"steps": TURN_STEPS, "least": EPOCHS} if self._kind == "rotation" else steps
+            epochs = auto_epochs(len(training), batch, **steps)
+            patience = max(2, math.ceil((PATIENCE if plain else 4 * PATIENCE) / math.ceil(len(training) / batch)))
 
         def trained() -> tuple[History, dict[str, Tensor]]:
             history = train(
-                self.model_, training.held_where_small(), validation.held_where_small(), epochs=self.epochs,
-                batch_size=self.batch_size, learning_rate=self.learning_rate, loss=self._objective(), seed=seed,
-                progress=self.verbose, checkpoint=checkpoint,
+                self.model_, training.held_where_small(), validation.held_where_small(), epochs=epochs,
+                batch_size=batch, learning_rate=rate, loss=self._objective(), seed=seed,
+                progress=self.verbose, checkpoint=checkpoint, patience=patience,
             )  # fmt: skip
             return history, {name: value.cpu() for name, value in self.model_.state_dict().items()}
 
@@ -397,11 +476,14 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             return score(seen).double()
 
         novelty, N = blocks.concatenate(of_block).numpy(), len(training)
+        finite = novelty[np.isfinite(novelty)]
+        if len(finite):
+            self.ceiling_ = float(finite.max()), float(np.median(finite))
         counts, sums = zip(*processes.gather((dead, latent)), strict=True)
         dead, latent = sum(counts), reduce(torch.add, sums)
-        _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer))
+        _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer), self.warnings_)
         if self.contamination is None:
-            _warn(guards.of_training_scores(novelty, training))
+            _warn(guards.of_training_scores(novelty, training), self.warnings_)
         return score
 
     def _fit_classifier(self, X: np.ndarray, training: np.ndarray, seed: int) -> FittedScore:
@@ -412,17 +494,6 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         held = samples.held()
         distorted = distort(held, std=self.noise_std, clip=self.noise_clip, seed=seed)
         return fit_score(self.novelty_score, self._characterize(held), self._characterize(distorted), seed=seed)
-
-    def _warn_where_too_few(self) -> None:
-        attainable = self.calibration_.attainable_fpr
-        if attainable > self.target_fpr:
-            warnings.warn(
-                f"target_fpr={self.target_fpr:g} cannot be promised with {len(self.calibration_.scores)} held-out "
-                f"samples: the threshold is the largest of their scores, for false alarms at up to {attainable:.3g}; "
-                f"hold out {math.ceil(1 / self.target_fpr) - 1} or more (calibration_fraction=, X_calibration=)",
-                guards.DetectorWarning,
-                stacklevel=4,
-            )
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
@@ -445,16 +516,30 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         X = self._validated(X, start=start)
         if start == 0 and self.profile_ is not None:
             first = X[: rows_at_a_time(self.n_features_in_)]
-            _warn(guards.of_input(self._as_samples(first, torch.float32), self.profile_))
+            _warn(guards.of_input(self._in_units(first), self.scaling_.excess(first) > 0, self.profile_))
         return self._novelty(X, np.arange(len(X)))
 
-    def decision_function(self, X: Rows | Batches) -> np.ndarray:
-        """``score_samples(X) - offset_``: negative for novel samples."""
-        return self.score_samples(X) - self.offset_
+    def decision_function(self, X: Rows | Batches, *, target_fpr: float | None = None) -> np.ndarray:
+        """``score_samples(X) - offset_``: negative for novel samples. ``target_fpr``: as for `threshold`."""
+        return self.score_samples(X) - (-self.threshold(target_fpr))
 
-    def predict(self, X: Rows | Batches) -> np.ndarray:
-        """+1 for normal samples, -1 for novel ones."""
-        return np.where(self.decision_function(X) < 0, -1, 1)
+    def predict(self, X: Rows | Batches, *, target_fpr: float | None = None) -> np.ndarray:
+        """+1 for normal samples, -1 for novel ones. ``target_fpr``: as for `threshold`."""
+        return np.where(self.decision_function(X, target_fpr=target_fpr) < 0, -1, 1)
+
+    def threshold(self, target_fpr: float | None = None) -> float:
+        """The novelty above which a sample is novel: as fitted, or for another rate of false alarms, without a fit.
+
+        A parameter ``target_fpr`` that was changed since the fit counts as one given here.
+        """
+        check_is_fitted(self)
+        if target_fpr is None:
+            if self.contamination is not None or self.target_fpr == self.fitted_fpr_:
+                return -self.offset_
+            target_fpr = self.target_fpr
+        threshold = _just_above(self.calibration_.threshold(target_fpr))
+        _warn(guards.of_calibration(len(self.calibration_.scores), target_fpr))
+        return threshold
 
     def p_values(self, X: Rows | Batches) -> np.ndarray:
         """Conformal p-values [N]: a normal sample gets one of at most t with probability at most t."""
@@ -488,23 +573,36 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
                     )
         if reset:
             own = None if self.input_shape is None else tuple(int(size) for size in self.input_shape)
-            self.input_shape_ = own or shape or (X.shape[1],)
+            if own is None and isinstance(self.model, nn.Module):
+                own = getattr(self.model, "sample_shape", None)
+                own = own if own is not None and len(own) == 3 and math.prod(own) == X.shape[1] else None
+            self.input_shape_, self.channels_last_ = _arrangement(shape or (X.shape[1],), own)
             if math.prod(self.input_shape_) != X.shape[1]:
                 raise ValueError(f"input_shape: expected {X.shape[1]} values as in X, but got {self.input_shape_}")
         elif shape is not None and len(self.input_shape_) > 1:
-            squeezed, expected = ([size for size in s if size != 1] for s in (shape, self.input_shape_))
-            if squeezed != expected:
-                raise ValueError(f"X: expected samples of shape {list(self.input_shape_)}, but got {list(shape)}")
+            expected = self.input_shape_
+            if self.channels_last_:
+                expected = (*expected[1:], expected[0])
+            if _squeezed(shape) != _squeezed(expected):
+                raise ValueError(f"X: expected samples of shape {list(expected)}, but got {list(shape)}")
         return X
 
     def _as_samples(self, X: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """``(X - shift_) / scale_`` in the model's shape [N, *input_shape_]."""
+        """``scaling_(X)`` in the model's shape [N, *input_shape_]."""
         # Torch's alignment: on it depend the last bits of products.
         samples = torch.empty(X.shape, dtype=torch.float64, device="cpu")
-        scaled = samples.numpy()
-        np.subtract(X, self.shift_, out=scaled)
-        scaled /= self.scale_
-        return samples.to(dtype).reshape(len(X), *self.input_shape_)
+        self.scaling_(X, samples.numpy())
+        return self._arranged(samples.to(dtype))
+
+    def _in_units(self, X: np.ndarray) -> Tensor:
+        """``scaling_.units(X)``: pixels in [0, 1], or standard deviations, in the model's shape."""
+        return self._arranged(torch.from_numpy(self.scaling_.units(X)).float())
+
+    def _arranged(self, samples: Tensor) -> Tensor:
+        if not self.channels_last_:
+            return samples.reshape(len(samples), *self.input_shape_)
+        C, H, W = self.input_shape_
+        return samples.reshape(len(samples), H, W, C).permute(0, 3, 1, 2).contiguous()
 
     def _characterize(self, samples: Tensor) -> Characterization:
         return characterize(self.model_, samples, layer=self.layers_, loss=self.loss_, batch_size=BLOCK_ROWS)
@@ -519,7 +617,26 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:
         novelty = self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()
-        return np.where(np.isnan(novelty), np.inf, novelty)  # what overflows is not normal
+        novelty = np.where(np.isnan(novelty), np.inf, novelty)  # what overflows is not normal
+        if self.ceiling_ is not None:
+            excess = np.concatenate([self.scaling_.excess(X[part]) for part in _cut(rows, X.shape[1])])
+            novelty = raised(novelty, excess, *self.ceiling_)
+        return novelty
+
+
+def _just_above(threshold: float) -> float:
+    """By more than a score moves with its company in a batch: the sample whose score it is stays on one side."""
+    return threshold + 1e-9 * abs(threshold)
+
+
+def raised(novelty: np.ndarray, excess: np.ndarray, highest: float, median: float) -> np.ndarray:
+    """Novelties [N], those of samples with an ``excess`` (`Scaling.excess`) at least above the ``highest`` of training.
+
+    A sample that saturates the model has no gradient left, and would be the most normal of all.
+    """
+    unit = max(highest - median, abs(highest), np.finfo(np.float32).tiny)
+    with np.errstate(over="ignore"):
+        return np.where(excess > 0, np.maximum(novelty, highest + unit * np.log1p(excess)), novelty)
 
 
 def working_device(name: str | None) -> torch.device:
@@ -527,7 +644,27 @@ def working_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=torch.device(name or "cpu")).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise ValueError(f"device: expected one that works here, such as 'cpu', but got {name!r}: {error}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device: expected one that works here, such as 'cpu', but got {name!r}: {reason}") from None
+
+
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _arrangement(shape: tuple[int, ...], own: tuple[int, ...] | None) -> tuple[tuple[int, ...], bool]:
+    """The shape in which the model sees samples of ``shape``, and whether these have their channels last.
+
+    own: the shape that the model wants. Raises ValueError where the pixels would be scrambled.
+    """
+    if own is None:
+        channels_last = len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] > 4
+        return ((shape[2], *shape[:2]), True) if channels_last else (shape, False)
+    if len(shape) == 3 and len(own) == 3 and shape != own and (shape[2], *shape[:2]) == own:
+        return own, True
+    if len(shape) > 1 and len(own) > 1 and _squeezed(shape) != _squeezed(own):
+        raise ValueError(f"input_shape: expected the arrangement of X, {list(shape)}, but got {list(own)}")
+    return own, False
 
 
 class _Samples:
@@ -570,6 +707,9 @@ def _cut(rows: np.ndarray, features: int) -> Iterator[np.ndarray]:
         yield rows[start : start + size]
 
 
-def _warn(messages: Iterable[str]) -> None:
+def _warn(messages: Iterable[str], kept: list[str] | None = None) -> None:
+    """Give each as a `DetectorWarning`, and keep it for the report."""
     for message in messages:
+        if kept is not None:
+            kept.append(message)
         warnings.warn(message, guards.DetectorWarning, stacklevel=3)

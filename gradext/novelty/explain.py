@@ -1,17 +1,19 @@
-"""Why a sample is novel: which layers, which inputs, and which training samples its gradient is nearest to."""
+"""Why a sample is novel: where, which features, which layers, and the training samples with the nearest gradients."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from ..layer_grads import batch_layer_factors
 from .detector import NoveltyDetector, Rows
-from .representations import RECONSTRUCTION_LOSSES, Characterization, factors_of, in_order, layer_names, parts_of
+from .representations import ERRORS, Characterization, factors_of, in_order, layer_names, parts_of
+from .scaling import is_image
 
 ROWS_AT_A_TIME = 256
 
@@ -22,7 +24,9 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
     Where all gradients are zero so are shares.
     """
     samples = _samples(detector, X)
-    names = layer_names(detector.model_, samples[:1], None, detector.loss_)
+    names = detector.layers_
+    if detector.loss_ != "rotation":
+        names = layer_names(detector.model_, samples[:1], None, detector.loss_)
     parts: list[dict[str, Tensor]] = []
     for batch in samples.split(ROWS_AT_A_TIME):
         factors = factors_of(detector.model_, batch, detector.loss_, names)
@@ -32,17 +36,112 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
     return {n: torch.where(total > 0, s / total, torch.zeros_like(s)).cpu().numpy() for n, s in squares.items()}
 
 
+def residual(detector: NoveltyDetector, X: Rows) -> np.ndarray:
+    """Input minus reconstruction, [N, *input_shape], in units of the scale: pixels in [0, 1], or standard deviations.
+
+    Where a picture is novel, or which feature of a row: its size says more of that than `saliency`, the derivative of
+    the score, which is large wherever the score reacts.
+    """
+    return _residual_of(detector, _samples(detector, X))
+
+
+def _residual_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
+    _needs_reconstruction(detector)
+    parts = []
+    for batch in samples.split(ROWS_AT_A_TIME):
+        with torch.no_grad():
+            reconstruction, _ = parts_of(detector.model_(batch))
+        parts.append((batch - reconstruction.reshape(batch.shape)).cpu().double())
+    span = detector._arranged(torch.from_numpy(detector.scaling_.span)[None])
+    return (torch.cat(parts) * span).numpy()
+
+
+def expected(detector: NoveltyDetector, X: Rows) -> np.ndarray:
+    """The reconstructions in the units of ``X`` itself, [N, D]: what the model expects where it sees what it sees."""
+    return _expected_of(detector, _samples(detector, X))
+
+
+def _needs_reconstruction(detector: NoveltyDetector) -> None:
+    if detector.loss_ == "rotation":
+        raise ValueError("model: a RotationNet reconstructs nothing, so that there is no residual")
+
+
+def _expected_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
+    _needs_reconstruction(detector)
+    parts = []
+    for batch in samples.split(ROWS_AT_A_TIME):
+        with torch.no_grad():
+            reconstruction = parts_of(detector.model_(batch))[0].reshape(batch.shape).cpu().double()
+        if detector.channels_last_:
+            reconstruction = reconstruction.permute(0, 2, 3, 1)
+        parts.append(reconstruction.flatten(1))
+    return detector.scaling_.inverse(torch.cat(parts).numpy())
+
+
+def heat(detector: NoveltyDetector, X: Rows) -> np.ndarray:
+    """Maps [N, H, W] of images: the largest size of the `residual` over the channels.
+
+    Of a `RotationNet`, which reconstructs nothing, the `saliency`'s in place of the residual's, smoothed.
+    """
+    if not is_image(detector.input_shape_):
+        raise ValueError(f"X: expected images, but samples have the shape {list(detector.input_shape_)}")
+    if detector.loss_ == "rotation":
+        sizes = np.abs(saliency(detector, X))
+        smooth = float(max(detector.input_shape_[-2:])) / 16
+        sizes = gaussian_filter(sizes, (*[0] * (sizes.ndim - 2), smooth, smooth))
+    else:
+        sizes = np.abs(residual(detector, X))
+    return sizes if sizes.ndim == 3 else sizes.max(1)
+
+
+class Reason(NamedTuple):
+    """A feature that is not as expected; share: its part of the squared residual of the sample."""
+
+    feature: str
+    value: float
+    expected: float
+    share: float
+
+
+def reasons(detector: NoveltyDetector, X: Rows, *, k: int = 3) -> list[list[Reason]]:
+    """Of each sample the ``k`` features with the largest residual, the largest first."""
+    X = detector._validated(X)
+    samples = _samples_of(detector, X)
+    squares = np.square(_residual_of(detector, samples).reshape(len(X), -1))
+    if detector.channels_last_:
+        C, H, W = detector.input_shape_
+        squares = squares.reshape(-1, C, H, W).transpose(0, 2, 3, 1).reshape(len(X), -1)
+    shares = squares / np.maximum(squares.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+    wanted, names = _expected_of(detector, samples), getattr(detector, "feature_names_in_", None)
+    best = np.argsort(-shares, axis=1, kind="stable")[:, :k]
+    return [
+        [
+            Reason(
+                f"feature {j}" if names is None else str(names[j]), float(X[i, j]), float(wanted[i, j]),
+                float(shares[i, j]),
+            )
+            for j in row
+        ]
+        for i, row in enumerate(best.tolist())
+    ]  # fmt: skip
+
+
 def saliency(detector: NoveltyDetector, X: Rows) -> np.ndarray:
-    """``∂ novelty / ∂ x`` of each sample, x the scaled sample as input and as target -> [N, *input_shape]."""
+    """``∂ novelty / ∂ u`` of each sample -> [N, *input_shape].
+
+    u, as input and as target, is in the units of the scale: pixels in [0, 1], or a table's standard deviations.
+    """
     batches = _samples(detector, X).split(ROWS_AT_A_TIME)
-    return torch.cat([_saliency(detector, batch).cpu() for batch in batches]).numpy()
+    found = torch.cat([_saliency(detector, batch).cpu() for batch in batches])
+    span = detector._arranged(torch.from_numpy(detector.scaling_.span)[None])
+    return (found / span).numpy()
 
 
 def _saliency(detector: NoveltyDetector, batch: Tensor) -> Tensor:
     shifted = _Shifted(detector.model_, batch).eval()
 
     def error(output: Tensor, target: Tensor) -> Tensor:
-        return RECONSTRUCTION_LOSSES[detector.loss_](output, target + shifted.shift).flatten(1)
+        return ERRORS[detector.loss_](output, target + shifted.shift).flatten(1)
 
     layers = [f"model.{name}" for name in detector.layers_]
     factors = batch_layer_factors(
@@ -88,5 +187,9 @@ class _Shifted(nn.Module):
 
 
 def _samples(detector: NoveltyDetector, X: Rows) -> Tensor:
+    return _samples_of(detector, detector._validated(X))
+
+
+def _samples_of(detector: NoveltyDetector, X: np.ndarray) -> Tensor:
     like = next(detector.model_.parameters())
-    return detector._as_samples(detector._validated(X), like.dtype).to(like.device)
+    return detector._as_samples(X, like.dtype).to(like.device)

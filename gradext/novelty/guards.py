@@ -16,6 +16,9 @@ from torch import Tensor
 from .batches import joined
 
 ACTIVE_NATS = 0.01  # a latent dimension whose mean divergence is below carries nothing (Burda et al., ICLR 2016)
+IMAGE_FEATURES = 64  # features from which on rows may be flat images, whose edges never change
+FEW = 0.02  # share of the training samples that may be left out of the training for lying far out
+FAR_SQUARE = 16.0  # mean square in standard deviations from which on a sample may lie far out
 FENCE = 3.0  # interquartile ranges beyond the upper quartile: "far out" in Tukey, Exploratory Data Analysis, 1977
 
 
@@ -60,15 +63,35 @@ class Profile:
 # --- in fit ----------------------------------------------------------------------------------------------------------
 
 
-def of_features(low: np.ndarray, high: np.ndarray, minmax: bool) -> Iterator[str]:
-    """low, high [D]: each feature's training range; minmax: whether features are scaled by it."""
+def of_features(low: np.ndarray, high: np.ndarray, alone: bool) -> Iterator[str]:
+    """low, high [D]: each feature's training range; alone: whether each is a quantity of its own, not a pixel."""
     constant = np.flatnonzero(low == high)
     if len(constant) == len(low):
         yield "constant data: all training samples are the same, so that nothing can be learned from them"
-    elif minmax and len(constant):
+    elif alone and len(constant) and len(low) < IMAGE_FEATURES:
         yield (
             f"constant features: {len(constant)} of {len(low)} are the same in all training samples, first "
-            f"{constant[:5].tolist()}; they are left unscaled, and any change in them counts in full: leave them out"
+            f"{constant[:5].tolist()}; a change in one counts by its own size, so that small ones pass: leave them out"
+        )
+
+
+def far_out(spread: np.ndarray) -> np.ndarray:
+    """Which of the training samples, by their `Scaling.spread` [N], would be all that a model learns, bool [N].
+
+    Beyond ``Q3 + 3 (Q3 - Q1)`` of the logarithms, if that is at most `FEW` of them: more are a kind of their own.
+    """
+    logs = np.log(np.maximum(spread, np.finfo(np.float64).tiny))
+    lower, upper = np.quantile(logs, [0.25, 0.75])
+    far = logs > max(upper + FENCE * (upper - lower), math.log(FAR_SQUARE))
+    return far if far.sum() <= FEW * len(far) else np.zeros(len(far), bool)
+
+
+def of_far_out(rows: np.ndarray, N: int) -> Iterator[str]:
+    """rows: those of N training samples that were left out."""
+    if len(rows):
+        yield (
+            f"far-out samples: {len(rows)} of {N} training samples lie far from all others, rows {rows[:5].tolist()}; "
+            "the model is trained without them; look at them"
         )
 
 
@@ -104,17 +127,31 @@ def of_training_scores(novelty: np.ndarray, rows: np.ndarray) -> Iterator[str]:
         )
 
 
+def of_calibration(n: int, target_fpr: float) -> Iterator[str]:
+    """n samples, from which a threshold for ``target_fpr`` was taken."""
+    if 1 / (n + 1) > target_fpr:
+        yield (
+            f"target_fpr={target_fpr:g} cannot be promised with {n} held-out samples: the threshold is the largest of "
+            f"their scores, for false alarms at up to {1 / (n + 1):.3g}; hold out {math.ceil(1 / target_fpr) - 1} or "
+            "more (calibration_fraction=, X_calibration=)"
+        )
+
+
 # --- in scoring ------------------------------------------------------------------------------------------------------
 
 
-def of_input(samples: Tensor, profile: Profile) -> Iterator[str]:
-    """Scaled samples [N, *input_shape] that do not look as the training samples did."""
+def of_input(samples: Tensor, beyond: np.ndarray, profile: Profile) -> Iterator[str]:
+    """Samples [N, *input_shape] in units of the scale that do not look as the training samples did.
+
+    beyond: [N], which of them lie far outside of a feature's training range. One such sample may be a novelty, half of
+    them are on another scale.
+    """
     low, high, span = samples.min().item(), samples.max().item(), profile.span
     if span == 0:
         return
     seen = f"[{low:.3g}, {high:.3g}], where the training samples spanned [{profile.low:.3g}, {profile.high:.3g}]"
-    outside = ((samples < profile.low - span) | (samples > profile.high + span)).flatten(1).any(1)
-    if outside.any():
+    outside = torch.from_numpy(np.asarray(beyond))
+    if 2 * int(outside.sum()) >= max(len(samples), 2):
         yield (
             f"inputs outside the training range: scaled values span {seen}, far outside in {int(outside.sum())} of "
             f"{len(samples)} samples; are they on the scale of fit, such as 0 to 1 or 0 to 255?"

@@ -8,11 +8,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..losses import bce_logits
+
+WIDE_INPUT = 196  # elements from which on an `Autoencoder` is made for images
+
+
+class Autoencoder(nn.Module):
+    """A plain autoencoder as a multilayer perceptron, D-H-L-H-D with ReLU; the code and the reconstruction are linear.
+
+    forward: x [B, D] or image-shaped [B, ...] with D elements a sample -> reconstruction [B, D]. hidden_dim, latent_dim
+    None: 128 and half of D, at most 20; from 196 elements on, 256 and 32. Trained by the squared error on values about
+    zero: a VAE's divergence keeps a small table's columns from being learned, a sigmoid's ends hide what lies outside.
+
+    >>> import torch
+    >>> Autoencoder(input_dim=64)(torch.randn(5, 1, 8, 8)).shape
+    torch.Size([5, 64])
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int | None = None, latent_dim: int | None = None) -> None:
+        super().__init__()
+        wide = input_dim >= WIDE_INPUT
+        hidden = (256 if wide else 128) if hidden_dim is None else hidden_dim
+        latent = (32 if wide else max(1, min(20, input_dim // 2))) if latent_dim is None else latent_dim
+        for name, value in (("input_dim", input_dim), ("hidden_dim", hidden), ("latent_dim", latent)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, but got {value!r}")
+        self.input_dim = input_dim
+        self.encoder = nn.Sequential(nn.Linear(input_dim, hidden), nn.ReLU(), nn.Linear(hidden, latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, input_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction [B, D]."""
+        x = x.flatten(1)
+        if x.shape[1] != self.input_dim:
+            raise ValueError(f"x: expected {self.input_dim} elements a sample, but got {x.shape[1]}")
+        return self.decoder(self.encoder(x))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What makes one of the same architecture."""
+        first, last = self.encoder[0], self.encoder[2]
+        return {"input_dim": self.input_dim, "hidden_dim": first.out_features, "latent_dim": last.out_features}
 
 
 class VAE(nn.Module):
@@ -48,6 +89,11 @@ class VAE(nn.Module):
         """(reconstruction [B, D], mu [B, L], logvar [B, L])."""
         z, mu, logvar = self._encode(x)
         return self.decoder(z), mu, logvar
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What makes one of the same architecture."""
+        return {"input_dim": self.input_dim, "hidden_dim": self.mu.in_features, "latent_dim": self.mu.out_features}
 
     def loss(self, x: Tensor) -> Tensor:
         """The training objective, ``BCE(x, reconstruction) + KL``, each summed over its elements -> [B]; nats.
@@ -101,6 +147,87 @@ class ConvVAE(VAE):
             nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1), nn.LeakyReLU(0.2),
             nn.ConvTranspose2d(channels, C, 4, 2, 1), nn.Flatten(), nn.Sigmoid(),
         )  # fmt: skip
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What makes one of the same architecture."""
+        channels = self.encoder[0].out_channels
+        return {"image_shape": list(self.sample_shape), "channels": channels, "latent_dim": self.mu.out_features}
+
+
+class RotationNet(nn.Module):
+    """A small residual network that is trained to tell by which quarter turn an image was rotated.
+
+    What a network learns of normal images that way it does not find in novel ones, whose turn it tells badly. The turn
+    is known when scoring too, so that a sample's own loss has a true gradient: of the last layer, over all turns.
+    Source: Golan and El-Yaniv, "Deep anomaly detection using geometric transformations", NeurIPS 2018.
+
+    forward: images [B, C, H, W] in [0, 1], H = W a multiple of 4 -> logits [B, 4, 4], of the turns by the turns that
+    were made. In training the images are flipped and shifted by up to 3 pixels, all of a batch alike.
+
+    >>> import torch
+    >>> RotationNet((3, 8, 8), channels=4)(torch.rand(5, 3, 8, 8)).shape
+    torch.Size([5, 4, 4])
+    """
+
+    TURNS = 4
+
+    def __init__(self, image_shape: Sequence[int] = (3, 32, 32), channels: int = 16) -> None:
+        super().__init__()
+        C, H, W = image_shape
+        if min(C, H, W, channels) < 1 or H != W or H % 4:
+            raise ValueError(
+                f"image_shape, channels: expected [C, H, W] with H = W, a multiple of 4, and positive numbers, but got "
+                f"{tuple(image_shape)}, {channels}; --size HxW and --pad bring images to a square"
+            )
+        self.input_dim, self.sample_shape = C * H * W, (C, H, W)
+
+        def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+            )
+
+        self.body = nn.Sequential(
+            convolution(C, channels), convolution(channels, 2 * channels, 2), _Residual(2 * channels),
+            convolution(2 * channels, 4 * channels, 2), _Residual(4 * channels), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(4 * channels, self.TURNS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, turn made, turn told]."""
+        x = 4 * (x.reshape(-1, *self.sample_shape) - 0.5)
+        turned = torch.stack([torch.rot90(x, turn, (2, 3)) for turn in range(self.TURNS)], dim=1)
+        return self.head(self.body(turned.flatten(0, 1)).unflatten(0, (len(x), self.TURNS)))
+
+    def loss(self, x: Tensor) -> Tensor:
+        """The training objective, the cross entropy summed over the turns -> [B]; nats."""
+        x = x.reshape(-1, *self.sample_shape)
+        if self.training:
+            if torch.rand(()) < 0.5:
+                x = x.flip(3)
+            x = torch.roll(x, torch.randint(-3, 4, (2,)).tolist(), (2, 3))
+        return rotation_loss(self(x)).sum(1)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What makes one of the same architecture."""
+        return {"image_shape": list(self.sample_shape), "channels": self.body[0][0].out_channels}
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norm_a, self.norm_b = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.relu(self.norm_a(self.a(x)))
+        return torch.relu(x + self.norm_b(self.b(inner)))
+
+
+def rotation_loss(logits: Tensor) -> Tensor:
+    """``-log softmax(logits)[b, t, t]``: the cross entropy of every turn, [B, 4, 4] -> [B, 4]; nats."""
+    return -torch.diagonal(logits.log_softmax(2), dim1=1, dim2=2)
 
 
 def latent_loss(mu: Tensor, logvar: Tensor) -> Tensor:

@@ -20,14 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..factors import GradFactors, LayerFactors
+from .._version import __version__
+from ..factors import GradFactors, LayerFactors, numerics
 from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
 from .models import latent_loss
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
+from .scaling import MARGIN, SOFT, VECTORS
 from .writing import atomic_write
 
 # act'(z) of what an activation made of z, y = act(z): (layer, z, y) -> derivative. Torch's own are unknown to ONNX.
@@ -41,6 +44,7 @@ DERIVATIVES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
     nn.GELU: lambda m, z, y: (1 + torch.erf(z / math.sqrt(2))) / 2 + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi),
     nn.Softplus: lambda m, z, y: torch.sigmoid(m.beta * z),
 }
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 UNCHANGED = (nn.Identity, nn.Dropout)  # in evaluation mode
 RESHAPES = (nn.Flatten, nn.Unflatten)
 PROBES = 16  # random samples for which the graph has to give the detector's scores
@@ -52,16 +56,22 @@ class ScoringGraph(nn.Module):
 
     The model has to be an `nn.Sequential`, or a module that calls its parts ``encoder`` and ``decoder``, or
     ``encoder``, ``mu`` (beside it ``logvar``) and ``decoder`` one after the other, as `VAE` does; each made of linear
-    layers on [N, features], the activations of `DERIVATIVES`, Flatten, Unflatten, Identity and Dropout. Under the
-    binary cross entropy it ends in a sigmoid. ``dtype``: of `DTYPES`; None: the detector's own.
+    layers on [N, features], convolutions of images (chosen layers are linear ones: of a `ConvVAE` the first), the
+    activations of `DERIVATIVES`, Flatten, Unflatten, Identity and Dropout. Under the binary cross entropy it ends in a
+    sigmoid. ``dtype``: of `DTYPES`; None: `default_dtype`.
 
-    onnxruntime computes ELU, GELU and Softplus in fp32 alone. Inputs outside of [0, 1] that saturate that sigmoid
-    altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in the way,
-    and where random samples get other scores than the detector's.
+    onnxruntime computes ELU, GELU, Softplus and convolutions in fp32 alone. Inputs outside of [0, 1] that saturate that
+    sigmoid altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in
+    the way, and where random samples get other scores than the detector's.
     """
 
     shift: Tensor
     scale: Tensor
+    low: Tensor
+    high: Tensor
+    floor: Tensor
+    span: Tensor
+    width: Tensor
 
     def __init__(self, detector: NoveltyDetector, dtype: str | None = None) -> None:
         super().__init__()
@@ -69,15 +79,20 @@ class ScoringGraph(nn.Module):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, but got {dtype!r}")
         fitted = next(detector.model_.parameters()).dtype
-        self.dtype = DTYPES[dtype] if dtype else fitted
+        self.dtype = DTYPES[dtype or default_dtype(detector)]
         self.loss = detector.loss_
         layers, self.mu, logvar = _chain(detector.model_)
         if self.loss == "bce" and type(layers[-1]) is not nn.Sigmoid:
             raise ValueError(f"model: expected a Sigmoid at its end for loss='bce' in ONNX, but got {layers[-1]}")
         self.places = _places(detector, layers)
         self.layers, self.logvar = nn.ModuleList(copy.deepcopy(layers)), copy.deepcopy(logvar)
-        for name, array in (("shift", detector.shift_), ("scale", detector.scale_)):
-            self.register_buffer(name, torch.from_numpy(array))
+        scaling = detector.scaling_
+        if detector.channels_last_:
+            raise ValueError("X: expected channels first, for ONNX, but they are last; fit on [N, C, H, W]")
+        for name in VECTORS:
+            self.register_buffer(name, torch.from_numpy(getattr(scaling, name)))
+        self.register_buffer("width", torch.from_numpy(scaling.width))
+        self.bent, self.ceiling = scaling.bent, detector.ceiling_
         self.to("cpu", self.dtype).eval().requires_grad_(False)
         # Of a sample before and after each layer: numbers, for what ONNX makes of a tensor's own shape holds for one N.
         values = list(itertools.accumulate(
@@ -89,6 +104,9 @@ class ScoringGraph(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         x = (X - self.shift) / self.scale
+        if self.bent:
+            x = torch.where(x.abs() > SOFT, torch.sign(x) * (SOFT + torch.log(1 + (x.abs() - SOFT).clamp_min(0))), x)
+        x = (x - self.floor) / self.span
         values = [x.reshape(-1, *self.shapes[0])]
         for layer, shape in zip(self.layers, self.shapes[1:], strict=True):
             values.append(values[-1].reshape(-1, *shape) if type(layer) in RESHAPES else layer(values[-1]))
@@ -107,13 +125,22 @@ class ScoringGraph(nn.Module):
                 delta = self._backward(k, values[k], values[k + 1], delta)
         gradients = LayerFactors((name, factors[k]) for k, name in self.places.items())
         pixels = RECONSTRUCTION_LOSSES[self.loss](output, target).flatten(1)
-        return self._novelty(Characterization(pixels, latent, gradients))
+        novelty = self._novelty(Characterization(pixels, latent, gradients))
+        if self.ceiling is None:
+            return novelty
+        beyond = torch.maximum(X - self.high, self.low - X) / self.width - MARGIN
+        excess = beyond.max(1).values.clamp_min(0)
+        highest, median = self.ceiling
+        unit = max(highest - median, abs(highest), float(np.finfo(np.float32).tiny))
+        return torch.where(excess > 0, torch.maximum(novelty, highest + unit * torch.log(1 + excess)), novelty)
 
     def _backward(self, k: int, z: Tensor, y: Tensor, delta: Tensor) -> Tensor:
         """∂L/∂z from ``delta`` = ∂L/∂y, y = layer(z)."""
         layer = self.layers[k]
         if type(layer) is nn.Linear:
             return delta @ layer.weight
+        if type(layer) in CONVOLUTIONS:
+            return _through_convolution(layer, delta.reshape(-1, *self.shapes[k + 1]), self.shapes[k])
         if type(layer) in RESHAPES:
             return delta.reshape(-1, *self.shapes[k])
         return delta if type(layer) in UNCHANGED else delta * DERIVATIVES[type(layer)](layer, z, y)
@@ -121,17 +148,19 @@ class ScoringGraph(nn.Module):
     def _novelty(self, sample: Characterization) -> Tensor:
         if self.score.features is None or self.score.classifier is None:
             return self.score.differentiable(sample)
-        features = self.score.features(sample)
-        if isinstance(features, GradientFeatures):
-            direction = features.direction
-            features = replace(features, direction=_PlainFactors(direction.activation, direction.delta))
-        return self.score.classifier(features)
+        made = self.score.features
+        if made.representation != "gradient":
+            return self.score.classifier(made(sample))
+        features = GradientFeatures.of(_plain(made.whitened(sample.gradient)), made.mean, made.std)
+        return self.score.classifier(replace(features, direction=_plain(features.direction)))
 
     @torch.no_grad()
     def _check(self, detector: NoveltyDetector, fitted: torch.dtype) -> None:
         """What a module's forward does, nothing tells but running it."""
         uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
-        X = detector.shift_ + detector.scale_ * uniform
+        scaling = detector.scaling_
+        X = scaling.low + scaling.width * (1.4 * uniform - 0.2)
+        X[0, 0] = scaling.high[0] + 9 * scaling.width[0]
         with warnings.catch_warnings():
             # Of samples unlike those of training, of columns without names.
             warnings.simplefilter("ignore", UserWarning)
@@ -145,6 +174,17 @@ class ScoringGraph(nn.Module):
             )
 
 
+def _through_convolution(layer: Any, delta: Tensor, shape: torch.Size) -> Tensor:
+    """∂L/∂z [N, *shape] of a convolution or a transposed one: each is the other's transpose."""
+    options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    if type(layer) is nn.ConvTranspose2d:
+        return F.conv2d(delta, layer.weight, **options)
+    steps = zip(shape[1:], delta.shape[2:], layer.stride, layer.padding, layer.kernel_size, layer.dilation, strict=True)
+    # What the windows leave over at the end, of which the transpose knows nothing.
+    rest = tuple(size - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for size, n, s, p, k, d in steps)
+    return F.conv_transpose2d(delta, layer.weight, output_padding=rest, **options)
+
+
 class _PlainFactors(GradFactors):
     """Gradients of one position each, with what scores ask of them in torch's own operators."""
 
@@ -153,6 +193,9 @@ class _PlainFactors(GradFactors):
 
     def dot(self, reference: Tensor) -> Tensor:
         return ((self.delta @ reference) * self.activation).sum(1)
+
+    def cosine(self, reference: Tensor) -> Tensor:
+        return numerics.cosine(self.dot(reference), self.norm(), reference.norm())
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         value = ((self.delta @ weight) * self.activation).sum(2).t()  # [H, N, I] -> [N, H]
@@ -166,14 +209,27 @@ class _PlainFactors(GradFactors):
         return of_delta * of_activation
 
 
+def default_dtype(detector: NoveltyDetector) -> str:
+    """The detector's own; of models with convolutions ``"float32"``, the only one in which onnxruntime has them."""
+    if any(isinstance(module, CONVOLUTIONS) for module in detector.model_.modules()):
+        return "float32"
+    fitted = next(detector.model_.parameters()).dtype
+    return next(name for name in DTYPES if DTYPES[name] == fitted)
+
+
+def _plain(gradient: GradFactors) -> _PlainFactors:
+    return _PlainFactors(gradient.activation, gradient.delta)
+
+
 def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: str | None = None) -> None:
     """Write `ScoringGraph`: input ``X`` [N, D] of its ``dtype``, any N, output ``novelty`` [N], higher is more novel.
 
     Scores of an fp64 detector come out to 1e-9 of the largest in fp64, and to 1e-5 in fp32, whose rounding by 6e-8
     adds up over the inputs.
 
-    The file is whole or not written at all. Raises as `ScoringGraph` does, ImportError without the package onnx,
-    OSError where the file cannot be written.
+    Its metadata hold ``threshold`` (novel above), ``novelty_score``, ``target_fpr``, ``input_shape`` and
+    ``gradext_version``. The file is whole or not written at all. Raises as `ScoringGraph` does, ImportError without the
+    package onnx, OSError where the file cannot be written.
     """
     if importlib.util.find_spec("onnx") is None:
         raise ImportError("ONNX graphs need the package onnx: pip install onnx")
@@ -189,8 +245,19 @@ def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: st
             input_names=["X"], output_names=["novelty"],
             dynamic_axes={"X": {0: "N"}, "novelty": {0: "N"}}, opset_version=17, dynamo=False,
         )  # fmt: skip
+    import onnx
+
+    written = onnx.load_model_from_string(content.getvalue())
+    told = {
+        "gradext_version": __version__,
+        "novelty_score": detector.score_.name,
+        "threshold": repr(-detector.offset_),  # novel above
+        "target_fpr": repr(detector.fitted_fpr_),
+        "input_shape": "x".join(map(str, detector.input_shape_)),
+    }
+    onnx.helper.set_model_props(written, told)
     with atomic_write(path) as file:
-        file.write(content.getvalue())
+        file.write(written.SerializeToString())
 
 
 # --- the chain -------------------------------------------------------------------------------------------------------
@@ -206,7 +273,9 @@ def _chain(model: nn.Module) -> tuple[list[nn.Module], int, nn.Module | None]:
             "model: expected an nn.Sequential, or a module with the parts encoder and decoder, or encoder, mu, logvar "
             f"and decoder, for ONNX, but got {type(model).__name__} with {', '.join(parts) or 'none of them'}"
         )
-    before, after = [nn.Flatten(), *_flat(parts["encoder"])], list(_flat(parts["decoder"]))
+    shape = getattr(model, "sample_shape", ())
+    shaped = [nn.Unflatten(1, shape)] if len(shape) > 1 else []
+    before, after = [nn.Flatten(), *shaped, *_flat(parts["encoder"])], list(_flat(parts["decoder"]))
     if "mu" not in parts:
         return before + after, 0, None
     for name in ("mu", "logvar"):
@@ -216,15 +285,20 @@ def _chain(model: nn.Module) -> tuple[list[nn.Module], int, nn.Module | None]:
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    known: tuple[type[nn.Module], ...] = (nn.Linear, *DERIVATIVES, *RESHAPES, *UNCHANGED)
+    known: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *DERIVATIVES, *RESHAPES, *UNCHANGED)
     if type(module) is nn.Sequential:
         for part in module:
             yield from _flat(part)
-    elif type(module) in known and getattr(module, "approximate", "none") == "none":
+    elif type(module) in known and getattr(module, "approximate", "none") == "none" and _is_zero_padded(module):
         yield module
     else:
         names = ", ".join(kind.__name__ for kind in known)
         raise ValueError(f"model: expected layers of the kinds {names}, for ONNX, but got {module}")
+
+
+def _is_zero_padded(module: nn.Module) -> bool:
+    plain = getattr(module, "padding_mode", "zeros") == "zeros"
+    return plain and not isinstance(getattr(module, "padding", 0), str)
 
 
 def _places(detector: NoveltyDetector, layers: list[nn.Module]) -> dict[int, str]:

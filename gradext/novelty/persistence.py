@@ -2,16 +2,17 @@
 
 Nothing in a file is executed, and nothing is believed before it is checked: lengths and offsets (safetensors), a
 SHA-256 of description and tensors, the type of every entry, the shape and type of every tensor against what the
-described architecture has. The JSON object, format version 2:
+described architecture has. The JSON object, format version 3:
 
     format, format_version, versions    what wrote the file
-    parameters                          of the estimator, but for ``model`` and ``random_state``
-    architecture                        {"type": "VAE", sizes}, or {"type": "own", "class": its name}
-    n_features, feature_names, input_shape, loss, offset, image_format, history, profile
+    parameters                          of the estimator, but for a ``model`` of one's own and ``random_state``
+    architecture                        {"type": a name of `MODELS`, sizes}, or {"type": "own", "class": its name}
+    n_features, feature_names, input_shape, channels_last, layers, loss, offset, target_fpr, ceiling, bent,
+    warnings, image_format, history, profile
     sha256                              of all else
 
-The tensors: ``model.*`` the state of the autoencoder, ``score.*`` that of the `FittedScore`, ``calibration`` [n],
-``shift`` [D], ``scale`` [D].
+The tensors: ``model.*`` the state of the autoencoder, ``score.*`` that of the `FittedScore`, ``calibration`` [n], and
+the vectors [D] of the `Scaling`, ``shift``, ``scale``, ``low``, ``high``, ``floor``, ``span``.
 """
 
 from __future__ import annotations
@@ -36,18 +37,17 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..sources import ImageFormat
 from .calibration import Calibration
-from .detector import DTYPES, NoveltyDetector, working_device
-from .fitted import CLASSIFIER_SCORES, WHITENERS, fit_score
+from .detector import DTYPES, MODELS, NoveltyDetector, working_device
+from .fitted import CLASSIFIER_SCORES, fit_score
 from .guards import Profile
-from .models import VAE
-from .representations import RECONSTRUCTION_LOSSES, characterize, layer_names
+from .representations import ERRORS, characterize, layer_names
+from .scaling import VECTORS, Scaling
 from .training import History
 from .writing import atomic_write
 
 FORMAT = "gradext.novelty"
-FORMAT_VERSION = 2  # 1: gradients of a classifier as they are, and the inverse of one layer's deltas
-VAE_SIZES = ("input_dim", "hidden_dim", "latent_dim")
-NOT_SAVED = ("model", "random_state", "device")
+FORMAT_VERSION = 3  # earlier ones were never released
+NOT_SAVED = ("random_state", "device")
 
 
 class ModelFileError(ValueError):
@@ -76,33 +76,35 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     model, score = detector.model_, detector.score_
     dtype = next(model.parameters()).dtype
     parameters = {name: value for name, value in detector.get_params(deep=False).items() if name not in NOT_SAVED}
+    own = detector._kind == "own"
+    if own:
+        del parameters["model"]
     # As fitted, whatever `set_params` has said since.
     parameters |= {"novelty_score": score.name, "dtype": next(name for name in DTYPES if DTYPES[name] == dtype)}
     if parameters["input_shape"] is not None:
         parameters["input_shape"] = [int(size) for size in parameters["input_shape"]]
-    NoveltyDetector(**parameters, model=detector.model)._check_parameters()  # what `load` would refuse is told here
+    # What `load` would refuse is told here.
+    NoveltyDetector(**{**parameters, "model": detector.model})._check_parameters()
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "versions": {"gradext": __version__}
         | {package: metadata.version(package) for package in ("torch", "numpy", "scikit-learn")},
         "parameters": {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()},
-        "architecture": {
-            "type": "VAE",
-            "input_dim": model.input_dim,
-            "hidden_dim": model.mu.in_features,
-            "latent_dim": model.mu.out_features,
-        }
-        if detector.model is None and isinstance(model, VAE)
-        else {"type": "own", "class": type(model).__qualname__},
+        "architecture": _architecture(model),
         "n_features": int(detector.n_features_in_),
         "feature_names": [str(name) for name in detector.feature_names_in_]
         if hasattr(detector, "feature_names_in_")
         else None,
         "input_shape": list(detector.input_shape_),
+        "channels_last": detector.channels_last_,
         "layers": detector.layers_,
         "loss": detector.loss_,
         "offset": float(detector.offset_),
+        "target_fpr": float(detector.fitted_fpr_),
+        "ceiling": None if detector.ceiling_ is None else list(detector.ceiling_),
+        "bent": detector.scaling_.bent,
+        "warnings": detector.warnings_,
         "image_format": None if detector.image_format_ is None else asdict(detector.image_format_),
         "history": asdict(detector.history_) if detector.history_ else None,
         "profile": asdict(detector.profile_) if detector.profile_ else None,
@@ -111,8 +113,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     tensors |= {f"score.{name}": value for name, value in score.tensors().items()}
     tensors |= {
         "calibration": torch.from_numpy(detector.calibration_.scores),
-        "shift": torch.from_numpy(detector.shift_),
-        "scale": torch.from_numpy(detector.scale_),
+        **{name: torch.from_numpy(getattr(detector.scaling_, name)) for name in VECTORS},
     }
     # Own storage for each: safetensors refuses tied weights.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -120,6 +121,13 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     content = safetensors.torch.save(tensors, {FORMAT: json.dumps(description, allow_nan=False)})
     with atomic_write(path) as file:
         file.write(content)
+
+
+def _architecture(model: nn.Module) -> dict:
+    for name, kind in MODELS.items():
+        if type(model) is kind:
+            return {"type": name, **model.sizes}  # type: ignore[dict-item]
+    return {"type": "own", "class": type(model).__qualname__}
 
 
 def load(path: str | os.PathLike, *, model: nn.Module | None = None, device: str | None = None) -> NoveltyDetector:
@@ -160,6 +168,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     version = description.get("format_version")
     if type(version) is not int or version < 1:
         raise ModelFileError(f"{path}: format_version: expected a positive integer, but got {version!r}")
+    if version < FORMAT_VERSION:
+        raise ModelFileError(
+            f"{path}: written in format {version} by an earlier gradext, and this one ({__version__}) reads format "
+            f"{FORMAT_VERSION}; fit anew"
+        )
     if version > FORMAT_VERSION:
         raise ModelFileError(
             f"{path}: written in format {version}, and this gradext ({__version__}) reads up to {FORMAT_VERSION}; "
@@ -167,14 +180,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         )
     if description.get("sha256") != _digest(description, tensors):
         raise ModelFileError(f"{path}: its content does not match its SHA-256: damaged or altered")
-    return description, tensors if version > 1 else _from_format_1(tensors)
-
-
-def _from_format_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {name.replace("score.delta_inverse", "score.delta_inverses.0"): value for name, value in tensors.items()}
-    if "score.whitened_moments" in tensors:
-        tensors["score.whitened_moments"] = tensors["score.whitened_moments"][None]
-    return tensors
+    return description, tensors
 
 
 def _digest(description: dict, tensors: dict[str, Tensor]) -> str:
@@ -195,15 +201,19 @@ def _rebuild(
     if unknown := set(parameters) - known:
         raise ModelFileError(f"parameters: expected some of {sorted(known)}, but got {sorted(unknown)}")
     architecture = _entry(description, "architecture", dict)
-    own = _entry(architecture, "type", str) != "VAE"
+    kind = _entry(architecture, "type", str)
+    own = kind not in MODELS
     if own and model is None:
         raise ModelFileError(
             f"its model is of a class of your own, {architecture.get('class')!r}, which no file holds: pass "
             "load(..., model=) one of the same architecture"
         )
     if not own and model is not None:
-        raise ModelFileError("its model is gradext's VAE: leave model= out")
-    detector = NoveltyDetector(**parameters, model=model, device=device)
+        raise ModelFileError(f"its model is gradext's {MODELS[kind].__name__}: leave model= out")
+    named = parameters.pop("model", None)
+    if named is not None and named != kind:
+        raise ModelFileError(f"model: expected {kind!r} as in the architecture, or none, but got {named!r}")
+    detector = NoveltyDetector(**parameters, model=model if own else named, device=device)
     detector._check_parameters()
     if not _is_named(detector.layer):
         raise ModelFileError(f"layer: expected a name, several or None, but got {detector.layer!r}")
@@ -222,55 +232,84 @@ def _rebuild(
     if names is not None:
         detector.feature_names_in_ = np.asarray(names, dtype=object)
     detector.input_shape_ = tuple(input_shape)
+    detector.channels_last_ = _entry(description, "channels_last", bool)
+    if detector.channels_last_ and len(input_shape) != 3:
+        raise ModelFileError(f"channels_last: expected false for samples of shape {input_shape}, but got true")
     detector.loss_ = _entry(description, "loss", str)
-    if detector.loss_ not in RECONSTRUCTION_LOSSES:
-        raise ModelFileError(f"loss: expected one of {list(RECONSTRUCTION_LOSSES)}, but got {detector.loss_!r}")
+    if detector.loss_ not in ERRORS or (detector.loss_ == "rotation") != (kind == "rotation"):
+        raise ModelFileError(f"loss: expected one of {list(ERRORS)} that fits the model, but got {detector.loss_!r}")
     detector.offset_ = _entry(description, "offset", float)
+    detector.fitted_fpr_ = _entry(description, "target_fpr", float)
+    ceiling = _entry(description, "ceiling", list, optional=True)
+    if ceiling is not None and not (
+        len(ceiling) == 2 and all(type(value) is float and math.isfinite(value) for value in ceiling)
+    ):
+        raise ModelFileError(f"ceiling: expected two numbers, but got {ceiling!r}")
+    detector.ceiling_ = None if ceiling is None else (ceiling[0], ceiling[1])
     image_format = _entry(description, "image_format", dict, optional=True)
     detector.image_format_ = None if image_format is None else ImageFormat(**image_format)
     history = _entry(description, "history", dict, optional=True)
     detector.history_ = None if history is None else _history(history)
 
+    detector.warnings_ = _entry(description, "warnings", list)
+    if not all(isinstance(text, str) for text in detector.warnings_):
+        raise ModelFileError(f"warnings: expected texts, but got {detector.warnings_!r}")
     profile = _entry(description, "profile", dict, optional=True)
     detector.profile_ = None if profile is None else _profile(profile)
 
     given = dict(tensors)
-    detector.shift_, detector.scale_ = (_vector(given, name, D) for name in ("shift", "scale"))
-    if not (detector.scale_ > 0).all():
-        raise ModelFileError("scale: expected positive values")
+    detector.scaling_ = Scaling(_entry(description, "bent", bool), *(_vector(given, name, D) for name in VECTORS))
+    for name in ("scale", "span"):
+        if not (getattr(detector.scaling_, name) > 0).all():
+            raise ModelFileError(f"{name}: expected positive values")
     detector.calibration_ = Calibration(_vector(given, "calibration"))
     state = {name.removeprefix("model."): given.pop(name) for name in tensors if name.startswith("model.")}
     if model is not None:
         detector.model_ = copy.deepcopy(model).to(dtype)
     else:
-        sizes = {name: _entry(architecture, name, int) for name in VAE_SIZES}
-        if sizes["input_dim"] != D:
-            raise ModelFileError(f"input_dim: expected {D} as n_features, but got {sizes['input_dim']}")
+        sizes = _sizes(architecture, kind)
         with torch.device("meta"):  # sizes that no tensor has are found before memory is asked for
-            detector.model_ = VAE(**sizes).to(dtype)
+            made = MODELS[kind](**sizes).to(dtype)
+        if made.input_dim != D:
+            raise ModelFileError(f"input_dim: expected {D} as n_features, but got {made.input_dim}")
+        detector.model_ = made
     _check_tensors(state, detector.model_.state_dict(), "model")
     detector.model_.load_state_dict(state, assign=not own)
     detector.model_.to(working_device(device)).eval()
 
     # What the score must hold: its names, shapes and types for this model, from two samples of zeros.
     zeros = torch.zeros(2, *detector.input_shape_, dtype=dtype, device="cpu")
-    layers = _entry(description, "layers", list, optional=True)  # files of earlier releases have none
-    if layers is not None and not _is_named(layers):
+    layers = _entry(description, "layers", list)
+    if not _is_named(layers):
         raise ModelFileError(f"layers: expected names, but got {layers!r}")
-    choice = detector.layer if layers is None else layers
-    detector.layers_ = layer_names(detector.model_, zeros[:1], choice, detector.loss_)
+    detector.layers_ = layer_names(detector.model_, zeros[:1], layers, detector.loss_)
     seen = characterize(detector.model_, zeros, layer=detector.layers_, loss=detector.loss_)
     options = {"epochs": 1} if detector.novelty_score in CLASSIFIER_SCORES else {}
     template = fit_score(detector.novelty_score, seen, seen, **options)
     learned = {name.removeprefix("score."): given.pop(name) for name in tensors if name.startswith("score.")}
-    if description["format_version"] == 1:  # nothing was whitened
-        whiteners = {name: like for name, like in template.tensors().items() if name in WHITENERS}
-        learned = {name: torch.eye(len(like), device="cpu").to(like) for name, like in whiteners.items()} | learned
-    _check_tensors(learned, template.tensors(), "score")
+    expected = template.tensors()
+    if "delta_basis" in expected and {"delta_basis", "delta_gains"} <= set(learned):  # as many directions as were found
+        basis, gains = learned["delta_basis"], learned["delta_gains"]
+        K = basis.shape[1] if basis.ndim == 2 else 0
+        if not 1 <= K <= len(expected["delta_basis"]) or not bool((gains > 0).all()):
+            raise ModelFileError(f"score.delta_basis: expected 1 to {len(expected['delta_basis'])} directions, got {K}")
+        expected |= {"delta_basis": expected["delta_basis"].new_zeros(len(expected["delta_basis"]), K)}
+        expected |= {"delta_gains": expected["delta_gains"].new_ones(K + 1)}
+    _check_tensors(learned, expected, "score")
     if given:
         raise ModelFileError(f"tensors: unknown names {sorted(given)}")
     detector.score_ = template.with_tensors({k: learned[k].to(like.device) for k, like in template.tensors().items()})
     return detector
+
+
+def _sizes(architecture: dict, kind: str) -> dict[str, Any]:
+    """The sizes of a model of gradext's, as its ``sizes`` gave them."""
+    sizes = {name: value for name, value in architecture.items() if name != "type"}
+    for name, value in sizes.items():
+        numbers = value if isinstance(value, list) and value else [value]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise ModelFileError(f"{name}: expected positive integers, but got {value!r}")
+    return sizes
 
 
 def _is_named(layer: object) -> bool:

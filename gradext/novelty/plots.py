@@ -56,7 +56,7 @@ def draw_histogram(ax: Axes, inliers: np.ndarray, outliers: np.ndarray, title: s
     """Histograms of one score for inliers and outliers, their overlap shaded and given in percent."""
     share, edges = overlap(inliers, outliers)
     heights = [_shares(values, edges) for values in (inliers, outliers)]
-    for height, colour, label in zip(heights, (INLIER, OUTLIER), ("inliers", "outliers"), strict=True):
+    for height, colour, label in zip(heights, (INLIER, OUTLIER), ("normal", "novel"), strict=True):
         ax.stairs(height, edges, fill=True, color=colour, alpha=0.28)
         ax.stairs(height, edges, color=colour, linewidth=1.6, label=label)
     ax.stairs(np.minimum(*heights), edges, fill=True, color=INK, alpha=0.35, label=f"overlap {share:.0%}")
@@ -123,13 +123,9 @@ def draw_distribution(ax: Axes, novelty: np.ndarray, threshold: float, unit: str
 
 
 def draw_threshold(ax: Axes, threshold: float) -> None:
-    ax.axvline(threshold, color=INK, linewidth=1.2, linestyle="--")
-    if ax.get_xlim()[0] <= threshold <= ax.get_xlim()[1]:
-        ax.annotate(
-            "threshold", (threshold, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
-            fontsize=9, va="top", rotation=90,
-        )  # fmt: skip
-    else:
+    ax.axvline(threshold, color=INK, linewidth=1.2, linestyle="--", label="threshold")
+    ax.legend(loc="upper right", fontsize=9, handlelength=1.2)  # a word beside the line would meet the curves
+    if not ax.get_xlim()[0] <= threshold <= ax.get_xlim()[1]:
         ax.set_xlim(min(ax.get_xlim()[0], threshold), max(ax.get_xlim()[1], threshold * 1.02))
 
 

@@ -12,17 +12,19 @@ import numpy as np
 import torch
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 
 from .._version import __version__
 from ..sources import Source
-from . import plots
+from . import evaluation, guards, plots
 from .detector import NoveltyDetector
-from .explain import layer_shares, nearest_training, saliency
+from .explain import expected, heat, layer_shares, nearest_training, reasons
+from .scaling import is_image
 from .scoring import in_finite_numbers, novelties
 
 SHOWN = 12  # most novel samples
+BORDERLINE = 8  # samples on either side of the threshold
+LISTED = 500  # flagged samples
 NEIGHBOURS = 5
 TRAINING_SHOWN = 4096  # training samples among which neighbours are sought
 EXPLAINED = 1024  # samples over which the layers' shares are averaged
@@ -40,9 +42,12 @@ section { background: white; border: 1px solid var(--line); border-radius: 10px;
 .fact b { display: block; font-size: 24px; font-variant-numeric: tabular-nums; }
 .fact span { color: var(--grey); font-size: 14px; }
 img { max-width: 100%; display: block; } .plot { width: 100%; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 16px; }
+.wide { overflow-x: auto; } summary { cursor: pointer; color: var(--blue); }
+@media (max-width: 600px) { main { padding: 16px 10px 40px; } section { padding: 14px 12px; } h1 { font-size: 21px; } }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 16px; }
 figure { margin: 0; font-size: 13px; overflow-wrap: anywhere; }
-figure .pair { display: flex; gap: 4px; } figure .pair img { width: 50%; }
+figure .trio { display: flex; gap: 4px; } figure .trio img { width: 33%; }
 figure img, td img { image-rendering: pixelated; border-radius: 4px; border: 1px solid var(--line); }
 .novel { color: var(--orange); } .normal { color: var(--blue); }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -76,12 +81,17 @@ def page(
     both = outlier is not None and outlier.any() and not outlier.all()
     top = np.argsort(-novelty, kind="stable")[:SHOWN]
     ranked = in_finite_numbers(novelty, -detector.offset_)
+    pixels = evaluation.pixel_auroc(detector, source) if source.masks else None
     blocks = [
-        _facts(detector, ranked, outlier, both, source),
+        _facts(detector, ranked, outlier, both, source, pixels),
+        _told(detector),
         _section("Scores", _plots(detector, ranked, p_values, outlier, both), _plots_note(outlier, both)),
         _most_novel(
             detector, source, index[top], novelty[top], p_values[top], None if outlier is None else outlier[top]
         ),
+        _by_label(detector, source, index, ranked, outlier),
+        _borderline(detector, source, index, ranked, p_values, outlier),
+        _flagged(detector, source, index, novelty, p_values, outlier),
         _layers(detector, source, index, novelty > -detector.offset_),
     ]
     if training is not None:
@@ -107,45 +117,69 @@ def _section(title: str, body: str, note: str = "") -> str:
     return f"<section><h2>{_e(title)}</h2>{note}{body}</section>\n"
 
 
-def _facts(detector, novelty, outlier, both: bool, source: Source) -> str:
+def _facts(detector, novelty, outlier, both: bool, source: Source, pixels: float | None) -> str:
     called = novelty > -detector.offset_
     facts = [("samples", f"{len(novelty):,}"), ("called novel", f"{called.mean():.1%}")]
     if both:
+        area, low, high = evaluation.auroc_interval(outlier, novelty)
         facts += [
-            ("AUROC", f"{roc_auc_score(outlier, novelty):.3f}"),
+            (f"AUROC (95%: {low:.3f} to {high:.3f})", f"{area:.3f}"),
             ("average precision", f"{average_precision_score(outlier, novelty):.3f}"),
             ("of the novel found", f"{called[outlier].mean():.1%}"),
         ]
     if outlier is not None and not outlier.all():
         facts.append(("false alarms", f"{called[~outlier].mean():.1%}"))
+    if pixels is not None:
+        facts.append(("AUROC by pixel, against masks", f"{pixels:.3f}"))
     if source.skipped:
         facts.append(("skipped", str(len(source.skipped))))
     cells = "".join(f'<div class="fact"><b>{value}</b><span>{name}</span></div>' for name, value in facts)
     return f'<div class="facts">{cells}</div>'
 
 
+def _told(detector) -> str:
+    """What `fit` warned of, and what few held-out samples promise."""
+    told = list(detector.warnings_)
+    if detector.contamination is None:
+        told += [
+            m for m in guards.of_calibration(len(detector.calibration_.scores), detector.fitted_fpr_) if m not in told
+        ]
+    if not told:
+        return ""
+    return _section("Told in the fit", f"<ul>{''.join(f'<li>{_e(message)}</li>' for message in told)}</ul>")
+
+
 def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
+    """Each plot a picture of its own: beside each other on a wide screen, one below the other on a phone."""
     unit = detector.score_.name.replace("_", " ")
-    with rc_context(plots.STYLE):
-        layout = ConstrainedLayoutEngine(hspace=0.06)  # between one row's labels and the next one's titles
-        figure = Figure(figsize=(12, 8.2) if both else (12, 4), facecolor="white", layout=layout)
-        axes = figure.subplots(2, 2).ravel() if both else figure.subplots(1, 2)
+    known = p_values[~outlier] if outlier is not None and not outlier.all() else p_values
+    n, m = len(detector.calibration_.scores), len(known)
+    # Two samples: the calibration scores and these.
+    band = 1.358 * math.sqrt((n + m) / (n * m)) if outlier is not None and not outlier.all() else None
+
+    def distribution(ax) -> None:
         if both:
-            plots.draw_histogram(axes[0], novelty[~outlier], novelty[outlier], "Novelty", unit)
-            plots.draw_threshold(axes[0], -detector.offset_)
-            plots.draw_roc(axes[2], {unit: novelty}, outlier)
-            axes[2].legend(loc="lower right", fontsize=9)
-            plots.draw_precision_recall(axes[3], novelty, outlier)
+            plots.draw_histogram(ax, novelty[~outlier], novelty[outlier], "Novelty", unit)
+            plots.draw_threshold(ax, -detector.offset_)
         else:
-            plots.draw_distribution(axes[0], novelty, -detector.offset_, unit)
-        known = p_values[~outlier] if outlier is not None and not outlier.all() else p_values
-        n, m = len(detector.calibration_.scores), len(known)
-        # Two samples: the calibration scores and these.
-        band = 1.358 * math.sqrt((n + m) / (n * m)) if outlier is not None and not outlier.all() else None
-        plots.draw_reliability(axes[1], known, band)
-        content = io.BytesIO()
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    return f'<img class="plot" alt="plots of the scores" src="{_data("image/svg+xml", content.getvalue())}">'
+            plots.draw_distribution(ax, novelty, -detector.offset_, unit)
+
+    def roc(ax) -> None:
+        plots.draw_roc(ax, {unit: novelty}, outlier)
+        ax.legend(loc="lower right", fontsize=9)
+
+    drawn = [distribution, lambda ax: plots.draw_reliability(ax, known, band)]
+    if both:
+        drawn += [roc, lambda ax: plots.draw_precision_recall(ax, novelty, outlier)]
+    pictures = ""
+    for draw in drawn:
+        with rc_context(plots.STYLE):
+            figure = Figure(figsize=(5.6, 4), facecolor="white", layout="constrained")
+            draw(figure.subplots())
+            content = io.BytesIO()
+            figure.savefig(content, format="svg", metadata={"Date": None})
+        pictures += f'<img class="plot" alt="plot of the scores" src="{_data("image/svg+xml", content.getvalue())}">'
+    return f'<div class="plots">{pictures}</div>'
 
 
 def _plots_note(outlier, both: bool) -> str:
@@ -159,30 +193,78 @@ def _plots_note(outlier, both: bool) -> str:
 
 
 def _most_novel(detector, source, rows, novelty, p_values, outlier) -> str:
-    samples = source.read(rows).samples
-    maps = np.abs(saliency(detector, samples))
+    block = source.read(rows)
+    samples, images = block.samples, _is_image(detector)
+    maps = heat(detector, samples) if images else None
+    seen = [samples] if not images or detector.loss_ == "rotation" else [samples, expected(detector, samples)]
+    shown = _shown(detector, *seen) if images else None
+    why = None if images else reasons(detector, samples)
     figures = []
     for k, row in enumerate(rows.tolist()):
-        pictures = ""
-        if _is_image(detector):
-            image = detector._as_samples(np.asarray(samples)[k : k + 1].reshape(1, -1), torch.float32)[0].numpy()
-            heat = maps[k].reshape(detector.input_shape_)
-            heat = heat if heat.ndim == 2 else heat.max(0)
-            pictures = f'<div class="pair">{_image(image)}{_image(_heated(heat))}</div>'
+        pictures = what = ""
+        if maps is not None and shown is not None:
+            parts = (*(part[k] for part in shown), _heated(maps[k]))
+            pictures = f'<div class="trio">{"".join(map(_image, parts))}</div>'
         truth = "" if outlier is None else f' <b class="{_kind(outlier[k])}">{_kind(outlier[k])}</b>'
-        strongest = ""
-        if not _is_image(detector):
-            names = getattr(detector, "feature_names_in_", None)
-            flat = maps[k].ravel()
-            best = np.argsort(-flat)[:3]
-            strongest = "<br>" + _e(", ".join(str(names[i]) if names is not None else f"feature {i}" for i in best))
+        if why is not None:
+            lines = (
+                f"{r.feature}: {r.value:.4g}, expected {r.expected:.4g} ({r.share:.0%})" for r in why[k] if r.share > 0
+            )
+            what = "".join(f"<br>{_e(line)}" for line in lines)
         figures.append(
-            f"<figure>{pictures}{_e(source.names[row])}{truth}<br>{novelty[k]:.4g}, p = {p_values[k]:.3g}{strongest}"
+            f"<figure>{pictures}{_e(source.names[row])}{truth}<br>{novelty[k]:.4g}, p = {p_values[k]:.3g}{what}"
             "</figure>"
         )
-    what = "image and saliency, the size of" if _is_image(detector) else "with the features of the largest"
-    note = f"By novelty; {what} the score's derivative with respect to each input."
+    if images:
+        note = "By novelty; the image, what the model makes of it, and where the two differ."
+    else:
+        note = "By novelty; the features that differ most from what the model expects, with their share."
     return _section("Most novel", f'<div class="grid">{"".join(figures)}</div>', note)
+
+
+def _by_label(detector, source, index, novelty, outlier) -> str:
+    if outlier is None or source.labels is None or len(set(source.labels[index])) < 2:
+        return ""
+    rows = ""
+    for kind in evaluation.by_label(source.labels[index], ~outlier, novelty, -detector.offset_):
+        area = "" if kind.auroc is None else f"{kind.auroc:.3f} ({kind.low:.3f} to {kind.high:.3f})"
+        rows += (
+            f'<tr><td>{_e(kind.label)}</td><td class="{_kind(not kind.normal)}">{_kind(not kind.normal)}</td>'
+            f"<td>{kind.samples:,}</td><td>{kind.called_novel:.1%}</td><td>{area}</td></tr>"
+        )
+    head = "<tr><th>label</th><th></th><th>samples</th><th>called novel</th><th>AUROC, 95% interval</th></tr>"
+    return _section("By label", f'<div class="wide"><table>{head}{rows}</table></div>')
+
+
+def _table_of(source, index, order, novelty, p_values, outlier) -> str:
+    rows = ""
+    for k in order.tolist():
+        truth = "" if outlier is None else f'<td class="{_kind(outlier[k])}">{_kind(outlier[k])}</td>'
+        rows += (
+            f"<tr><td>{_e(source.names[index[k]])}</td><td>{novelty[k]:.4g}</td><td>{p_values[k]:.3g}</td>{truth}</tr>"
+        )
+    head = f"<tr><th>sample</th><th>novelty</th><th>p</th>{'' if outlier is None else '<th>label</th>'}</tr>"
+    return f'<div class="wide"><table>{head}{rows}</table></div>'
+
+
+def _borderline(detector, source, index, novelty, p_values, outlier) -> str:
+    threshold, order = -detector.offset_, np.argsort(novelty, kind="stable")
+    place = int((novelty <= threshold).sum())
+    near = order[max(0, place - BORDERLINE) : place + BORDERLINE][::-1]
+    note = f"Nearest to the threshold, {threshold:.4g}: a second look at these is worth the most."
+    return _section("Borderline", _table_of(source, index, near, novelty, p_values, outlier), note)
+
+
+def _flagged(detector, source, index, novelty, p_values, outlier) -> str:
+    order = np.argsort(-novelty, kind="stable")
+    order = order[novelty[order] > -detector.offset_]
+    if not len(order):
+        return _section("Called novel: none", "")
+    shown = order[:LISTED]
+    rest = "" if len(shown) == len(order) else f"<p>and {len(order) - len(shown):,} more; `gradext score` lists all</p>"
+    table = _table_of(source, index, shown, novelty, p_values, outlier)
+    body = f"<details><summary>all {len(shown):,}, the most novel first</summary>{table}{rest}</details>"
+    return _section(f"Called novel: {len(order):,}", body)
 
 
 def _layers(detector, source, index, called) -> str:
@@ -216,7 +298,9 @@ def _neighbours(detector, source, rows, training: Source, training_rows: np.ndar
         lines.append(f"<tr>{cells}</tr>")
     head = f'<tr><th>sample</th><th colspan="{k}">training samples and cosines</th></tr>'
     note = f"By the cosine of the gradients of the detector's layer, among {len(block.index):,} training samples."
-    return _section("Nearest training gradients", f"<table>{head}{''.join(lines)}</table>", note)
+    return _section(
+        "Nearest training gradients", f'<div class="wide"><table>{head}{"".join(lines)}</table></div>', note
+    )
 
 
 def _model_table(detector: NoveltyDetector) -> str:
@@ -248,13 +332,25 @@ def _kind(novel: bool) -> str:
 def _is_image(detector: NoveltyDetector) -> bool:
     """Whether samples are shown as images: [H, W], [1, H, W] or [3, H, W]."""
     shape = detector.input_shape_
-    return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
+    return is_image(shape) and (len(shape) == 2 or shape[0] in (1, 3))
+
+
+def _shown(detector: NoveltyDetector, *parts) -> list[np.ndarray]:
+    """Samples as pictures in [0, 1], channels first, of the same scale."""
+    units = [
+        detector._arranged(torch.from_numpy(detector.scaling_.units(np.asarray(part).reshape(len(part), -1)))).numpy()
+        for part in parts
+    ]
+    if detector.scaling_.bent:
+        low, high = (np.quantile(units[0], q) for q in (0.01, 0.99))
+        units = [(u - low) / max(high - low, 1e-12) for u in units]
+    return units
 
 
 def _thumbnail(detector, samples, k: int) -> str:
     if not _is_image(detector):
         return ""
-    return _image(detector._as_samples(np.asarray(samples)[k : k + 1].reshape(1, -1), torch.float32)[0].numpy())
+    return _image(_shown(detector, np.asarray(samples)[k : k + 1])[0][0])
 
 
 def _heated(values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..factors import GradFactors, LayerFactors
 from ..layer_grads import batch_layer_factors
 from ..selection import LayerChoice, select
-from .models import latent_loss
+from .models import latent_loss, rotation_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,8 @@ def continued_bce(output: Tensor | tuple, target: Tensor) -> Tensor:
 
 LayerChoices = LayerChoice | list[LayerChoice] | tuple[LayerChoice, ...]
 RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
+# By the name of a detector's loss: of `RotationNet` the turns' cross entropy stands for the reconstruction error.
+ERRORS = RECONSTRUCTION_LOSSES | {"rotation": lambda output, target: rotation_loss(output)}
 
 
 def parts_of(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,7 @@ def characterize(
             gradients = in_order(factors_of(model, batch, loss, names), names)
             with torch.no_grad():
                 reconstruction, latent = parts_of(model(batch))
-                pixels = RECONSTRUCTION_LOSSES[loss](reconstruction, batch).flatten(1)
+                pixels = ERRORS[loss](reconstruction, batch).flatten(1)
             parts.append(Characterization(pixels, latent, gradients))
     finally:
         for module, training in modes:
@@ -142,6 +144,8 @@ def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) 
     By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1]. Samples that leave it
     are taken apart, so that no sample's gradient depends on its company.
     """
+    if loss == "rotation":
+        return batch_layer_factors(model, batch, loss=_summed_turns, layers=layers)
     rows = ((batch >= 0) & (batch <= 1)).flatten(1).all(1) if loss == "bce" else None
     if rows is None or rows.all():
         return batch_layer_factors(model, batch, loss=loss, layers=layers)
@@ -155,6 +159,10 @@ def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) 
     return LayerFactors((name, factors[order]) for name, factors in LayerFactors.cat(parts).items())
 
 
+def _summed_turns(output: Tensor, target: Tensor) -> Tensor:
+    return rotation_loss(output).sum(1)
+
+
 def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
     """The weights' names in the order of the choice, read off samples ``x``: what runs first is known by running.
 
@@ -163,7 +171,7 @@ def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> 
     `gradext.batch_layer_grads` takes for ``layers=``, of which the weight matrices count. Raises ValueError where
     there are none.
     """
-    named = continued_bce if loss == "bce" else loss
+    named = {"bce": continued_bce, "rotation": _summed_turns}.get(loss, loss)
     names: dict[str, None] = {}
     choices: Iterable[LayerChoice] = layer if isinstance(layer, (list, tuple)) else [layer]
     for choice in choices:
@@ -179,6 +187,12 @@ def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> 
         used = [name for name in factors if factors.coverage.rules[name] != "unused"] or list(factors)
         names |= dict.fromkeys(used[:1] if choice == "first" else used[-1:] if choice == "last" else used)
     return list(names)
+
+
+def with_constant(gradient: GradFactors) -> GradFactors:
+    """The factors of a layer's weight and bias together: the activations [B, (T,) I] with a 1 after them."""
+    activation = gradient.activation
+    return GradFactors(torch.cat([activation, torch.ones_like(activation[..., :1])], dim=-1), gradient.delta)
 
 
 def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:

@@ -16,9 +16,12 @@ from torch import Tensor
 from ..factors import GradFactors
 from ..statistics import GradStatistics
 from .passes import Blocks
-from .representations import Characterization
+from .representations import Characterization, with_constant
 
 RIDGE = 0.1  # added to every second moment, times their mean: a few thousand samples leave most directions unknown
+BASIS = 256  # directions of a delta that are whitened one by one; what lies in the others is by one number
+WRITTEN = 1024  # length of a delta up to which its second moments are written out; of longer ones some rows are kept
+KEPT_NUMBERS, KEPT_ROWS = 1 << 23, 2048  # of them at most, over all inliers
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,9 @@ class Statistics:
     empirical Fisher matrix; activation_inverse [I, I], the inverse of its Kronecker factor ``Σ a aᵀ / (N T)``. Of that
     layer, and for `combined_whitened_norm` of all further ones but the last: delta_inverses [O, O], those of
     ``Σ δ δᵀ / N``. `RIDGE` times their mean (diagonal) is added before all inversions.
+    activation_whitener [I + 1, I + 1], the transposed inverse Cholesky factor of the activations with a constant 1, the
+    input of a bias; delta_basis [O, K], the K leading eigenvectors of ``Σ δ δᵀ / N``, and delta_gains [K + 1], one over
+    the roots of their eigenvalues and of the mean of all others.
 
     Mean and standard deviation of logarithms: gradient_moments [layers, 2] and delta_moments [layers, 2] of every
     chosen layer's gradient norm and delta norm, whitened_moments [len(delta_inverses), 2] of whitened delta norms;
@@ -46,6 +52,9 @@ class Statistics:
     joint_moments: Tensor | None = None
     joint_inverse: Tensor | None = None
     evidence_moments: Tensor | None = None
+    activation_whitener: Tensor | None = None
+    delta_basis: Tensor | None = None
+    delta_gains: Tensor | None = None
 
     @staticmethod
     def of(inliers: Characterization | Blocks[Characterization], scores: Iterable[str] | None = None) -> Statistics:
@@ -59,7 +68,10 @@ class Statistics:
             blocks = inliers
         else:
             blocks = Blocks(lambda _: inliers, 1, like=inliers.reconstruction[:0])
-        return Statistics(**_second_moments(blocks, needed)).with_moments_of_numbers(blocks, needed)
+        kept = _second_moments(blocks, needed)
+        if "delta_basis" in needed:
+            kept |= _whiteners(blocks)
+        return Statistics(**kept).with_moments_of_numbers(blocks, needed)
 
     def with_moments_of_numbers(self, blocks: Blocks[Characterization], needed: Container[str]) -> Statistics:
         """The fields that come from a few numbers of each inlier."""
@@ -149,6 +161,60 @@ def _second_moments(blocks: Blocks[Characterization], needed: Container[str]) ->
     return kept
 
 
+def _whiteners(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
+    """The fields of `whitened_gradient`."""
+    rows_a_block = max(1, -(-KEPT_ROWS // blocks.count))
+
+    def sums_of(seen: Characterization) -> GradStatistics:
+        factors = with_constant(seen.gradient)
+        factors = factors[_is_finite(factors.delta) & _is_finite(factors.activation)]
+        if factors.delta.shape[-1] > WRITTEN:  # of the activations alone
+            factors = GradFactors(factors.activation, torch.ones_like(factors.delta[..., :1]))
+        return GradStatistics(mean=False, diag_fisher=False, kron_fisher=True).partial_fit({"": factors})
+
+    of_activation, of_delta = blocks.total(sums_of, lambda left, right: left.merge(right)).kron_fisher[""]
+    if len(of_delta) == 1:  # the delta may be as long as that, or longer than `WRITTEN`
+        rows = blocks.concatenate(lambda seen: _rows_of(seen, rows_a_block)).double()
+        basis, variances, rest = _leading_directions(rows)
+    else:
+        variances, vectors = torch.linalg.eigh(of_delta)
+        variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
+        basis, rest = (
+            vectors[:, :BASIS],
+            variances[BASIS:].mean() if len(variances) > BASIS else variances.new_zeros(()),
+        )
+        variances = variances[:BASIS]
+    O, K = basis.shape
+    mean = (variances.sum() + rest * (O - K)) / O
+    ridge = (RIDGE * mean).clamp_min(torch.finfo(torch.float32).tiny)
+    gains = (torch.cat([variances, rest.reshape(1)]) + ridge).rsqrt()
+    found = {"activation_whitener": whitener(of_activation), "delta_basis": basis, "delta_gains": gains}
+    return {name: value.to(blocks.like).contiguous() for name, value in found.items()}
+
+
+def _is_finite(factor: Tensor) -> Tensor:
+    """Of which samples the squares do not overflow, [N]: one that does would leave no direction of the others."""
+    return factor.square().flatten(1).sum(1).isfinite()
+
+
+def _rows_of(seen: Characterization, rows: int) -> Tensor:
+    delta = seen.gradient.delta
+    delta = delta[_is_finite(delta)].flatten(0, -2)
+    return delta[:: max(1, len(delta) // rows)][: max(1, min(rows, KEPT_NUMBERS // delta.shape[1]))]
+
+
+def _leading_directions(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows [n, O]: eigenvectors of their second moments [O, K], the eigenvalues [K], the mean of all others."""
+    n, O = rows.shape
+    values, vectors = torch.linalg.eigh(rows @ rows.mT / n)
+    values, vectors = values.flip(0), vectors.flip(1)
+    K = min(BASIS, int((values > 1e-10 * values[0]).sum()), O)
+    K = max(K, 1)
+    basis = rows.mT @ vectors[:, :K] / (n * values[:K].clamp_min(torch.finfo(values.dtype).tiny)).sqrt()
+    rest = (values[K:].clamp_min(0).sum() / max(1, O - K)).clamp_min(0)
+    return basis, values[:K].clamp_min(0), rest
+
+
 def gradient_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``‖∇_W L‖``, how far the sample would move the weights (the paper's Fig. 2c)."""
     return sample.gradient.norm()
@@ -188,6 +254,30 @@ def kronecker_fisher(sample: Characterization, statistics: Statistics) -> Tensor
 def whitened_delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``(Σ_t δ_tᵀ D⁻¹ δ_t)^½``, the delta's part of the Kronecker Fisher norm: a Mahalanobis distance from zero."""
     return _whitened_norm(sample.gradient.delta, statistics.delta_inverses[0])
+
+
+def whitened_gradient(sample: Characterization, statistics: Statistics) -> Tensor:
+    """``(‖δ̃‖ ‖δ̃ ãᵀ‖)^½``: the geometric mean of the whitened delta's norm and the whitened gradient's.
+
+    δ̃ = L_D⁻¹ δ and ã = L_A⁻¹ (a, 1) have the inliers' unit second moments, so that ``‖δ̃ ãᵀ‖`` is the Kronecker Fisher
+    norm of weight and bias together: how far the sample would move the layer, in units of what inliers ask of it. For
+    one position the score is ``‖δ̃‖ ‖ã‖^½``: the residual's Mahalanobis distance counts in full, the activation's by its
+    root, for it tells less.
+    """
+    whitener, basis, gains = (
+        _kept(value) for value in (statistics.activation_whitener, statistics.delta_basis, statistics.delta_gains)
+    )
+    gradient = with_constant(sample.gradient)
+    own, others = gains[:-1], gains[-1]
+    within = gradient.delta @ basis
+    delta = within * own
+    if basis.shape[0] > basis.shape[1]:
+        delta = others * gradient.delta + (within * (own - others)) @ basis.mT
+    activation = gradient.activation @ whitener
+    of_delta = delta.square().flatten(1).sum(1)
+    whole = of_delta * activation.square().sum(1) if delta.ndim == 2 else GradFactors(activation, delta).sq_norm()
+    least = torch.finfo(delta.dtype).tiny  # the root's derivative is infinite at zero
+    return (of_delta.clamp_min(least).sqrt() * whole.clamp_min(least).sqrt()).sqrt()
 
 
 def log_norm_density(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -250,7 +340,8 @@ def latent_loss(sample: Characterization, statistics: Statistics) -> Tensor:
 SCORES: dict[str, Callable[[Characterization, Statistics], Tensor]] = {
     score.__name__: score
     for score in (
-        *(gradient_norm, delta_norm, gradient_cosine, diagonal_fisher, kronecker_fisher, whitened_delta_norm),
+        *(whitened_gradient, gradient_norm, delta_norm, gradient_cosine, diagonal_fisher, kronecker_fisher),
+        whitened_delta_norm,
         *(log_norm_density, combined_delta_norm, combined_whitened_norm, joint_density, combined_evidence),
         *(reconstruction_error, latent_loss),
     )
@@ -258,6 +349,7 @@ SCORES: dict[str, Callable[[Characterization, Statistics], Tensor]] = {
 JOINT = ("joint_moments", "joint_inverse")
 # The fields of `Statistics` that each score reads.
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
+    "whitened_gradient": ("activation_whitener", "delta_basis", "delta_gains"),
     "gradient_cosine": ("mean_gradient",),
     "diagonal_fisher": ("inverse_fisher",),
     "kronecker_fisher": ("activation_inverse", "delta_inverses"),

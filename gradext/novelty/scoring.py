@@ -16,33 +16,50 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ..datasets import DatasetError
-from ..sources import Source
+from ..sources import Block, Source
+from . import explain
 from .batches import rows_at_a_time
 from .detector import NoveltyDetector
 from .passes import share
+from .scaling import is_image
+from .training import ProgressLines
 from .writing import atomic_write, check_writable, clear_leftovers
 
 COLUMNS = ("row", "sample", "novelty", "p_value", "novel", "error")
+REASON = ("feature", "value", "expected", "share")  # of tables: the feature with the largest residual
 FILE_TYPES = (".csv", ".parquet")
 ROWS_AT_A_TIME = 1024
+MAP_WHITE = 0.25  # of the range of the pixels
 
 
 def novelties(
     detector: NoveltyDetector, source: Source, rows: np.ndarray | None = None, *, progress: bool = True
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """By block: the rows asked for [n], and of those that could be read the rows [m] and novelties [m]."""
+    for asked, block, found in scored_blocks(detector, source, rows, progress=progress):
+        yield asked, block.index, found
+
+
+def scored_blocks(
+    detector: NoveltyDetector, source: Source, rows: np.ndarray | None = None, *, progress: bool = True
+) -> Iterator[tuple[np.ndarray, Block, np.ndarray]]:
+    """By block: the rows asked for [n], those that could be read with their samples, and their novelties [m]."""
     rows = np.arange(len(source)) if rows is None else rows
     size = block_rows(detector)
+    lines, done = ProgressLines(len(rows), "scoring", "sample", shown=progress, quiet=2.0), 0
     with tqdm(total=len(rows), desc="scoring", unit=" samples", leave=False, disable=None if progress else True) as bar:
         for start in range(0, len(rows), size):
             asked = rows[start : start + size]
             block = source.read(asked)
             found = -detector.score_samples(block.samples) if len(block.index) else np.empty(0)
-            yield asked, block.index, found
+            yield asked, block, found
             bar.update(len(asked))
+            done += len(asked)
+            lines.at(done)
 
 
 def in_finite_numbers(novelty: np.ndarray, threshold: float) -> np.ndarray:
@@ -72,11 +89,13 @@ def score_to_file(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
+    maps: str | os.PathLike | None = None,
 ) -> Path:
     """Score this process's share of the rows, going on where an earlier run was stopped -> its file of rows.
 
     ``model_id`` names the detector: a file left over from another one, or from other data, is refused. With one process
-    `finish` makes the table of it; with several, once all of them are through.
+    `finish` makes the table of it; with several, once all of them are through. ``maps``: a folder, into which the
+    `explain.heat` of each image is written as a picture.
     """
     check_out(out)
     partial = partial_path(out, rank, world)
@@ -85,21 +104,29 @@ def score_to_file(
     done = _resume(partial, head)
     due = f"{head}\n" if done is None else ""  # written with the first block
     with _appending(partial) as file:
-        for asked, index, found in novelties(detector, source, rows[done or 0 :], progress=progress):
+        tables = not is_image(detector.input_shape_)
+        for asked, block, found in scored_blocks(detector, source, rows[done or 0 :], progress=progress):
             p_values = detector.calibration_.p_values(found)
-            values = dict(zip(index.tolist(), zip(found.tolist(), p_values.tolist(), strict=True), strict=True))
+            index, why = block.index, [[""] * len(REASON)] * len(found)
+            if tables and len(found):
+                why = [[r[0].feature, *map(repr, r[0][1:])] for r in explain.reasons(detector, block.samples, k=1)]
+            if maps is not None and len(found):
+                names = [source.names[row] for row in index.tolist()]
+                _write_maps(Path(maps), names, explain.heat(detector, block.samples))
+            columns = zip(found.tolist(), p_values.tolist(), why, strict=True)
+            values = dict(zip(index.tolist(), columns, strict=True))
             text = io.StringIO(newline="")
             writer = csv.writer(text, lineterminator="\n")
             for row in asked.tolist():
                 if row in values:
-                    novelty, p = values[row]
+                    novelty, p, reason = values[row]
                     # repr round-trips: the table holds the same bits as score_samples
                     writer.writerow(
-                        [row, source.names[row], repr(novelty), repr(p), int(-novelty < detector.offset_), ""]
+                        [row, source.names[row], repr(novelty), repr(p), int(-novelty < detector.offset_), "", *reason]
                     )
                 else:
                     reason = " ".join(source.skipped[row].split())
-                    writer.writerow([row, source.names[row], "", "", "", reason])
+                    writer.writerow([row, source.names[row], "", "", "", reason, *[""] * len(REASON)])
             _append(file, due + text.getvalue())
             due = ""
     return partial
@@ -166,12 +193,24 @@ def _resume(partial: Path, head: str) -> int | None:
     return rows.count(b"\n")
 
 
-def finish(out: str | os.PathLike, rows: int, world: int = 1) -> list[dict]:
+def _write_maps(folder: Path, names: list[str], maps: np.ndarray) -> None:
+    """FOLDER/NAME.png of each: black where all is as expected, white where the residual is largest.
+
+    White is the largest of the picture, or `MAP_WHITE`, if that is more: noise stays dark.
+    """
+    for name, values in zip(names, maps, strict=True):
+        path = (folder / name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey = np.round(255 * values / max(float(values.max()), MAP_WHITE)).astype(np.uint8)
+        Image.fromarray(grey).save(path)
+
+
+def finish(out: str | os.PathLike, rows: int, world: int = 1, *, reasons: bool = False) -> list[dict]:
     """Put the shares together under the name ``out``, delete them, and return the rows that have an error.
 
-    Raises DatasetError where a row is missing or doubled.
+    ``reasons``: with the columns of `REASON`. Raises DatasetError where a row is missing or doubled.
     """
-    path = Path(out)
+    path, columns = Path(out), COLUMNS + (REASON if reasons else ())
     partials = [partial_path(path, rank, world) for rank in range(world)]
     missing = [str(partial) for partial in partials if not partial.exists()]
     if missing:
@@ -187,8 +226,9 @@ def finish(out: str | os.PathLike, rows: int, world: int = 1) -> list[dict]:
                     if int(line[0]) != count:
                         raise DatasetError(f"{partial}: expected row {count}, but got row {line[0]}; delete it")
                     count += 1
-                    if line[-1]:
-                        errors.append(dict(zip(COLUMNS, line, strict=True)))
+                    line = line[: len(columns)]
+                    if line[len(COLUMNS) - 1]:
+                        errors.append(dict(zip(columns, line, strict=True)))
                     yield line
         if count != rows:
             raise DatasetError(f"{path}: expected {rows} rows, but got {count}; run the same command again to go on")
@@ -196,17 +236,17 @@ def finish(out: str | os.PathLike, rows: int, world: int = 1) -> list[dict]:
     if path.suffix.lower() == ".csv":
         with atomic_write(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
+            writer.writerow(columns)
             writer.writerows(lines())
     else:
-        _write_parquet(path, lines())
+        _write_parquet(path, lines(), columns)
     for partial in partials:
         partial.unlink()
     clear_leftovers(path)
     return errors
 
 
-def _write_parquet(path: Path, lines: Iterator[list[str]]) -> None:
+def _write_parquet(path: Path, lines: Iterator[list[str]], names: tuple[str, ...]) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -215,21 +255,23 @@ def _write_parquet(path: Path, lines: Iterator[list[str]]) -> None:
         "novelty": pyarrow.float64(),
         "p_value": pyarrow.float64(),
         "novel": pyarrow.bool_(),
+        **dict.fromkeys(REASON[1:], pyarrow.float64()),
     }
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in names])
     read: dict[str, Callable[[str], object]]
     read = {"row": int, "novelty": float, "p_value": float, "novel": lambda text: text == "1"}
+    read |= dict.fromkeys(REASON[1:], float)
     with atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
         block: list[list] = []
 
         def write() -> None:
             columns = zip(*block, strict=True)
-            writer.write_table(pyarrow.table(dict(zip(COLUMNS, map(list, columns), strict=True)), schema))
+            writer.write_table(pyarrow.table(dict(zip(names, map(list, columns), strict=True)), schema))
             block.clear()
 
         for line in lines:
             block.append(
-                [read.get(n, str)(value) if value != "" else None for n, value in zip(COLUMNS, line, strict=True)]
+                [read.get(n, str)(value) if value != "" else None for n, value in zip(names, line, strict=True)]
             )
             if len(block) == 1 << 16:
                 write()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -64,9 +66,74 @@ class Checkpoint:
         clear_leftovers(self.path)
 
 
-def auto_epochs(samples: int, batch_size: int) -> int:
-    """50 epochs, or on small sets as many as make 2,000 steps."""
-    return max(50, math.ceil(2000 / math.ceil(samples / batch_size)))
+def auto_epochs(samples: int, batch_size: int, *, steps: int = 2000, least: int = 50) -> int:
+    """``least`` epochs, or on small sets as many as make so many steps."""
+    return max(least, math.ceil(steps / math.ceil(samples / batch_size)))
+
+
+class ProgressLines:
+    """Where standard error is no terminal, and shows no bar: a line each tenth of the way, with the time left.
+
+    quiet: seconds before the first line, for what is over at once.
+    """
+
+    def __init__(self, total: int, what: str, unit: str, *, shown: bool, begun: int = 0, quiet: float = 0.0) -> None:
+        self.total, self.what, self.unit, self.begun, self.quiet = total, what, unit, begun, quiet
+        self.shown, self.start, self.tenth = shown and not sys.stderr.isatty(), time.monotonic(), 0
+
+    def at(self, done: int, state: str = "") -> None:
+        """So many of the total are done."""
+        tenth, passed = 10 * done // max(1, self.total), time.monotonic() - self.start
+        if not self.shown or tenth <= self.tenth or passed < self.quiet:
+            return
+        self.tenth = tenth
+        left = passed / max(1, done - self.begun) * (self.total - done)
+        state = f", {state}" if state else ""
+        print(f"{self.what}: {self.unit} {done} of {self.total}{state}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def end(self, state: str) -> None:
+        """The last line."""
+        if self.shown and self.tenth:
+            print(f"{self.what}: {state}, {time.monotonic() - self.start:.0f} s", file=sys.stderr, flush=True)
+
+
+class PlainAdam:
+    """Adam (Kingma and Ba, ICLR 2015) without torch's: its first use imports the compiler, over a second of CPU.
+
+    Only that of the defaults, ``β = (0.9, 0.999), ε = 1e-8``, on plain tensors.
+    """
+
+    BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        self.parameters, self.lr, self.steps = parameters, lr, 0
+        self.mean, self.square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        first, second = self.BETAS
+        rate, root = self.lr / (1 - first**self.steps), math.sqrt(1 - second**self.steps)
+        for parameter, mean, square in zip(self.parameters, self.mean, self.square, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            mean.lerp_(gradient, 1 - first)
+            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            parameter.addcdiv_(mean, (square.sqrt() / root).add_(self.EPSILON), value=-rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for name in ("mean", "square"):
+            for own, kept in zip(getattr(self, name), state[name], strict=True):
+                own.copy_(kept)
 
 
 class Samples(Protocol):
@@ -91,12 +158,14 @@ def train(
     progress: bool = True,
     description: str = "training",
     checkpoint: Checkpoint | None = None,
+    patience: int | None = None,
 ) -> History:
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
     Tensors are moved to the model's device once, other `Samples` batch by batch.
     Adam on the mean over the batch of ``loss(x) -> [B]`` (default ``model.loss``) plus ``penalty(model, batch)``, such
     as a `GradientAlignment`, which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`.
+    ``patience``: end after so many epochs without a better validation loss; None: run all.
     The same seed, data, machine and thread count give the same weights, with a ``checkpoint`` even if the run was
     stopped and goes on; the file stays for its owner to remove. The global random state is left as it was. The bar is
     shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
@@ -113,7 +182,9 @@ def train(
         raise ValueError("checkpoint: expected None with a penalty, which has a state of its own")
     objective: Any = model.loss if loss is None else loss  # a model's own attributes are of any type
     rows = rows_at_a_time(x_validation[:1].numel())
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    on_gpu = device.type != "cpu"
+    make: Any = partial(torch.optim.Adam, fused=True) if on_gpu else PlainAdam
+    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     order = torch.Generator().manual_seed(seed)
     history, best = History(), model.state_dict()
     was_training = model.training
@@ -130,7 +201,10 @@ def train(
             range(begun, epochs), initial=begun, total=epochs, desc=description, unit="epoch", leave=False,
             disable=None if progress else True,
         )  # fmt: skip
+        lines = ProgressLines(epochs, description, "epoch", shown=progress, begun=begun)
         for epoch in bar:
+            if patience is not None and epoch - history.best_epoch > patience:
+                break
             model.train()
             total = torch.zeros((), device=device)
             for index in torch.randperm(len(x), generator=order, device="cpu").split(batch_size):
@@ -152,6 +226,7 @@ def train(
                 raise RuntimeError(f"the validation loss became {validation} in epoch {epoch}; lower learning_rate")
             if history.best_epoch < 0 or validation < history.validation[history.best_epoch]:
                 history.best_epoch, best = epoch, {key: value.clone() for key, value in model.state_dict().items()}
+            lines.at(epoch + 1, f"validation loss {validation:.4g}, best so far in epoch {history.best_epoch + 1}")
             bar.set_postfix(train=f"{history.train[-1]:.1f}", validation=f"{validation:.1f}")
             if checkpoint is not None and (epoch + 1 == epochs or time.monotonic() - saved > checkpoint.SECONDS):
                 random = _random_states(order, device)
@@ -160,6 +235,7 @@ def train(
                     | {"best": best, "random": random}
                 )
                 saved = time.monotonic()
+    lines.end(f"{len(history.train)} epochs, the best was {history.best_epoch + 1}")
     optimizer.zero_grad(set_to_none=True)
     model.load_state_dict(best)
     model.train(was_training)

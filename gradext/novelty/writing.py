@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are whole."""
+"""Files that appear under their names only when they are whole, and that nobody else writes or reads meanwhile."""
 
 from __future__ import annotations
 
@@ -7,9 +7,22 @@ import errno
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+# What a folder of samples holds, beside which results may lie.
+KEPT_SUFFIXES = frozenset(
+    (
+        *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2", ".heic", ".heif"),
+        *(".npy", ".npz", ".gz", ".xz", ".bin"),
+    )
+)
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -53,3 +66,59 @@ def clear_leftovers(path: str | os.PathLike) -> None:
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
+
+
+def refuse_inputs(out: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None]) -> None:
+    """Raise ValueError where ``out`` is one of the ``inputs``, {what it is: path}, or a picture within one.
+
+    By the file, not by its name: links, ``..`` and relative paths are followed.
+    """
+    for path in (Path(out), Path(f"{os.fspath(out)}.partial")):
+        for what, given in inputs.items():
+            if given is None or not path.exists():
+                continue
+            source = Path(given)
+            if source.is_file() and path.samefile(source):
+                raise ValueError(
+                    f"--out {out}: expected a new file, but {path} is {what}, which would be lost; choose another name"
+                )
+            within = source.is_dir() and path.is_file() and source.resolve() in path.resolve().parents
+            if within and path.suffix.lower() in KEPT_SUFFIXES:
+                raise ValueError(
+                    f"--out {out}: expected a new file, but it is in {what}, {source}, and would be lost; choose "
+                    "another name"
+                )
+
+
+@contextlib.contextmanager
+def alone(path: str | os.PathLike) -> Iterator[None]:
+    """Hold the output ``path`` for this process, by a lock on ``.NAME.lock`` beside it; ValueError where another does.
+
+    The lock goes with the process, however it ends; the file is removed at the end, or by the next run.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    if fcntl is None:
+        yield
+        return
+    while True:
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino:
+                break
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                break
+            os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ValueError(
+                f"--out {path}: another process is writing it; wait for its end, or choose another name"
+            ) from None
+        os.close(descriptor)  # its last owner removed it meanwhile
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -179,7 +179,7 @@ def _judge(make_case: Callable[[], dict]) -> None:
                     way(case)
                 case["change"](case)
             before = None if case["settles"] else state(model)
-            for _ in range(2):
+            for _ in range(2 if way is by_grads else 1):
                 torch.manual_seed(seed or 0)
                 try:
                     found = way(case)

@@ -387,7 +387,7 @@ def test_parameters_of_every_kind(name, judge):
 
 
 # Positions are for all samples: as many as samples, a multiple, one.
-SIZES = [(4, 7), (4, 4), (4, 8), (3, 1), (1, 3)]
+SIZES = [(4, 7), (4, 4), (4, 8), (1, 3)]
 POSITIONS = {
     "a position table, by its module": lambda b, t: case(
         lambda m, i: m.a(m.e(i) + positions_of(m.p, i)),
@@ -524,6 +524,18 @@ def recurrent(kind, **options):
     return {"rnn": kind(D, 3, batch_first=True, **options), "b": linear(3)}
 
 
+def outputs_and_states(m, x):
+    outputs, states = m.rnn(x)
+    return outputs, *(s.transpose(0, 1) for s in (states if isinstance(states, tuple) else (states,)))
+
+
+def cells(m, x):
+    state = None
+    for t in range(x.shape[1]):
+        state = m.cell(x[:, t], state)
+    return state[0]
+
+
 def step_by_step(m, x):
     state = m.start.expand(len(x), -1)
     for t in range(x.shape[1]):
@@ -539,6 +551,17 @@ LAYERS = {
         for kind in (nn.LSTM, nn.GRU, nn.RNN)
         for options in ({}, {"num_layers": 2, "bidirectional": True}, {"bias": False})
     },
+    **{
+        f"{kind.__name__}, its outputs and its last states": lambda kind=kind: case(
+            outputs_and_states, x_of(B, 5, D), {"rnn": kind(D, 3, batch_first=True)}
+        )
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+    },
+    "an LSTM cell, its first state": lambda: case(
+        lambda m, x: m.cell(x), x_of(), {"cell": nn.LSTMCell(D, 3)}, loss=lambda o, t: o[0].sin().sum(1)
+    ),
+    "an LSTM cell, both states": lambda: case(lambda m, x: m.cell(x), x_of(), {"cell": nn.LSTMCell(D, 3)}),
+    "LSTM cells, step by step": lambda: case(cells, x_of(B, 5, D), {"cell": nn.LSTMCell(D, 3)}),
     "an LSTM, its last state": lambda: case(lambda m, x: m.b(m.rnn(x)[1][0][-1]), x_of(B, 5, D), recurrent(nn.LSTM)),
     "an LSTM, projected": lambda: case(
         lambda m, x: m.rnn(x)[0], x_of(B, 5, D), {"rnn": nn.LSTM(D, 3, proj_size=2, batch_first=True)}
@@ -1480,6 +1503,72 @@ STRUCTURES = {
     "functional_call inside": lambda: case(
         lambda m, x: torch.func.functional_call(m.a, {"weight": 2 * m.a.weight}, (x,)), x_of(), {"a": linear()}
     ),
+    "an equilibrium, with its gradient in a hook": lambda: case(equilibrium, x_of(), outcome="right or refused"),
+    "gradients that are reversed": lambda: case(lambda m, x: m.b(Reversed.apply(m.a(x).tanh())), x_of()),
+    "features in inference mode": lambda: case(
+        lambda m, x: m.b(torch.inference_mode()(lambda: m.a(x))().clone().tanh()), x_of()
+    ),
+    "gradients switched off in between": lambda: case(switched_off, x_of()),
+    "layers that are not registered": lambda: case(
+        lambda m, x: m.b(m.hidden[0](x).tanh()), x_of(), {"b": linear(), "hidden": [linear()]}
+    ),
+    "a parameter beside one that is not registered": lambda: case(
+        lambda m, x: F.linear(x, m.b.weight * m.hidden[0].weight),
+        x_of(),
+        {"b": linear(bias=False), "hidden": [linear()]},
+    ),
+    "an auxiliary loss that the model keeps": lambda: auxiliary(),
+    "a codebook that moves in the forward": lambda: case(
+        moving_codebook,
+        x_of(),
+        {"a": linear(), "b": linear(), "table": x_of(3, D), "start": x_of(3, D)},
+        oracle="batch",
+        trains=False,
+    ),
+    "a hard choice, straight through": lambda: case(
+        lambda m, x: m.b(F.gumbel_softmax(m.a(x), hard=True)), x_of(), oracle="batch", seed=2
+    ),
+    "samples written into a copy of a parameter": lambda: case(
+        written_into, x_of(), {"a": linear(), "p": parameter(D)}
+    ),
+    "a parameter written into samples": lambda: case(
+        lambda m, x: m.a(torch.cat([x[:, :2], m.p.expand(len(x), 4)], 1)), x_of(), {"a": linear(), "p": parameter(4)}
+    ),
+    "a loss by vmap": lambda: case(
+        lambda m, x: m.b(m.a(x).tanh()), x_of(), target=x_of(), loss=lambda o, t: torch.func.vmap(F.mse_loss)(o, t)
+    ),
+    "a list of losses": lambda: case(
+        lambda m, x: m.b(m.a(x).tanh()), x_of(), loss=lambda o, t: torch.stack([v.square().sum() for v in o])
+    ),
+    "several types of one input": lambda: case(
+        lambda m, x: m.b(m.a(x.float().double()).tanh()) + x.to(torch.bfloat16).double(), x_of()
+    ),
+    "a weight through .data": lambda: case(
+        lambda m, x: m.a(x) @ m.b.weight.data, x_of(), {"a": linear(), "b": linear()}
+    ),
+    "a position table that is interpolated": lambda: case(
+        lambda m, x: m.a(x + F.interpolate(m.p, x.shape[1], mode="linear").mT),
+        x_of(B, T, D),
+        {"a": linear(), "p": parameter(1, D, 5)},
+    ),
+    "a weight of a decomposition": lambda: case(
+        lambda m, x: x @ torch.linalg.qr(m.w)[0], x_of(), {"w": parameter(D, D)}
+    ),
+    "a Cayley transform": lambda: case(
+        lambda m, x: x @ torch.linalg.solve(torch.eye(D) + m.w - m.w.t(), torch.eye(D) - m.w + m.w.t()),
+        x_of(),
+        {"w": parameter(D, D)},
+    ),
+    "largest and its place": lambda: case(
+        lambda m, x: torch.max(m.a(x) + m.p, 1),
+        x_of(B, T, D),
+        {"a": linear(), "p": parameter(T, 1)},
+        loss=lambda o, t: o.values.square().sum(1),
+    ),
+    "mean and deviation": lambda: case(
+        lambda m, x: torch.cat(torch.std_mean(x * m.p, 1), 1), x_of(B, T, D), {"p": parameter(D)}
+    ),
+    "a jagged batch": lambda: jagged(),
     "an in-place chain": lambda: case(lambda m, x: m.b(m.a(x).relu_() * 2).sigmoid_(), x_of(B, T, D)),
     "an output that is written in parts": lambda: case(written_in_parts, x_of(B, T, D)),
     "an input that is overwritten": lambda: case(lambda m, x: m.a(x.clone().mul_(2)), x_of(), {"a": linear()}),
@@ -1523,6 +1612,83 @@ STRUCTURES = {
         lambda m, x: m.a(x) + F.linear(x.float(), m.a.weight.float()).double(), x_of(), {"a": linear()}, tolerance=1e-6
     ),
 }
+
+
+def equilibrium(m, x):
+    """A fixed point, found without a graph; its gradient is solved for in a hook (deep equilibrium models)."""
+    step = lambda z: torch.tanh(0.3 * m.a(z) + x)  # noqa: E731
+    with torch.no_grad():
+        z = x
+        for _ in range(60):
+            z = step(z)
+    z = step(z)
+    if z.requires_grad:
+        z0 = z.detach().requires_grad_()
+        f0 = step(z0)
+
+        def solve(g):
+            y = g
+            for _ in range(60):
+                y = torch.autograd.grad(f0, z0, y, retain_graph=True)[0] + g
+            return y
+
+        z.register_hook(solve)
+    return m.b(z)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def switched_off(m, x):
+    h = m.a(x)
+    previous = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    gate = m.a(h).sigmoid()
+    torch.set_grad_enabled(previous)
+    return m.b(h * gate)
+
+
+def auxiliary():
+    def forward(m, x):
+        m.auxiliary = m.a(x).square().mean(1)
+        return m.b(x)
+
+    model = Net(forward, a=linear(), b=linear())
+    return {"model": model, "x": x_of(), "loss": lambda o, t: o.sin().sum(1) + model.auxiliary, "trains": False}
+
+
+def moving_codebook(m, x):
+    m.table.copy_(m.start)  # every forward begins with the same one
+    h = m.a(x)
+    index = torch.cdist(h.detach(), m.table).argmin(1)
+    q = m.table[index]
+    y = m.b(h + (q - h).detach())
+    with torch.no_grad():
+        m.table.mul_(0.9).index_add_(0, index, 0.1 * h.detach())
+    return torch.cat([y, h - q], 1)
+
+
+def written_into(m, x):
+    rows = m.p.expand(len(x), D).clone()
+    rows[:, :2] = x[:, :2]
+    return m.a(rows).tanh()
+
+
+def jagged():
+    def forward(m, x, lengths):
+        parts = [v[:n] for v, n in zip(x, lengths.tolist(), strict=True)]
+        nested = torch.nested.nested_tensor(parts, layout=torch.jagged) if not x.requires_grad else None
+        h = m.a(nested).to_padded_tensor(0.0)
+        return m.b(h.sum(1))
+
+    return case(forward, (x_of(B, T, D), torch.tensor([1, 3, 2, 2])), outcome="right or refused")
 
 
 def frozen_bias():

@@ -140,3 +140,18 @@ def test_what_is_made_of_weights_that_were_not_chosen_goes_on_training_them():
         gradext.batch_layer_grads(model, x, loss="mse", layers="1")
         model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_constant_that_samples_are_written_into_by_a_view_is_a_sample():
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 6).double(), torch.rand(B, 6).double()
+
+    def losses_of(x):
+        rows = torch.zeros(B, 6, dtype=x.dtype)
+        rows[:, :3].add_(model(x).tanh()[:, :3])
+        return model(rows).square().sum(1)
+
+    with gradext.watch(model) as watch:
+        losses = losses_of(x)
+    assert_right(watch.grads(losses), own_gradients(model, losses_of(x)))

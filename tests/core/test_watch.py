@@ -780,8 +780,9 @@ def test_coverage_names_what_is_in_and_what_is_not():
         gradext.batch_layer_grads(model, index(), loss=lambda output, target: squared(output), exclude="a.bias"),
         gradext.batch_layer_factors(model, index(), loss=lambda output, target: squared(output), exclude="a.bias"),
     ]
+    tokens = index()
     with gradext.watch(model, exclude="a.bias") as watch:
-        losses = squared(model(index()))
+        losses = squared(model(tokens))
     results.append(watch.factors(losses))
     for result in results:
         coverage = result.coverage

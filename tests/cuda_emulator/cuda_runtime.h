@@ -13,17 +13,20 @@
 
 #undef __global__
 #undef __device__
+#undef __host__
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __grid_constant__
 #define __global__
 #define __device__
+#define __host__
 #define __shared__ static  // blocks run one after the other
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+using std::max;
 using std::min;
 
 inline uint3 threadIdx, blockIdx;
@@ -64,11 +67,48 @@ void __stcs(T* to, T value) {
   *to = value;
 }
 
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+
+// As PTX lays out mma.m16n8k16: a warp's lanes hold a [16, 16] by rows, b [16, 8] by columns and d [16, 8] by rows.
+template <class In>
+void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  static std::uint32_t held[32][32][6];  // of each warp and lane
+  auto& warp = held[threadIdx.x / 32];
+  const int lane = emulator::lane(), group = lane / 4, pair = lane % 4;
+  std::copy(a, a + 4, warp[lane]);
+  std::copy(b, b + 2, warp[lane] + 4);
+  emulator::wait(emulator::Barrier::warp);
+  const auto number = [](std::uint32_t word, int half) {
+    const auto bits = static_cast<std::uint16_t>(word >> (16 * half));
+    In value;
+    std::memcpy(static_cast<void*>(&value), &bits, sizeof(value));
+    return static_cast<float>(value);
+  };
+  for (int n = 0; n < 4; ++n) {
+    const int row = group + n / 2 * 8, column = pair * 2 + n % 2;
+    for (int k = 0; k < 16; ++k) {
+      const auto& left = warp[row % 8 * 4 + k % 8 / 2];
+      const auto& right = warp[column * 4 + k % 8 / 2];
+      d[n] += number(left[k / 8 * 2 + row / 8], k % 2) * number(right[4 + k / 8], k % 2);
+    }
+  }
+  emulator::wait(emulator::Barrier::warp);
+}
+
+template <class T>
+void store_cached(T* to, T value) {
+  __stcs(to, value);
+}
+
 extern "C" {
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaRuntimeGetVersion(int* version);
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaGetLastError();

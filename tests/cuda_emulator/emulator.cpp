@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "kernel.cuh"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -19,7 +21,7 @@ constexpr unsigned kMostThreads = 256;
 
 struct Settings {
   std::int64_t max_blocks, first_block, blocks;
-  int reversed, multiprocessors;
+  int reversed, multiprocessors, l2_bytes;
 };
 Settings settings{};
 std::int64_t launches, last_grid, stores[17];
@@ -169,14 +171,18 @@ using namespace emulator;
 #pragma GCC visibility push(default)
 extern "C" {
 void emulator_configure(std::int64_t max_blocks, std::int64_t first_block, std::int64_t blocks, int reversed,
-                        int multiprocessors) {
-  settings = {max_blocks, first_block, blocks, reversed, multiprocessors};
+                        int multiprocessors, int l2_bytes) {
+  settings = {max_blocks, first_block, blocks, reversed, multiprocessors, l2_bytes};
   launches = 0;
   std::fill(std::begin(stores), std::end(stores), 0);
   problem.clear();
 }
 std::int64_t emulator_launches() { return launches; }
 std::int64_t emulator_last_grid() { return last_grid; }
+void emulator_divide(std::int64_t by, std::uint32_t n, std::uint32_t* quotient_and_rest) {
+  quotient_and_rest[0] = gradext::Divisor(by)(n);
+  quotient_and_rest[1] = n;
+}
 std::int64_t emulator_stores(int bytes) { return stores[bytes]; }
 }
 #pragma GCC visibility pop
@@ -188,9 +194,13 @@ cudaError_t cudaSetDevice(int) { return cudaErrorInvalidDevice; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount      ? settings.multiprocessors
+           : attribute == cudaDevAttrL2CacheSize            ? settings.l2_bytes
            : attribute == cudaDevAttrComputeCapabilityMajor ? 9
                                                             : 0;
   return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  return attributes->ptxVersion = 90, cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }

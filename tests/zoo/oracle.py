@@ -125,8 +125,8 @@ def dtypes(losses: Tensor) -> set[torch.dtype]:
 def expect(case: Case, B: int) -> tuple[nn.Module, Any, Any, Grads, Grads, str]:
     """Model, inputs, target, the gradients they should give, how far each may be off, and that bound in words.
 
-    In fp64 the relative error of each parameter of each sample is at most 1e-9, or 1e-6 where the model computes some of
-    it in fp32, whatever the dtype of its weights (routers of experts, some normalisations): its graph says so. A
+    In fp64 the relative error of each parameter of each sample is at most 1e-9, or 1e-6 where the model computes some
+    of it in fp32, whatever the dtype of its weights (routers of experts, some normalisations): its graph says so. A
     parameter whose gradient is zero but for rounding (a key's bias under softmax) is measured by a millionth of the
     sample's whole gradient. In lower precision the error against fp64, with the same weights, is at most twice that of
     the sample alone in the same dtype, with one unit of rounding added.

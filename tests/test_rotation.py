@@ -1,0 +1,92 @@
+"""The rotation network as a model like any other: trained, scored by its own losses' gradients, saved, explained."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from gradext.cli import main
+from gradext.novelty import NoveltyDetector, RotationNet, characterize, load, save
+from gradext.novelty.explain import heat, layer_shares, residual
+
+pytestmark = pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
+
+
+def upright(rng, n, turn=0):
+    """Colour images [n, 3, 16, 16]: light above, dark below, a bar at the left; turned by quarter turns."""
+    y, x = np.mgrid[:16, :16]
+    shade = 200 - 9 * y + 40 * (x < rng.integers(2, 6, (n, 1, 1)))
+    images = shade[:, None] * np.array([1.0, 0.8, 0.6])[:, None, None] + rng.normal(0, 12, (n, 3, 16, 16))
+    return np.rot90(np.clip(images, 0, 255).astype(np.uint8), turn, (2, 3)).copy()
+
+
+@pytest.fixture(scope="module")
+def detector():
+    X = upright(np.random.default_rng(0), 200)
+    return NoveltyDetector(model="rotation", epochs=6, learning_rate=3e-3, random_state=0).fit(X)
+
+
+def test_the_gradient_is_that_of_the_summed_turns_losses():
+    torch.manual_seed(0)
+    model, x = RotationNet((3, 8, 8), channels=4).double().eval(), torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    seen = characterize(model, x, layer="head", loss="rotation")
+    assert seen.reconstruction.shape == (5, 4)
+    for k in range(5):
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model.head(model.body(4 * (torch.rot90(x[k : k + 1], turn, (2, 3)) - 0.5))), torch.tensor([turn])
+            )
+            for turn in range(4)
+        ]
+        torch.testing.assert_close(seen.reconstruction[k], torch.stack(losses).detach())
+        (expected,) = torch.autograd.grad(sum(losses), model.head.weight)
+        torch.testing.assert_close(seen.gradient[k : k + 1].materialize()[0], expected)
+
+
+def test_what_is_turned_otherwise_is_novel(detector):
+    rng = np.random.default_rng(1)
+    T = np.concatenate([upright(rng, 60), upright(rng, 60, turn=1)])
+    y = np.repeat([0, 1], 60)
+    assert detector.loss_ == "rotation"
+    assert detector.layers_ == ["head"]
+    assert roc_auc_score(y, -detector.score_samples(T)) > 0.9
+    scores = detector.score_samples(T)
+    np.testing.assert_allclose(detector.score_samples(T[:7]), scores[:7], rtol=1e-9)
+
+
+@pytest.mark.parametrize("score", ["reconstruction_error", "gradient_norm", "kronecker_fisher"])
+def test_every_gradient_score_applies(score):
+    X = upright(np.random.default_rng(0), 80)
+    options = {"model": "rotation", "epochs": 2, "random_state": 0}
+    assert np.isfinite(NoveltyDetector(score, **options).fit(X).score_samples(X)).all()
+
+
+def test_it_is_saved_and_explained(detector, tmp_path):
+    X = upright(np.random.default_rng(2), 5)
+    save(detector, tmp_path / "m")
+    again = load(tmp_path / "m")
+    np.testing.assert_array_equal(again.score_samples(X), detector.score_samples(X))
+    assert again.get_params()["model"] == "rotation"
+    assert heat(detector, X).shape == (5, 16, 16)
+    assert np.isfinite(heat(detector, X)).all()
+    np.testing.assert_allclose(layer_shares(detector, X)["head"], 1)
+    with pytest.raises(ValueError, match="a RotationNet reconstructs nothing"):
+        residual(detector, X)
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", upright(np.random.default_rng(0), 80))
+    model, data = str(tmp_path / "m"), str(tmp_path / "x.npy")
+    assert main(["fit", data, "--model", "rotation", "--epochs", "2", "--out", model, "--quiet"]) == 0
+    assert "of a RotationNet fit on 80 samples of shape 3x16x16" in capsys.readouterr().out
+    assert main(["score", model, data, "--out", str(tmp_path / "s.csv")]) == 0
+    assert main(["report", model, data, "--out", str(tmp_path / "r.html")]) == 0
+
+
+def test_what_has_no_quarter_turns_is_refused():
+    for X, message in (
+        (np.random.default_rng(0).random((40, 9)), "'rotation' is of images"),
+        (np.random.default_rng(0).random((40, 8, 12)), "H = W, a multiple of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NoveltyDetector(model="rotation", epochs=1).fit(X)
