@@ -76,18 +76,15 @@ class Backward:
             rule, found = rules.shares(entry, entry.deltas, entry.rows, self.batch, self.create_graph)
             _compare(entry, found, totals)
             self._take(rule, found)
-        if (lost or unseen) and self.create_graph:
-            names = listed(dict.fromkeys([*(name for entry in lost for name in entry.names), *unseen]))
-            raise CaptureError(
-                f"{names}: expected uses that the rules can differentiate with create_graph=True, but their gradient "
-                "takes one backward a sample, which keeps no graph; leave them out with exclude=, or pass "
-                "create_graph=False"
-            )
+        whole: dict[str, Tensor] = {}
         if lost or unseen:
             leaves = {name: self.mode.chosen[name] for name in unseen}
-            policy = self.fallback, self.mixing
-            self._take("backward a sample", fallback.shares(self.mode, self.root, lost, leaves, *policy))
-        return self._to_parameters()
+            options = self.fallback, self.mixing, self.create_graph
+            found, whole = fallback.gradients(self.mode, self.root, lost, leaves, *options)
+            if not self.mode.attached:  # else the graph leads to the parameters through the entries too
+                found, whole = found + [Share(leaves[name], g) for name, g in whole.items()], {}
+            self._take("backward a sample", found)
+        return self._to_parameters(whole)
 
     def _structure(self) -> Structure:
         checked = not row_rules.capturing(self.root.gradient)
@@ -268,11 +265,14 @@ class Backward:
 
     # --- from values to parameters ------------------------------------------------------------------------------------
 
-    def _to_parameters(self) -> dict[str, Gradient]:
+    def _to_parameters(self, whole: dict[str, Tensor]) -> dict[str, Gradient]:
+        """The gradients of all parameters; ``whole``: of those of which all uses are known together."""
         parts: dict[str, list[Gradient]] = {}
         for found in self.shares.values():
             for name, gradient in self._by_parameter(found[0].value, _sum([share.gradient for share in found])):
                 parts.setdefault(name, []).append(gradient)
+        for name, gradient in whole.items():
+            parts[name], self.rules[name] = [gradient], ["backward a sample"]
         result: dict[str, Gradient] = {}
         for name in [*parts, *(name for name in self.mode.chosen if name not in parts)]:
             parameter = self.mode.chosen[name]

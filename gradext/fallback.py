@@ -24,33 +24,43 @@ from .selection import listed
 _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
 
 
-def shares(
-    mode: WatchMode, root: Root, lost: list[Entry], unseen: Mapping[str, Tensor], fallback: str | None, mixing: str
-) -> list[Share]:
-    """The gradients of the values of ``lost``, and of the parameters ``unseen`` along paths that the mode missed."""
-    reasons = [(listed(entry.names), entry.reason()) for entry in lost] + [(name, None) for name in unseen]
+def gradients(
+    mode: WatchMode,
+    root: Root,
+    lost: list[Entry],
+    unseen: Mapping[str, Tensor],
+    fallback: str | None,
+    mixing: str,
+    create_graph: bool,
+) -> tuple[list[Share], dict[str, Tensor]]:
+    """The gradients of the values of ``lost``, and by all paths in the graph those of the parameters ``unseen``."""
+    reasons: list[tuple[str, str | None]] = [(listed(entry.names), entry.reason()) for entry in lost]
+    reasons += [(name, None) for name in unseen]
     if fallback == "error":
         raise UnsupportedLayerError("; ".join(_explained(names, reason) for names, reason in reasons) + _ADVICE)
     batch = len(root.gradient)
-    given = [(x, entry.values[id(x)]) for entry in lost for x in entry.stand_ins()]
+    given = {x: entry.values[id(x)] for entry in lost for x in entry.stand_ins()}
     judged = [entry for entry in lost if mixing == "error" and entry.holds_samples(batch)]
-    inputs = [x for x, _ in given] + list(unseen.values())
-    gradients = _each_sample(mode, root, inputs, judged)
-    _refuse_one_for_all(root, dict(zip(unseen, gradients[len(given) :], strict=True)))
+    found = _each_sample(mode, root, [*given, *unseen.values()], judged, create_graph)
+    by_name = dict(zip(unseen, found[len(given) :], strict=True))
+    _refuse_one_for_all(root, by_name)
     if mixing == "error" or unseen:
         _warn(reasons, batch)
-    return [Share(value, g) for value, g in zip([v for _, v in given] + list(unseen.values()), gradients, strict=True)]
+    return list(map(Share, given.values(), found)), by_name
 
 
-def _each_sample(mode: WatchMode, root: Root, inputs: list[Tensor], judged: list[Entry]) -> list[Tensor]:
+def _each_sample(
+    mode: WatchMode, root: Root, inputs: list[Tensor], judged: list[Entry], create_graph: bool
+) -> list[Tensor]:
     """The gradients [B, *x.shape] of each loss by ``inputs``; refuses samples that mix at the entries ``judged``."""
-    gradient, edges = root.gradient.detach(), [edge for entry in judged for edge in entry.edges]
+    gradient = root.gradient if create_graph else root.gradient.detach()
+    edges = [edge for entry in judged for edge in entry.edges]
     found = [x.new_zeros(len(gradient), *x.shape) for x in inputs]
     touched: list[Tensor | int] = [0] * len(edges)  # of each element, by how many samples' losses
     for b in range(len(gradient)):
         own = torch.zeros_like(gradient)
         own[b] = gradient[b]
-        row = mode.differentiate(root, own, [*inputs, *edges])
+        row = mode.differentiate(root, own, [*inputs, *edges], create_graph=create_graph)
         for k, g in enumerate(row):
             if g is None:
                 continue

@@ -148,13 +148,18 @@ class WatchMode(TorchFunctionMode):
         others: list[Tensor] = []
         for tensor in tensors_of((args, kwargs) if kwargs else args):
             value = self.values.get(id(tensor))
-            if value is None and tensor.requires_grad and abs(getattr(tensor, "_gradext_mark", 0)) != self.token:
+            if value is None and tensor.requires_grad and not self._is_marked(tensor):
                 value = self._adopted(tensor)
             if value is None:
                 others.append(tensor)
             else:
                 values.append(value)
         return values, others
+
+    def _is_marked(self, tensor: Tensor) -> bool:
+        mark = getattr(tensor, "_gradext_mark", None)
+        # A constant with a history may have been written to by way of a view of it.
+        return mark == self.token or (mark == -self.token and tensor.grad_fn is None)
 
     def _adopted(self, tensor: Tensor) -> Value | None:
         """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
@@ -217,12 +222,14 @@ class WatchMode(TorchFunctionMode):
             others = others[:1]
         elif name in _NEW:
             others = ()
-        if isinstance(result, Tensor) and result.requires_grad:
+        # Without a graph, a view requires grad as its base does, but has no history.
+        recorded = torch.is_grad_enabled()
+        if isinstance(result, Tensor) and result.requires_grad and recorded:
             if id(result) not in self.values and any(map(self._is_sample, others)):
                 result._gradext_mark = self.token
             return
         found = result if isinstance(result, (list, tuple)) else (result,)
-        plain = [t for t in found if isinstance(t, Tensor) and not t.requires_grad]
+        plain = [t for t in found if isinstance(t, Tensor) and not (t.requires_grad and recorded)]
         if not plain and result is not None:
             return
         mark = self.token if any(map(self._is_sample, others)) else -self.token

@@ -1,0 +1,157 @@
+"""Uses of parameters that once gave a wrong number: each sample alone, or ∂ losses[b] by plain autograd, judges."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradext
+
+B = 4
+
+
+def own_gradients(model: nn.Module, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    """∂ losses[b] / ∂ parameter of a graph, one backward a sample."""
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    return {
+        name: torch.stack(g) for (name, _), g in zip(model.named_parameters(), zip(*rows, strict=True), strict=True)
+    }
+
+
+def assert_right(found, expected):
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_an_input_given_by_name_and_overwritten_afterwards_is_refused():
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3).double(), torch.rand(B, 5).double()
+    with gradext.watch(model) as watch:
+        inner = x * 2
+        losses = F.linear(input=inner, weight=model.weight, bias=model.bias).square().sum(1)
+        inner.zero_()
+    with pytest.raises(gradext.CaptureError, match=r"weight.*modified in place"):
+        watch.grads(losses)
+
+
+def test_two_losses_of_a_registered_layer_are_two():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(5).double())
+
+        def forward(self, x):
+            return x * self.scale
+
+    @gradext.register_layer(Scale)
+    def gradients(layer, input, delta):
+        return {"scale": input * delta}
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Scale(), nn.Tanh()), torch.rand(B, 5).double()
+    with gradext.watch(model) as watch:
+        output = model(x)
+        several = [(output * k).square().sum(1) for k in range(1, 9)]
+    output = model(x)
+    for k, losses in enumerate(several, 1):
+        assert_right(watch.grads(losses), own_gradients(model, (output * k).square().sum(1)))
+
+
+def test_ragged_rows_need_not_lie_in_the_first_dimension():
+    torch.manual_seed(0)
+    owners = torch.tensor([0, 1, 1, 2, 3, 3, 3])
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.rand(3, 1).double())
+    x = torch.rand(3, len(owners)).double()
+
+    def losses_of(x):
+        rows = (x * model.weight).tanh().sum(0)
+        return rows.new_zeros(B).index_add(0, owners, rows)
+
+    with gradext.watch(model, segments=owners) as watch:
+        losses = losses_of(x)
+    assert_right(watch.grads(losses), own_gradients(model, losses_of(x)))
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, weight):
+        context.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(context, delta):
+        x, weight = context.saved_tensors
+        return delta @ weight.T, x.T @ delta
+
+
+@pytest.mark.filterwarnings("ignore:.*one backward a sample:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"train": True}, {"create_graph": True}], ids=str)
+def test_a_use_that_is_seen_and_one_that_is_not_are_counted_once_each(options):
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 5).double(), torch.rand(B, 5).double()
+
+    def losses_of(x):
+        return Twice.apply(model(x).tanh(), model.weight).square().sum(1)
+
+    with gradext.watch(model, **options) as watch:
+        losses = losses_of(x)
+    found, expected = watch.grads(losses), own_gradients(model, losses_of(x))
+    assert_right({name: value.detach() for name, value in found.items()}, expected)
+    if options.get("create_graph"):
+        plain = torch.autograd.grad(losses_of(x).sum(), model.weight, create_graph=True)[0]
+        second = [torch.autograd.grad(g.square().sum(), model.weight)[0] for g in (plain, found["weight"].sum(0))]
+        torch.testing.assert_close(second[1], second[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_model_makes_of_its_weights_without_a_graph_is_constant(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 6)).double()
+    x = torch.rand(B, 6).double()
+    model.train(training)
+    with gradext.watch(model, fallback="error") as watch:
+        losses = model(x).square().sum(1)
+    assert_right(watch.grads(losses), _again(model, x, losses))
+
+
+def _again(model, x, losses):
+    """By the power iteration's vectors as the watched run has left them."""
+    model.eval()
+    again = model(x).square().sum(1)
+    torch.testing.assert_close(again, losses)
+    return own_gradients(model, again)
+
+
+def test_samples_run_one_by_one_with_a_dimension_of_one():
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 5).double(), torch.rand(B, 1, 6).double()
+    with gradext.watch(model) as watch:
+        losses = torch.stack([model(sample) for sample in x]).square().flatten(1).sum(1)
+    expected = own_gradients(model, model(x).square().flatten(1).sum(1))
+    assert_right(watch.grads(losses), expected)
+
+
+def test_what_is_made_of_weights_that_were_not_chosen_goes_on_training_them():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)), nn.Linear(5, 5)), torch.rand(B, 5)
+    with nn.utils.parametrize.cached():
+        gradext.batch_layer_grads(model, x, loss="mse", layers="1")
+        model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_constant_that_samples_are_written_into_by_a_view_is_a_sample():
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 6).double(), torch.rand(B, 6).double()
+
+    def losses_of(x):
+        rows = torch.zeros(B, 6, dtype=x.dtype)
+        rows[:, :3].add_(model(x).tanh()[:, :3])
+        return model(rows).square().sum(1)
+
+    with gradext.watch(model) as watch:
+        losses = losses_of(x)
+    assert_right(watch.grads(losses), own_gradients(model, losses_of(x)))
