@@ -30,7 +30,7 @@ Gradient = GradFactors | Tensor
 
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
-_TRANSPOSED = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__}
+_T, _MT, _H = (getattr(Tensor, name).__get__ for name in ("T", "mT", "H"))
 
 
 @dataclass(eq=False)
@@ -255,7 +255,7 @@ class Backward:
             for name in value.names:
                 self.rules.setdefault(name, []).append(rule)
             gradient, maker = share.gradient, value.maker
-            if share.rows is not None:
+            if share.rows is not None and isinstance(gradient, Tensor):
                 if maker is not None and self.batch > 1 and len(maker.outputs) == 1:
                     rows = [share.rows]
                     self._take(*rules.shares(maker, [gradient], rows, self.batch, self.create_graph))
@@ -390,9 +390,9 @@ def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -
     if gradient.weight_shape is None and tuple(gradient.shape[1:]) != tuple(value.shape):
         return None
     dims: list[int] | None = None
-    if name in ("t", "T", "mT", "adjoint", "H") or func in _TRANSPOSED:
+    if name in ("t", "T", "mT", "adjoint", "H") or func in (_T, _MT, _H):
         dims = [-2, -1] if source.ndim >= 2 else []
-        if source.ndim > 2 and func not in (Tensor.mT.__get__, Tensor.adjoint):
+        if source.ndim > 2 and func not in (_MT, Tensor.adjoint):
             return None
     elif name in ("transpose", "swapaxes", "swapdims"):
         dims = list(maker.args[1:3]) if len(maker.args) == 3 else None
@@ -415,8 +415,9 @@ def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -
 def _sum(parts: list[Gradient]) -> Gradient:
     if len(parts) == 1:
         return parts[0]
-    if all(isinstance(part, Tensor) for part in parts):
-        return functools.reduce(torch.add, parts)
+    written = [part for part in parts if isinstance(part, Tensor)]
+    if len(written) == len(parts):
+        return functools.reduce(torch.add, written)
     return GradFactors.add([GradFactors.of(p) if isinstance(p, Tensor) else p for p in parts])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +161,8 @@ def _warn(reasons: list[tuple[str, str | None]], batch: int) -> None:
 
 def _user_level() -> int:
     """The stack level of the first frame outside of the package, for warnings."""
-    frame, level = sys._getframe(1), 1
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith("gradext"):
         frame, level = frame.f_back, level + 1
     return level

@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import FrameType, FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,9 @@ _LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
-_APPLY = torch.autograd.Function.apply.__func__.__code__
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
+_MARK = "_gradext_mark"  # on a tensor: the token of the run whose samples it depends on, or minus that
 _tokens = iter(range(1, 1 << 62))
 
 
@@ -140,7 +141,7 @@ class WatchMode(TorchFunctionMode):
         self.told = True
         for tensor in tensors:
             if id(tensor) not in self.values:
-                tensor._gradext_mark = self.token
+                setattr(tensor, _MARK, self.token)
 
     def _told_apart(self, args: tuple, kwargs: dict) -> tuple[list[Value], list[Tensor]]:
         """The values among the arguments of a call, and the other tensors."""
@@ -157,7 +158,7 @@ class WatchMode(TorchFunctionMode):
         return values, others
 
     def _is_marked(self, tensor: Tensor) -> bool:
-        mark = getattr(tensor, "_gradext_mark", None)
+        mark = getattr(tensor, _MARK, None)
         # A constant with a history may have been written to by way of a view of it.
         return mark == self.token or (mark == -self.token and tensor.grad_fn is None)
 
@@ -168,7 +169,7 @@ class WatchMode(TorchFunctionMode):
         """
         names = self._names_below(tensor)
         if not names:
-            tensor._gradext_mark = self.token if names is None else -self.token
+            setattr(tensor, _MARK, self.token if names is None else -self.token)
             return None
         self.values[id(tensor)] = value = Value(tensor, names)
         return value
@@ -177,7 +178,9 @@ class WatchMode(TorchFunctionMode):
         """The chosen parameters that a tensor is made of; None where it is made of anything else too."""
         if tensor.grad_fn is None:
             return frozenset() if self._is_foreign(tensor) else None
-        seen, stack, names = set(), [tensor.grad_fn], set()
+        seen: set[Node] = set()
+        names: set[str] = set()
+        stack: list[Node | None] = [tensor.grad_fn]
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -187,13 +190,14 @@ class WatchMode(TorchFunctionMode):
             value = None if leaf is None else self.values.get(id(leaf))
             if node in self.ends or (leaf is not None and value is None and not self._is_foreign(leaf)):
                 return None
-            names |= frozenset() if value is None else value.names
+            if value is not None:
+                names |= value.names
             stack += [below for below, _ in node.next_functions]
         return frozenset(names)
 
     def _is_foreign(self, leaf: Tensor) -> bool:
         """Whether a tensor that requires grad, and is no parameter, is no sample either."""
-        if id(leaf) in self.given or getattr(leaf, "_gradext_mark", None) == self.token:
+        if id(leaf) in self.given or getattr(leaf, _MARK, None) == self.token:
             return False
         return self.told or isinstance(leaf, nn.Parameter) or id(leaf) in self._held_by_model()
 
@@ -208,7 +212,7 @@ class WatchMode(TorchFunctionMode):
     def _is_sample(self, tensor: Tensor) -> bool:
         if tensor.ndim == 0 and not tensor.is_floating_point():
             return False  # an index that data have chosen has no rows, and is a constant of this run
-        mark = getattr(tensor, "_gradext_mark", None)
+        mark = getattr(tensor, _MARK, None)
         if mark == self.token or mark == -self.token:
             return mark == self.token
         if tensor.requires_grad or self.told:
@@ -226,7 +230,7 @@ class WatchMode(TorchFunctionMode):
         recorded = torch.is_grad_enabled()
         if isinstance(result, Tensor) and result.requires_grad and recorded:
             if id(result) not in self.values and any(map(self._is_sample, others)):
-                result._gradext_mark = self.token
+                setattr(result, _MARK, self.token)
             return
         found = result if isinstance(result, (list, tuple)) else (result,)
         plain = [t for t in found if isinstance(t, Tensor) and not (t.requires_grad and recorded)]
@@ -235,11 +239,11 @@ class WatchMode(TorchFunctionMode):
         mark = self.token if any(map(self._is_sample, others)) else -self.token
         for tensor in plain:
             # Results that are arguments (in place) may come from outside.
-            if mark == self.token or not hasattr(tensor, "_gradext_mark"):
+            if mark == self.token or not hasattr(tensor, _MARK):
                 with contextlib.suppress(AttributeError, RuntimeError):
-                    tensor._gradext_mark = mark
+                    setattr(tensor, _MARK, mark)
         if result is None and mark == self.token and args and isinstance(args[0], Tensor):  # __setitem__
-            args[0]._gradext_mark = mark
+            setattr(args[0], _MARK, mark)
 
     def _note_hidden(self, values: list[Value]) -> None:
         """What the forward of a custom autograd function does with a parameter leaves no graph."""
@@ -277,7 +281,7 @@ class WatchMode(TorchFunctionMode):
         """What one call gets in place of a value."""
         if self.attached:
             new = value.view_as(value)
-            self.ends.add(new.grad_fn)
+            self.ends.add(get_gradient_edge(new).node)
         else:
             new = value.detach().requires_grad_()
         self.given.add(id(new))
@@ -311,7 +315,7 @@ class WatchMode(TorchFunctionMode):
             result = func(*args, **kwargs)
             for tensor in tensors_of(args[0] if result is None else result):
                 self.values.pop(id(tensor), None)
-                tensor._gradext_mark = self.token
+                setattr(tensor, _MARK, self.token)
             return result
         stand_ins: dict[int, Tensor] = {}
         args, kwargs = self._replaced(args, stand_ins), self._replaced(kwargs, stand_ins)
@@ -324,7 +328,7 @@ class WatchMode(TorchFunctionMode):
             result = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad else t, result)
             outputs = [t for t in tensors_of(result) if t.requires_grad]
         for output in outputs:
-            output._gradext_mark = self.token
+            setattr(output, _MARK, self.token)
         if not outputs:
             self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
         elif not self.replay:
@@ -399,7 +403,7 @@ class WatchMode(TorchFunctionMode):
 
 def _custom_function() -> str | None:
     """The name of the custom autograd function whose forward is running."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _APPLY:
             return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")

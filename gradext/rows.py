@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Unproved(NamedTuple):
 
 
 State = Rows | Shared | Unproved
+States = Sequence[State | None]  # of a node's inputs; None where the losses do not depend on one through the node
 SHARED = Shared()
 
 
@@ -99,15 +100,15 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
             found.leaves[id(leaf)] = leaf
             continue
         if batch == 1:  # all that the loss depends on is the one sample's
-            found.states.update(((source, place), first) for source, place in node.next_functions)
+            found.states |= {(source, place): first for source, place in node.next_functions if source is not None}
             continue
         found.dtypes.update(kind.dtype for kind in node._input_metadata)
         outputs = [found.states.get((node, k)) for k in range(len(node._input_metadata))]
         states = _input_states(node, name, outputs, found)
-        for edge, state in zip(node.next_functions, states, strict=True):
-            if edge[0] is not None and state is not None:
-                former = found.states.get(edge)
-                found.states[edge] = state if former is None else _merged(former, state, name)
+        for (source, place), state in zip(node.next_functions, states, strict=True):
+            if source is not None and state is not None:
+                former = found.states.get((source, place))
+                found.states[source, place] = state if former is None else _merged(former, state, name)
     return found
 
 
@@ -197,27 +198,26 @@ def _signed(value: int, ndim: int) -> int:
     return (value - 2 * _OFFSET if value >= _OFFSET else value) % max(1, ndim)
 
 
-def _input_states(node: Node, name: str, outputs: list[State | None], found: Structure) -> Sequence[State | None]:
+def _input_states(node: Node, name: str, outputs: list[State | None], found: Structure) -> States:
     """The states of a node's inputs, from those of its outputs."""
     inputs = node.next_functions
-    known = [state for state in outputs if state is not None]
-    if all(isinstance(state, Shared) for state in known):
+    if all(isinstance(state, Shared) for state in outputs if state is not None):
         return [SHARED] * len(inputs)
-    unproved = next((state for state in known if isinstance(state, Unproved)), None)
-    if unproved is not None:
-        return [unproved._replace(hint=None)] * len(inputs)
+    for state in outputs:
+        if isinstance(state, Unproved):
+            return [state._replace(hint=None)] * len(inputs)
     shapes = [None if below is None else tuple(below._input_metadata[k].shape) for below, k in inputs]
     kind = name.rstrip("0123456789").removesuffix("Backward")
     states: list[State | None] = [None] * len(inputs)
     for k, state in enumerate(outputs):
         if state is None:
             continue
-        if isinstance(state, Shared):
-            here: list[State | None] | None = [SHARED] * len(inputs)
-        else:
-            here = _states_of(node, kind, k, state, tuple(node._input_metadata[k].shape), shapes, found)
-        if here is None:
-            return [Unproved(name, state if isinstance(state, Rows) else None)] * len(inputs)
+        here: States = [SHARED] * len(inputs)
+        if isinstance(state, Rows):
+            told = _states_of(node, kind, k, state, tuple(node._input_metadata[k].shape), shapes, found)
+            if told is None:
+                return [Unproved(name, state)] * len(inputs)
+            here = told
         for j, new in enumerate(here):
             new = Unproved(name) if new is _LOST else new
             former = states[j]
@@ -228,7 +228,7 @@ def _input_states(node: Node, name: str, outputs: list[State | None], found: Str
 _LOST = Unproved("")
 
 
-def _states_of(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> list[State | None] | None:
+def _states_of(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> States | None:
     """The states of the inputs for that of output ``k``, of ``shape``; None where the kind is not known."""
     d, rank = state.dim, len(shape)
     if kind in _POINTWISE:
@@ -245,7 +245,7 @@ def _states_of(node, kind: str, k: int, state: Rows, shape, shapes, found: Struc
     if kind in _REDUCTIONS and shapes[0] is not None:
         return _of_reduction(node, state, shape, shapes[0])
     if kind in _ALONG:
-        saved = getattr(node, "_saved_dims", None) or getattr(node, "_saved_dim", None)
+        saved: Any = getattr(node, "_saved_dims", None) or getattr(node, "_saved_dim", None)
         along = {_signed(dim, rank) for dim in ((saved,) if isinstance(saved, int) else saved)}
         return [_LOST if d in along else state]
     if kind in ("Mm", "Bmm"):
@@ -263,7 +263,7 @@ def _states_of(node, kind: str, k: int, state: Rows, shape, shapes, found: Struc
     return None
 
 
-def _of_reduction(node, state: Rows, shape, before) -> list[State | None] | None:
+def _of_reduction(node, state: Rows, shape, before) -> States | None:
     if len(before) == len(shape):  # keepdim
         return [state] if before[state.dim] == shape[state.dim] else None
     saved = getattr(node, "_saved_dim", None)
@@ -274,7 +274,7 @@ def _of_reduction(node, state: Rows, shape, before) -> list[State | None] | None
     return [state.at([dim for dim in range(len(before)) if dim not in reduced][state.dim])]
 
 
-def _of_layer(node, kind: str, k: int, state: Rows, shape, shapes, found) -> list[State | None] | None:
+def _of_layer(node, kind: str, k: int, state: Rows, shape, shapes, found) -> States | None:
     """Of convolutions, normalisations, pools, attention, look-ups and recurrent layers."""
     d, rank = state.dim, len(shape)
     if kind == "Convolution":
@@ -305,7 +305,7 @@ def _of_layer(node, kind: str, k: int, state: Rows, shape, shapes, found) -> lis
     return None
 
 
-def _of_loss(node, kind: str, k: int, state: Rows, shape, shapes, found) -> list[State | None] | None:
+def _of_loss(node, kind: str, k: int, state: Rows, shape, shapes, found) -> States | None:
     d, rank = state.dim, len(shape)
     if kind == "NllLoss":
         return [state, *[None] * (len(shapes) - 1)]
@@ -320,7 +320,7 @@ def _of_loss(node, kind: str, k: int, state: Rows, shape, shapes, found) -> list
     return None
 
 
-def _of_parts(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> list[State | None] | None:
+def _of_parts(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> States | None:
     """Of what takes or places parts of a tensor."""
     d, batch, rank = state.dim, found.batch, len(shape)
     saved = getattr(node, "_saved_dim", None)
@@ -410,7 +410,7 @@ def _reshaped(state: Rows, shape: tuple[int, ...], before: tuple[int, ...], batc
     return _LOST
 
 
-def _of_product(state: Rows, rank: int) -> list[State | None]:
+def _of_product(state: Rows, rank: int) -> States:
     """Of the two matrices of a product, or of two batches of them."""
     if state.dim == rank - 2:
         return [state, SHARED]
@@ -515,6 +515,7 @@ def by_sample(x: Tensor, rows: Rows, batch: int) -> Tensor:
 
 def _padded(x: Tensor, rows: Rows, batch: int) -> Tensor:
     """Ragged rows -> [B, ..., n, ...], n the most that a sample has; zeros fill up."""
+    assert rows.owners is not None
     order, counts = rows.owners.argsort(stable=True), rows.owners.bincount(minlength=batch)
     most = int(counts.max()) if len(order) else 0
     starts = counts.cumsum(0) - counts
@@ -538,8 +539,9 @@ def own_rows(x: Tensor, rows: Rows, batch: int) -> Tensor:
 
 def candidates(shape: Sequence[int], batch: int, hint: Rows | None = None) -> list[Rows]:
     """The ways in which a tensor of ``shape`` can hold the samples, the usual ones first."""
-    fits = hint is not None and hint.dim < len(shape) and shape[hint.dim] == hint.size(batch)
-    found = [hint] if fits else []
+    found = []
+    if hint is not None and hint.dim < len(shape) and shape[hint.dim] == hint.size(batch):
+        found.append(hint)
     for dim, size in enumerate(shape):
         if size and size % batch == 0:
             n = size // batch

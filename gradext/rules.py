@@ -87,7 +87,7 @@ class Entry:
         found = list(states.values())
         if not self.direct:
             found = [state_of_view(self.outputs[k], state, structure.batch) for k, state in states.items()]
-        return replace(self, states=found, **parts)
+        return replace(self, states=found, **parts)  # type: ignore[arg-type]
 
     def reason(self) -> str:
         """Where in the graph the samples were lost."""
@@ -181,7 +181,7 @@ def _matmul(entry: Entry, first, second) -> Call | None:
     if first.ndim != 2 or second.ndim < 3:
         return None
 
-    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors:
+    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
         return _linear_gradient("weight", input.mT, delta.mT)
 
     return Call("linear", second, {"weight": first}, second.ndim - 2, gradient)
@@ -240,28 +240,32 @@ def _embedding(
         padding_idx = None
     padding = None if padding_idx is None else padding_idx % rows
 
-    def gradient(role, index, delta):
+    def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
         delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
-        B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
-        return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
+        return _embedding_gradient(index, delta, rows)
 
     return Call("embedding", input, {"weight": weight}, input.ndim, gradient)
+
+
+def _embedding_gradient(index: Tensor, delta: Tensor, rows: int) -> EmbeddingFactors:
+    B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
+    return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
 
 
 def _rows_of_table(entry, table, index) -> Call | None:
     """``W[index]`` with an integer index: an embedding."""
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or table.ndim != 2:
         return None
-    call = _embedding(entry, index, table)
+    rows = table.shape[0]
 
-    def gradient(role, index, delta):
-        return call.gradient(role, torch.where(index < 0, index + table.shape[0], index), delta)
+    def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
+        return _embedding_gradient(torch.where(index < 0, index + rows, index), delta, rows)
 
-    return call._replace(gradient=gradient)
+    return Call("embedding", index, {"weight": table}, index.ndim, gradient)
 
 
 # The names of the arguments, in order.
-_NORMS = {
+_NORMS: dict[Callable, tuple[str, ...]] = {
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
     F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
@@ -373,8 +377,7 @@ def _elementwise(entry: Entry, delta: Tensor, rows: Rows, batch: int) -> list[Sh
     for k, operand in enumerate(operands):
         if id(operand) in entry.values:
             weighted = delta * operands[1 - k] if name in _MUL else delta
-            share = _reduced(weighted, operand, entry, rows, batch)
-            found.append(share._replace(gradient=-share.gradient) if k == negative else share)
+            found.append(_reduced(-weighted if k == negative else weighted, operand, entry, rows, batch))
     return found
 
 
@@ -444,7 +447,7 @@ def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) ->
         gradient = call.gradient(role, input, delta)
         if grouped and isinstance(gradient, Tensor):
             gradient = gradient.unflatten(0, (batch, -1)).sum(1)
-        elif grouped:
+        elif grouped and isinstance(gradient, GradFactors):
             gradient = gradient.regrouped(batch)
         found.append(Share(value, gradient))
     return found
@@ -522,7 +525,8 @@ def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) ->
         batched_grad(outputs, given, [mask[b : b + step] for mask in masks], create_graph)
         for b in range(0, batch, step)
     ]
-    return [None if parts[0][k] is None else torch.cat([part[k] for part in parts]) for k in range(len(given))]
+    joined = ([g for part in parts if (g := part[k]) is not None] for k in range(len(given)))
+    return [torch.cat(found) if found else None for found in joined]
 
 
 def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
@@ -542,10 +546,10 @@ def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bo
     ]
     stacked: list[Tensor | None] = []
     for k in range(len(inputs)):
-        own = [None if row[k] is None else dense(row[k]) for row in rows]
-        like = next((g for g in own if g is not None), None)
-        zeros = None if like is None else torch.zeros_like(like)
-        stacked.append(None if like is None else torch.stack([zeros if g is None else g for g in own]))
+        known = [dense(row[k]) for row in rows if row[k] is not None]
+        zeros = [torch.zeros_like(g) for g in known[:1]]
+        rest = iter(known)
+        stacked.append(torch.stack([zeros[0] if row[k] is None else next(rest) for row in rows]) if known else None)
     return stacked
 
 
@@ -603,7 +607,7 @@ def _vmapped(
             tensors = [t for t in tensors_of(entry.func(*args, **kwargs)) if t.is_floating_point()]
             return tuple(tensors[: len(entry.outputs)])
 
-        outputs, back = torch.func.vjp(run, {k: slices.get(k, plain[k]) for k in values})
+        outputs, back = torch.func.vjp(run, {k: slices.get(k, plain[k]) for k in values})  # type: ignore[misc]
         return outputs, back(tuple(cotangents))[0]
 
     try:

@@ -79,7 +79,7 @@ def select(model: nn.Module, layers: LayerChoice = None, exclude: LayerChoice = 
 
 def _named(choice: LayerChoice) -> tuple[str | None, ...] | None:
     """A choice by names alone, as something to look up; None of any other."""
-    names = tuple(choice) if type(choice) in (list, tuple) else (choice,)
+    names = tuple(choice) if isinstance(choice, (list, tuple)) else (choice,)
     return names if all(name is None or type(name) is str for name in names) else None
 
 
@@ -150,7 +150,7 @@ def _select(model: nn.Module, layers: LayerChoice, exclude: LayerChoice) -> Sele
 
 def _without_gradient(parameter: Tensor) -> str | None:
     """Why a parameter has no gradient, or None."""
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise CaptureError(
             "model: expected initialised parameters, but a lazy module has not run yet; call the model once, under "
             "torch.no_grad(), before asking for gradients"

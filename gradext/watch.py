@@ -272,7 +272,7 @@ def _as_whole(mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.P
                 f"layer with a rule of its own, but it returned {type(output).__name__}"
             )
         call = rules.registered_call(name, module, versions[0][0], given)
-        values = {id(t): own[role] for role, t in given.items()}
+        values: dict[int, Tensor] = {id(t): own[role] for role, t in given.items()}
         inputs = tuple(given.values())
         mode.record(_registered_layer, inputs, {}, values, [output], versions=versions, call=call, bound=True)
         return output
@@ -284,7 +284,7 @@ def _registered_layer(*args, **kwargs):
     raise TypeError("a layer with a rule of its user's own is no function")
 
 
-def _exchange(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _exchange(module: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
     """Put tensors in place of parameters, by their names in the module; returns what was there."""
     former = {}
     for role, tensor in tensors.items():
