@@ -381,7 +381,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         with torch.enable_grad():
             reconstruction, latent = parts_of(self.model_(first))
         if kind == "rotation":
-            self.loss_, self.layers_ = "rotation", ["head"]
+            self.loss_, self.layers_ = "rotation", ["head.weight"]
             return
         if reconstruction.shape[:1] != first.shape[:1] or reconstruction.numel() != first.numel():
             raise ValueError(

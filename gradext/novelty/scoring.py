@@ -109,7 +109,11 @@ def score_to_file(
             p_values = detector.calibration_.p_values(found)
             index, why = block.index, [[""] * len(REASON)] * len(found)
             if tables and len(found):
-                why = [[r[0].feature, *map(repr, r[0][1:])] for r in explain.reasons(detector, block.samples, k=1)]
+                # Six digits: the last ones depend on how many rows are reconstructed together.
+                why = [
+                    [r[0].feature, *(f"{number:.6g}" for number in r[0][1:])]
+                    for r in explain.reasons(detector, block.samples, k=1)
+                ]
             if maps is not None and len(found):
                 names = [source.names[row] for row in index.tolist()]
                 _write_maps(Path(maps), names, explain.heat(detector, block.samples))
