@@ -48,7 +48,7 @@ def test_what_is_turned_otherwise_is_novel(detector):
     T = np.concatenate([upright(rng, 60), upright(rng, 60, turn=1)])
     y = np.repeat([0, 1], 60)
     assert detector.loss_ == "rotation"
-    assert detector.layers_ == ["head"]
+    assert detector.layers_ == ["head.weight"]
     assert roc_auc_score(y, -detector.score_samples(T)) > 0.9
     scores = detector.score_samples(T)
     np.testing.assert_allclose(detector.score_samples(T[:7]), scores[:7], rtol=1e-9)
@@ -69,7 +69,7 @@ def test_it_is_saved_and_explained(detector, tmp_path):
     assert again.get_params()["model"] == "rotation"
     assert heat(detector, X).shape == (5, 16, 16)
     assert np.isfinite(heat(detector, X)).all()
-    np.testing.assert_allclose(layer_shares(detector, X)["head"], 1)
+    np.testing.assert_allclose(layer_shares(detector, X)["head.weight"], 1)
     with pytest.raises(ValueError, match="a RotationNet reconstructs nothing"):
         residual(detector, X)
 
