@@ -144,17 +144,23 @@ class Backward:
                 "watch.factors(losses) before the training step's backward"
             )
         scale, done = self.weights.reciprocal(), set()
+        places: dict[
+            int, set[tuple]
+        ] = {}  # by storage: deltas that are different parts of one cannot be changed in place
+        for entry in told:
+            for delta in entry.deltas:
+                places.setdefault(memory(delta), set()).add(_place(delta))
         shared = held_elsewhere([*self.mode.captured.values(), *(delta for entry in told for delta in entry.deltas)])
         for entry in told:
             for k, (delta, rows) in enumerate(zip(entry.deltas, entry.rows, strict=True)):
-                place = memory(delta), delta.storage_offset(), delta.numel()
+                place = memory(delta), *_place(delta)
                 if place in done:
                     continue
                 own = scale.to(delta.dtype)
                 if self.batch > 1:
                     own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
                     own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
-                if shared(delta) or 0 in delta.stride():
+                if shared(delta) or 0 in delta.stride() or len(places[memory(delta)]) > 1:
                     entry.deltas[k] = delta * own
                 else:
                     delta.mul_(own)
@@ -338,6 +344,11 @@ class Backward:
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: again.get(id(t), t), (maker.args, maker.kwargs))
         results = [t for t in rules.tensors_of(maker.func(*args, **kwargs)) if t.requires_grad]
         return results[next(k for k, made in enumerate(maker.outputs) if made is value)]
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Where in its storage a tensor lies, in whatever order its dimensions are."""
+    return tensor.storage_offset(), tuple(sorted(zip(tensor.shape, tensor.stride(), strict=True)))
 
 
 def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor]]:

@@ -210,6 +210,8 @@ class WatchMode(TorchFunctionMode):
         return self.owned
 
     def _is_sample(self, tensor: Tensor) -> bool:
+        if tensor.ndim == 0 and not tensor.is_floating_point():
+            return False  # an index that data have chosen has no rows, and is a constant of this run
         mark = getattr(tensor, _MARK, None)
         if mark == self.token or mark == -self.token:
             return mark == self.token

@@ -153,7 +153,7 @@ def _merged(a: State, b: State, name: str) -> State:
     if a is b:
         return a
     if isinstance(a, Rows) and isinstance(b, Rows):
-        if a[:3] == b[:3] and a.owners is None and b.owners is None:
+        if a[:3] == b[:3] and a.owners is b.owners:
             return a
     elif isinstance(a, Shared) and isinstance(b, Shared):
         return a

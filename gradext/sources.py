@@ -210,7 +210,9 @@ def open_source(
     name, _, named_part = text.partition(":")
     if name in datasets.NAMES and not path.exists():
         return _standard_set(name, named_part, data_dir)
-    images = {"size": size, "mode": mode, "skip_unreadable": skip_unreadable, "pad": pad, "auto_size": auto_size}
+    images: dict[str, Any] = {
+        "size": size, "mode": mode, "skip_unreadable": skip_unreadable, "pad": pad, "auto_size": auto_size,
+    }  # fmt: skip
     if path.is_dir():
         return _image_folder(path, labels, image_format, part=part, **images)
     if not path.is_file():

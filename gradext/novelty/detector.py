@@ -401,8 +401,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.layers_ = layer_names(self.model_, first[:1].detach(), layer, self.loss_)
 
     def _new_model(self, kind: str) -> nn.Module:
-        given = {"hidden_dim": self.hidden_dim, "latent_dim": self.latent_dim}
-        given = {name: value for name, value in given.items() if value is not None}
+        sizes = {"hidden_dim": self.hidden_dim, "latent_dim": self.latent_dim}
+        given = {name: value for name, value in sizes.items() if value is not None}
         if kind == "conv":
             given.pop("hidden_dim", None)
             return ConvVAE((1, *self.input_shape_)[-3:], **given)

@@ -52,7 +52,8 @@ class Autoencoder(nn.Module):
     @property
     def sizes(self) -> dict[str, int]:
         """What makes one of the same architecture."""
-        first, last = self.encoder[0], self.encoder[2]
+        encoder: Any = self.encoder
+        first, last = encoder[0], encoder[2]
         return {"input_dim": self.input_dim, "hidden_dim": first.out_features, "latent_dim": last.out_features}
 
 
@@ -211,7 +212,8 @@ class RotationNet(nn.Module):
     @property
     def sizes(self) -> dict[str, Any]:
         """What makes one of the same architecture."""
-        return {"image_shape": list(self.sample_shape), "channels": self.body[0][0].out_channels}
+        body: Any = self.body
+        return {"image_shape": list(self.sample_shape), "channels": body[0][0].out_channels}
 
 
 class _Residual(nn.Module):

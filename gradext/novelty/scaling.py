@@ -151,8 +151,8 @@ def fit_scaling(
     if centred:  # pixels: each one's own mean, one spread for all
         mean = sum((made.units(X[part]).sum(0) for part in parts), np.zeros(D)) / N
         square = sum(((made.units(X[part]) - mean) ** 2).sum() for part in parts) / (N * D)
-        span = IMAGE_SPREAD * float(np.sqrt(square)) or 1.0
-        return replace(made, floor=mean, span=np.full(D, span))
+        spread = IMAGE_SPREAD * float(np.sqrt(square)) or 1.0
+        return replace(made, floor=mean, span=np.full(D, spread))
     if bent:
         ends = made.units(np.stack([low, high]).astype(np.float64))
         span = np.where(high > low, ends[1] - ends[0], 1.0)

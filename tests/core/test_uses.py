@@ -155,3 +155,27 @@ def test_a_constant_that_samples_are_written_into_by_a_view_is_a_sample():
     with gradext.watch(model) as watch:
         losses = losses_of(x)
     assert_right(watch.grads(losses), own_gradients(model, losses_of(x)))
+
+
+class Patches(nn.Module):
+    """A class token before patches, and a table of positions added to both: one delta is a part of another's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 6, 2, stride=2), nn.Parameter(torch.randn(1, 1, 6))
+        self.positions, self.head = nn.Parameter(torch.randn(1, 5, 6)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.patches(x).flatten(2).mT
+        return self.head((torch.cat([self.token.expand(len(x), -1, -1), h], 1) + self.positions).tanh())
+
+
+def test_deltas_that_are_parts_of_one_another_are_undone_once():
+    torch.manual_seed(0)
+    model, x = Patches().double(), torch.randn(4, 3, 4, 4).double()
+    expected = gradext.batch_layer_grads(model, x, loss=lambda output, _: output.square().sum((1, 2)))
+    with gradext.watch(model, train=True) as watch:
+        losses = model(x).square().sum((1, 2))
+    (losses * torch.tensor([1.0, 2.0, 0.5, 3.0])).mean().backward()
+    for name, value in watch.grads().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
