@@ -76,6 +76,7 @@ class Backward:
             rule, found = rules.shares(entry, entry.deltas, entry.rows, self.batch, self.create_graph)
             _compare(entry, found, totals)
             self._take(rule, found)
+            entry.deltas = []
         whole: dict[str, Tensor] = {}
         if lost or unseen:
             leaves = {name: self.mode.chosen[name] for name in unseen}

@@ -117,7 +117,7 @@ class WatchMode(TorchFunctionMode):
             if getattr(func, "__name__", "") in _LIKE or not any(map(self._is_sample, others)):
                 return self._derive(func, args, kwargs, values)
             if any(value.names for value in values):
-                return self._enter(func, args, kwargs)
+                return self._enter(func, args, kwargs, values, others)
             args, kwargs = self._replaced(args), self._replaced(kwargs)
         result = func(*args, **kwargs)
         self._mark(func, result, others, args)
@@ -255,15 +255,18 @@ class WatchMode(TorchFunctionMode):
 
     # --- calls with values --------------------------------------------------------------------------------------------
 
-    def _replaced(self, item, stand_ins: dict[int, Tensor] | None = None):
+    def _replaced(self, items, stand_ins: dict[int, Tensor] | None = None):
         """The arguments of a call, with stand-ins for values where ``stand_ins`` gathers them (by id of the value)."""
-        if isinstance(item, Tensor):
-            return self._in_place_of(item, stand_ins)
-        if type(item) in (list, tuple):
-            return type(item)([self._replaced(part, stand_ins) for part in item])
-        if type(item) is dict:
-            return {key: self._replaced(part, stand_ins) for key, part in item.items()}
-        return item
+        if type(items) is dict:
+            return dict(zip(items, self._replaced(tuple(items.values()), stand_ins), strict=True)) if items else items
+        replaced = []
+        for item in items:
+            if isinstance(item, Tensor):
+                item = self._in_place_of(item, stand_ins)
+            elif type(item) in (list, tuple, dict):
+                item = self._replaced(item, stand_ins)
+            replaced.append(item)
+        return type(items)(replaced)
 
     def _in_place_of(self, tensor: Tensor, stand_ins: dict[int, Tensor] | None) -> Tensor:
         value = self.values.get(id(tensor))
@@ -299,7 +302,7 @@ class WatchMode(TorchFunctionMode):
             return result
         names = frozenset().union(*(value.names for value in values))
         own = {id(v.tensor): v.tensor for v in values if v.names}
-        maker = Entry(func, args, kwargs, sorted(names), own, made, [])
+        maker = Entry(func, args, kwargs, [names], own, made, [])
         for tensor in made:
             if id(tensor) in self.values and (tensor.is_leaf or not maker.in_place):
                 continue  # given back as it is, or the parameter itself: an assignment to it
@@ -307,10 +310,10 @@ class WatchMode(TorchFunctionMode):
             self.values[id(tensor)] = Value(tensor, names, None if maker.in_place else maker, tensor._version)
         return result
 
-    def _enter(self, func, args, kwargs):
+    def _enter(self, func, args, kwargs, found: list[Value], others: list[Tensor]):
         """An entry: values meet samples."""
         target = self.values.get(id(args[0])) if args else None
-        if (target is not None and is_in_place(func)) or any(t.is_nested for t in tensors_of((args, kwargs))):
+        if (target is not None and is_in_place(func)) or any(t.is_nested for t in others):
             # Samples written into a value, ragged tensors of torch's own: the graph tells of the parameter.
             result = func(*args, **kwargs)
             for tensor in tensors_of(args[0] if result is None else result):
@@ -333,7 +336,9 @@ class WatchMode(TorchFunctionMode):
             self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
         elif not self.replay:
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
-            self.record(func, args, kwargs, values, outputs, inner)
+            used = (*others, *(value.tensor for value in found if not value.names))
+            versions = [] if is_in_place(func) else [(t, t._version) for t in used]
+            self.record(func, args, kwargs, values, outputs, inner, versions=versions)
             if self.train:
                 self._note_losses(result)
         return result
@@ -342,14 +347,13 @@ class WatchMode(TorchFunctionMode):
         self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], inner=None, **options
     ) -> None:
         """Keep an entry. inner: the call's own outputs, of which ``outputs`` are views; options: further fields."""
-        names = sorted({name for value in values.values() for name in self.values[id(value)].names})
+        named = [self.values[id(value)].names for value in values.values()]
         # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
         bases = [base_of(t) if inner is None else None for t in outputs]
         edges = [get_gradient_edge(t if base is None else base) for t, base in zip(outputs, bases, strict=True)]
-        ends = [get_gradient_edge(t) for t in inner or outputs]
-        entry = Entry(func, args, kwargs, names, values, outputs, edges, ends, direct=inner is not None, **options)
-        if not entry.in_place and not entry.versions:
-            entry.versions = [(t, t._version) for t in tensors_of([args, kwargs]) if id(t) not in values]
+        same = inner is None and not any(base is not None for base in bases)
+        ends = edges if same else [get_gradient_edge(t) for t in inner or outputs]
+        entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None, **options)
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 entry.autocast = (kind, torch.get_autocast_dtype(kind))

@@ -90,19 +90,18 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
     found = Structure(batch, checked)
     if root is None:
         return found
-    first = found.states[root.node, root.output_nr] = Rows(0)
-    below = _reached(root.node, ends)
-    for node in below if batch == 1 else _in_order(root.node, below):
+    found.states[root.node, root.output_nr] = Rows(0)
+    if batch == 1:
+        _reach(root.node, ends, found)
+        return found
+    for node in _in_order(root.node, ends):
         name = node.name()
         found.kinds.add(name)
+        found.dtypes.update(kind.dtype for kind in node._input_metadata)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.leaves[id(leaf)] = leaf
             continue
-        if batch == 1:  # all that the loss depends on is the one sample's
-            found.states |= {(source, place): first for source, place in node.next_functions if source is not None}
-            continue
-        found.dtypes.update(kind.dtype for kind in node._input_metadata)
         outputs = [found.states.get((node, k)) for k in range(len(node._input_metadata))]
         states = _input_states(node, name, outputs, found)
         for (source, place), state in zip(node.next_functions, states, strict=True):
@@ -112,8 +111,25 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
     return found
 
 
-def _reached(root: Node, ends: set[Node]) -> dict[Node, list[Node]]:
-    """The nodes below ``root``, down to ``ends``, and of each those that its inputs come from."""
+def _reach(root: Node, ends: set[Node], found: Structure) -> None:
+    """All that the loss of one sample depends on is that sample's."""
+    first, seen, stack = Rows(0), {root}, [root]
+    while stack:
+        node = stack.pop()
+        found.kinds.add(node.name())
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.leaves[id(leaf)] = leaf
+        for source, place in () if node in ends else node.next_functions:
+            if source is not None:
+                found.states[source, place] = first
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+
+
+def _in_order(root: Node, ends: set[Node]) -> list[Node]:
+    """The nodes, each after all that its function's outputs go to."""
     below: dict[Node, list[Node]] = {}
     stack = [root]
     while stack:
@@ -121,11 +137,6 @@ def _reached(root: Node, ends: set[Node]) -> dict[Node, list[Node]]:
         if node not in below:
             below[node] = [] if node in ends else [source for source, _ in node.next_functions if source is not None]
             stack += below[node]
-    return below
-
-
-def _in_order(root: Node, below: dict[Node, list[Node]]) -> list[Node]:
-    """The nodes, each after all that its function's outputs go to."""
     uses = Counter(source for sources in below.values() for source in sources)
     order, ready = [], [root]
     while ready:

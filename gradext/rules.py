@@ -12,10 +12,11 @@ Nothing here knows about modules, models or how calls are seen.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -49,7 +50,7 @@ class Entry:
     func: Callable
     args: tuple
     kwargs: dict
-    names: list[str]  # of the parameters that the values depend on, sorted
+    named: list[frozenset[str]]  # the names of the parameters that each value depends on
     values: dict[int, Tensor]  # by id of what the function was given: the value of parameters that it stands for
     outputs: list[Tensor]  # those with a gradient
     edges: list[GradientEdge]  # where the losses' graph meets them: of a view, its base's
@@ -70,6 +71,10 @@ class Entry:
         return getattr(self.func, "__name__", None) or str(self.func)
 
     @property
+    def names(self) -> list[str]:
+        return sorted(frozenset().union(*self.named))
+
+    @property
     def in_place(self) -> bool:
         return is_in_place(self.func)
 
@@ -82,12 +87,16 @@ class Entry:
 
     def live(self, structure: Structure) -> Entry:
         """The entry with those of its outputs that the losses depend on: what they do not has no gradient."""
-        states = {k: state for k, edge in enumerate(self.edges) if (state := structure.of(edge)) is not None}
-        parts = {name: [getattr(self, name)[k] for k in states] for name in ("outputs", "edges", "ends")}
-        found = list(states.values())
+        states = [structure.of(edge) for edge in self.edges]
+        kept = [k for k, state in enumerate(states) if state is not None]
+        entry = copy.copy(self) if len(kept) < len(states) else self
+        for name in ("outputs", "edges", "ends") if entry is not self else ():
+            setattr(entry, name, [getattr(self, name)[k] for k in kept])
+        entry.states, entry.rows, entry.deltas = [s for s in states if s is not None], [], []
         if not self.direct:
-            found = [state_of_view(self.outputs[k], state, structure.batch) for k, state in states.items()]
-        return replace(self, states=found, **parts)  # type: ignore[arg-type]
+            pairs = zip(entry.outputs, entry.states, strict=True)
+            entry.states = [state_of_view(output, state, structure.batch) for output, state in pairs]
+        return entry
 
     def reason(self) -> str:
         """Where in the graph the samples were lost."""
@@ -120,11 +129,11 @@ def tensors_of(value: Any) -> list[Tensor]:
         return [value]
     found: list[Tensor] = []
     if not isinstance(value, (list, tuple, set)):
-        value = value.values() if hasattr(value, "values") and not isinstance(value, type) else ()
+        value = value.values() if callable(getattr(value, "values", None)) and not isinstance(value, type) else ()
     for item in value:
         if isinstance(item, Tensor):
             found.append(item)
-        else:
+        elif item is not None and not isinstance(item, (int, float, str)):
             found += tensors_of(item)
     return found
 
@@ -514,7 +523,7 @@ def _again(entry: Entry) -> Entry:
         )
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}
     ends = [get_gradient_edge(output) for output in outputs]
-    return Entry(entry.func, args, kwargs, entry.names, values, outputs, ends, ends)
+    return Entry(entry.func, args, kwargs, entry.named, values, outputs, ends, ends)
 
 
 def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) -> list[Tensor | None]:
