@@ -7,9 +7,10 @@ batched vjp carries these back to the parameters. Nothing here knows about argum
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,12 @@ class Backward:
         self.parameter_names = {id(p): name for name, p in self.mode.chosen.items()}
 
     def run(self) -> dict[str, Gradient]:
+        """The gradient of every chosen parameter, as the user's hooks on it leave each sample's."""
+        with _hooks_apart(self.mode.chosen.values()) as hooks:
+            found = self._run()
+        return {name: _hooked(gradient, hooks.get(id(self.mode.chosen[name]))) for name, gradient in found.items()}
+
+    def _run(self) -> dict[str, Gradient]:
         structure = self._structure() if self.batch else Structure(0)
         unseen = [name for i, name in self.parameter_names.items() if i in structure.leaves]
         fallback.refuse_hidden(self.mode.hidden, unseen, structure)
@@ -284,7 +291,7 @@ class Backward:
         for name in [*parts, *(name for name in self.mode.chosen if name not in parts)]:
             parameter = self.mode.chosen[name]
             if name in parts:
-                result[name] = _hooked_gradient(parameter, _sum(parts[name]))
+                result[name] = _sum(parts[name])
                 self.coverage.rules[name] = " + ".join(dict.fromkeys(self.rules.get(name, ["general"])))
             else:
                 result[name] = parameter.new_zeros(self.batch, *parameter.shape, requires_grad=False)
@@ -380,9 +387,20 @@ def _compare(entry: Entry, shares: list[Share], totals: dict[int, Tensor]) -> No
             )
 
 
-def _hooked_gradient(parameter: Tensor, gradient: Gradient) -> Gradient:
-    """What the user's hooks on the parameter make of each sample's gradient."""
-    hooks = parameter._backward_hooks
+@contextlib.contextmanager
+def _hooks_apart(parameters: Iterable[Tensor]) -> Iterator[dict[int, dict]]:
+    """The user's hooks on parameters, by id, taken off: each sample's whole gradient goes through them once."""
+    hooks = {id(p): (p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks}
+    try:
+        for own, _ in hooks.values():
+            own.clear()
+        yield {i: copy for i, (_, copy) in hooks.items()}
+    finally:
+        for own, copy in hooks.values():
+            own.update(copy)
+
+
+def _hooked(gradient: Gradient, hooks: dict | None) -> Gradient:
     if not hooks:
         return gradient
     written, samples = gradient if isinstance(gradient, Tensor) else gradient.materialize(), []

@@ -1,5 +1,7 @@
 """Uses of parameters that once gave a wrong number: each sample alone, or ∂ losses[b] by plain autograd, judges."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,3 +181,41 @@ def test_deltas_that_are_parts_of_one_another_are_undone_once():
     (losses * torch.tensor([1.0, 2.0, 0.5, 3.0])).mean().backward()
     for name, value in watch.grads().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g @ weight.mT, x.mT @ g
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize("form", [lambda w: w, torch.exp])
+def test_a_hook_on_a_parameter_is_applied_once(form, unseen):
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4, bias=False).double()
+
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            weight = form(self.linear.weight)
+            return Product.apply(x, weight) if unseen else x @ weight
+
+    linear.weight.register_hook(lambda g: 2 * g.clamp(-0.5, 0.5))
+    model, x = Uses(), torch.rand(3, 4).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = gradext.batch_layer_grads(model, x, loss=lambda output, _: output.square().sum(1))["linear.weight"]
+    for b in range(3):
+        linear.weight.grad = None
+        model(x[b : b + 1]).square().sum().backward()
+        torch.testing.assert_close(found[b], linear.weight.grad, rtol=1e-9, atol=0)
