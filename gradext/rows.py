@@ -175,7 +175,7 @@ _POINTWISE = {
     "Remainder", "Round", "Rsqrt", "Rsub", "Sgn", "Sigmoid", "Sign", "Silu", "Sin", "Sinc", "Sinh", "SmoothL1Loss",
     "Softplus", "Softshrink", "Special", "Sqrt", "Square", "Sub", "Tan", "Tanh", "Threshold", "ToCopy", "Trunc",
     "Where", "Xlogy", "FusedDropout", "CopyBackwards", "ViewAs", "Positive", "ToDense", "Angle", "Conj",
-    "ConjPhysical", "Complex", "ViewAsReal", "ViewAsComplex", "GluJvp", "SpecialXlog1Py", "SpecialEntr",
+    "ConjPhysical", "Complex", "GluJvp", "SpecialXlog1Py", "SpecialEntr",
     "SpecialExpit", "SpecialErfcx", "Digamma",
 }  # fmt: skip
 _SAME_ORDER = {
@@ -187,7 +187,7 @@ _REDUCTIONS = {
 }  # fmt: skip
 _ALONG = {
     "Softmax", "LogSoftmax", "SafeSoftmax", "MaskedSoftmax", "Cumsum", "Cumprod", "Cummax", "Cummin",
-    "Logcumsumexp", "Sort", "Topk", "Flip", "Roll", "Glu", "Renorm",
+    "Logcumsumexp", "Sort", "Topk", "Flip", "Roll", "Glu",
 }  # fmt: skip
 # Each image by itself, each channel by itself.
 _BY_CHANNEL = {
@@ -203,6 +203,14 @@ _BY_IMAGE = {
 }  # fmt: skip
 
 _OFFSET = 1 << 63
+
+
+def _saved_dims(node: Any, rank: int) -> set[int] | None:
+    """The dimensions along which a node's function works; None where it does not tell."""
+    saved = getattr(node, "_saved_dims", None) or getattr(node, "_saved_dim", None)
+    if saved is None:
+        return None
+    return {_signed(dim, rank) for dim in ((saved,) if isinstance(saved, int) else saved)}
 
 
 def _signed(value: int, ndim: int) -> int:
@@ -256,13 +264,14 @@ def _states_of(node, kind: str, k: int, state: Rows, shape, shapes, found: Struc
     if kind in _REDUCTIONS and shapes[0] is not None:
         return _of_reduction(node, state, shape, shapes[0])
     if kind in _ALONG:
-        saved: Any = getattr(node, "_saved_dims", None) or getattr(node, "_saved_dim", None)
-        along = {_signed(dim, rank) for dim in ((saved,) if isinstance(saved, int) else saved)}
-        return [_LOST if d in along else state]
+        along = _saved_dims(node, rank)
+        return None if along is None else [_LOST if d in along else state]
     if kind in ("Mm", "Bmm"):
         return _of_product(state, rank)
-    if kind in ("Addmm", "Baddbmm", "Addbmm"):
+    if kind in ("Addmm", "Baddbmm"):
         return [_aligned(state, shape, shapes[0]), *_of_product(state, rank)]
+    if kind in ("ViewAsReal", "ViewAsComplex"):  # whose last dimension holds the two parts
+        return [state] if d < min(rank, len(shapes[0])) else None
     if kind == "Mv":
         return [state, SHARED]
     if kind == "BackwardHookFunction":
@@ -301,8 +310,14 @@ def _of_layer(node, kind: str, k: int, state: Rows, shape, shapes, found) -> Sta
     if kind in _BY_CHANNEL or kind in _BY_IMAGE:
         by_itself = (d == 0 and rank > 2) or (d == 1 and kind in _BY_CHANNEL)
         return [state if s is not None and len(s) == rank else SHARED for s in shapes] if by_itself else None
-    if kind in ("ConstantPadNd", "Unfold") or kind.startswith("Fft"):
+    if kind == "ConstantPadNd":
+        pads = list(node._saved_pad)[2 * (rank - 1 - d) :][:2]  # from the last dimension on; cut where negative
+        return [_LOST if any(pads) else state]
+    if kind == "Unfold":
         return [state] if shapes[0][d] == shape[d] else None
+    if kind.startswith("Fft"):
+        along = _saved_dims(node, rank)
+        return None if along is None else [_LOST if d in along else state]
     if kind.startswith("ScaledDotProduct"):
         if d > 1 or rank != 4 or (d == 1 and len({s[1] for s in shapes[:3] if s}) > 1):
             return None
