@@ -1,4 +1,4 @@
-"""Where the graph says that the samples lie: where a function mixes them or moves them it must not say that it does not."""
+"""Where the graph says that the samples lie: never where they were without a proof, if a function mixes or moves them."""
 
 import pytest
 import torch
