@@ -1,4 +1,4 @@
-"""Where the graph says that the samples lie: never where they were without a proof, if a function mixes or moves them."""
+"""Where the graph says that the samples lie; a function that mixes or moves them leaves them to a proof."""
 
 import pytest
 import torch
