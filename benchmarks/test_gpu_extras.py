@@ -8,6 +8,10 @@ from . import gpu_extras
 
 def test_ghost_norms_by_hand_are_those_of_each_sample():
     transformers = pytest.importorskip("transformers")
+    try:
+        transformers.GPT2LMHeadModel  # noqa: B018
+    except ModuleNotFoundError as error:  # beside a torchvision that was built for another torch
+        pytest.skip(f"transformers does not import here: {error}")
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(
         n_layer=2,
