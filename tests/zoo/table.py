@@ -25,7 +25,7 @@ from .models import MODELS
 ROOT = Path(__file__).resolve().parent.parent.parent
 LIBRARIES = ("torch", "transformers", "peft", "timm", "diffusers", "segmentation-models-pytorch")
 B = 16  # samples of the timed calls
-SECONDS = 1.0  # of measurements a model
+SECONDS = 0.5  # of measurements a model
 
 
 def by_vmap(model: nn.Module, loss: Callable, x: Any, target: Any) -> Callable[[], oracle.Grads]:
