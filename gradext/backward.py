@@ -360,12 +360,15 @@ def _place(tensor: Tensor) -> tuple:
 
 def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor]]:
     """The deltas of each entry's outputs, from a flat list of the gradients at all edges."""
+
+    def delta_of(entry: Entry, output: Tensor, found: Tensor | None) -> Tensor:
+        if found is None:  # the losses do not depend on this output
+            return output.new_zeros(output.shape)
+        return found if entry.direct else row_rules.delta_of_view(output, found)
+
     parts = cut(found, (len(entry.edges) for entry in work))
     return [
-        [
-            o.new_zeros(o.shape) if delta is None else delta if entry.direct else row_rules.delta_of_view(o, delta)
-            for o, delta in zip(entry.outputs, part, strict=True)
-        ]
+        [delta_of(entry, output, delta) for output, delta in zip(entry.outputs, part, strict=True)]
         for entry, part in zip(work, parts, strict=True)
     ]
 
