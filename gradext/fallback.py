@@ -25,13 +25,7 @@ _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fall
 
 
 def gradients(
-    mode: WatchMode,
-    root: Root,
-    lost: list[Entry],
-    unseen: Mapping[str, Tensor],
-    fallback: str | None,
-    mixing: str,
-    create_graph: bool,
+    mode: WatchMode, root: Root, lost: list[Entry], unseen: dict, fallback: str | None, mixing: str, create_graph: bool
 ) -> tuple[list[Share], dict[str, Tensor]]:
     """The gradients of the values of ``lost``, and by all paths in the graph those of the parameters ``unseen``."""
     reasons: list[tuple[str, str | None]] = [(listed(entry.names), entry.reason()) for entry in lost]

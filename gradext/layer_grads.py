@@ -121,18 +121,11 @@ def batch_layer_factors(
 
 
 def _gradients(
-    model: nn.Module,
-    x: Any,
-    loss: str | PerSampleLoss,
-    target: Any,
-    check_finite: bool,
-    create_graph: bool,
-    written: bool,
-    **choice: Any,
+    model: nn.Module, x: Any, loss: Any, target: Any, finite: bool, create_graph: bool, written: bool, **choice: Any
 ) -> tuple[dict[str, Gradient], watch]:
     """The per-sample gradient of every chosen parameter, in the form that its rule gives; ``choice`` as for `watch`.
 
-    written: no factors are needed.
+    finite: raise where they are not; written: no factors are needed.
     """
     if create_graph and torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -168,7 +161,7 @@ def _gradients(
                 )
             root = backward_root(loss, output, target, create_graph=create_graph)
         found = watched.gradients(root, keep_graph=False)
-    if check_finite:
+    if finite:
         for name, gradient in found.items():
             for tensor in [gradient] if isinstance(gradient, Tensor) else gradient._tensors():
                 _refuse_non_finite(name, tensor, root.gradient.shape[0])
