@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradext import EmbeddingFactors, GradFactors
 from gradext.backends import reference
-from gradext.factors import ConvFactors, LayerFactors, LayerGrads, SumFactors, Windows, WrittenFactors, numerics
+from gradext.factors import ConvFactors, LayerFactors, LayerGrads, SumFactors, Windows, WrittenFactors
 from gradext.factors.products import flat_form
 
 D64 = torch.float64
@@ -214,9 +214,7 @@ NAMES = list(methods(1, (1,), (1, 1)))
 @pytest.fixture(params=[False, True], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(numerics, "BLOCK_ELEMENTS", 20)
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 20)
-        monkeypatch.setattr("gradext.factors.convolutions.UNFOLDED_ELEMENTS", {"cpu": 30})
 
 
 def check(case: Case, name: str) -> None:

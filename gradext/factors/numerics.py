@@ -19,9 +19,7 @@ from .. import ops, ranges
 from ..backends import reference
 from ..backends.reference import widen
 
-__all__ = ["BLOCK_ELEMENTS", "clipping", "cosine", "is_eager", "root", "row_norms", "row_sq_norms", "total", "widen"]
-
-BLOCK_ELEMENTS = reference.BLOCK_ELEMENTS
+__all__ = ["clipping", "cosine", "is_eager", "root", "row_norms", "row_sq_norms", "total", "widen"]
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -37,7 +35,7 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
     if is_eager(x):
         if x.device.type == "cpu":
             return reference.row_norms(x, p)
-        if x.device.type == "cuda" and p == 2 and x.dtype == torch.float32:
+        if x.device.type in ("cuda", "meta") and p == 2 and x.dtype == torch.float32:
             return torch.linalg.vector_norm(x, p, dim=1, dtype=torch.float64).to(x.dtype)
     return reference.scaled_row_norms(x, p)
 
