@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradext import GradFactors, LayerFactors, backends, ranges
 from gradext.backends import cuda
 from gradext.backends.reference import accumulation_type
 
@@ -378,6 +379,26 @@ def test_norms_of_all_layers_are_one_launch(dtype, emulator):
         assert_norms(row, *layer)
     assert torch.equal(norms, cuda.sq_norm_group(layers))
     assert cuda.sq_norm_group([(d[:0], a[:0]) for d, a in layers]).shape == (len(layers), 0)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_of_a_models_factors_are_one_launch(dtype, emulator, monkeypatch):
+    """As on a GPU, where no value may decide: all products in one launch and one that adds up."""
+    layers = LayerFactors()
+    for name, T, O, I in (("0", None, 5, 7), ("1", 70, 20, 33), ("2", None, 300, 700), ("3", 5, 3, 7)):
+        delta, activation = factors(3, T, O, I, dtype, int(name))
+        layers[f"{name}.weight"] = GradFactors(activation, delta)
+        layers[f"{name}.bias"] = GradFactors.of(delta if T is None else delta.sum(1))
+    gradients = [each.materialize().flatten(1) for each in layers.to(F64).values()]
+    monkeypatch.setattr(backends, "DEFAULT", "cuda")
+    monkeypatch.setattr(cuda, "available", lambda: None)
+    monkeypatch.setattr(cuda, "device_types", lambda: ("cpu",), raising=False)
+    monkeypatch.setattr(ranges, "may_look", lambda x: False)
+    found = layers.norm()
+    assert emulator.launches == 2
+    assert found.dtype is accumulation_type(dtype)
+    expected = torch.cat(gradients, dim=1).square().sum(1).sqrt()
+    torch.testing.assert_close(found.double(), expected, rtol=8 * torch.finfo(found.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize(("count", "launches"), [(1, 2), (40, 2), (41, 2), (320, 2), (321, 4)])

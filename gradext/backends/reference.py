@@ -116,7 +116,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
         # One pass over each factor, where an inner product takes two and a temporary.
         return (row_norms(delta) * row_norms(activation)).square()
     squares, least = _sq_norm_of_positions(delta, activation)
-    if squares.device.type == "cpu" and (rows := ranges.outside(squares, least)) is not None:
+    if ranges.may_look(squares) and (rows := ranges.outside(squares, least)) is not None:
         delta, activation = delta[rows], activation[rows]
         by = (ranges.exponents(delta) + ranges.exponents(activation)).amax(1).clamp_min(ranges.NOTHING)
         again, _ = _sq_norm_of_positions(*scaled_factors(delta, activation, by))
@@ -157,19 +157,18 @@ def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Te
     And what counts that is lost below the type's range in one of the matrices: the size of the other.
     """
     T, (O, I) = delta.shape[1], (delta.shape[2], activation.shape[2])
-    size, lost, total = -(-T // pieces), 0.0, delta.new_zeros(())
+    size, lost, squares = -(-T // pieces), 0.0, []
     for t in range(0, max(1, T), max(1, size)):
         until = min(t + size, T)
         of_delta, of_activation = (torch.bmm(x[:, t:until], x[:, :until].mT) for x in (delta, activation))
-        if delta.device.type == "cpu":
+        if ranges.may_look(delta):
             lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
         product = of_delta.mul_(of_activation)
-        if t == 0:
-            total = product.sum((1, 2))
-        else:
-            total += product[:, :, t:].sum((1, 2)).add_(product[:, :, :t].sum((1, 2)), alpha=2)
+        squares.append(product[:, :, t:].sum((1, 2)))
+        if t > 0:
+            squares[0].add_(squares.pop()).add_(product[:, :, :t].sum((1, 2)), alpha=2)
     # A sum of squares; rounding can fall below zero when the terms cancel.
-    return total.clamp_min_(0), lost
+    return squares[0].clamp_min_(0), lost
 
 
 def _largest(gram: Tensor) -> float:
@@ -249,7 +248,7 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
     if p == 1 or not x.shape[1]:
         return x.abs().sum(1)
     norms = unchecked_row_norms(x, p)
-    if p == math.inf or x.device.type != "cpu":
+    if p == math.inf or not ranges.may_look(x):
         return norms
     rows = ranges.outside(norms, ranges.least_power(x.shape[1], x.dtype) ** (1 / p))
     if rows is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -143,7 +144,7 @@ class LayerFactors(dict[str, GradFactors]):
         length = numerics.lengths([reference[name] for name in self if name in reference], self._are_banks(reference))
         if numerics.is_eager(length) and all(factors._is_eager() for factors in self.values()):
             norm = self.norm()
-            if norm.device.type != "cpu" or numerics.in_middle_of_range(norm, length):
+            if not ranges.may_look(norm) or numerics.in_middle_of_range(norm, length):
                 return numerics.cosine(self.dot(reference), norm, length)
         by = _largest(list(self.values()))
         scaled = self._map(lambda factors: factors._scaled(by))
@@ -211,19 +212,22 @@ class LayerFactors(dict[str, GradFactors]):
     # --- over the batch ----------------------------------------------------------------------------------------------
 
     def sum(self, weights: Tensor | None = None) -> LayerGrads:
-        """``Σ_b w_b G_layer[b]`` by layer."""
-        return self._by_layer(lambda factors: factors.sum(weights))
+        """``Σ_b w_b G_layer[b]`` by layer; those of small parameters may be views of one tensor."""
+        small = self._small()
+        sums = {name: factors.sum(weights) for name, factors in self.items() if name not in small or len(small) == 1}
+        if len(small) > 1:
+            sizes = [math.prod(factors.weight_shape) for factors in small.values()]
+            parts = zip(small.items(), _joined(small.values()).sum(weights).split(sizes), strict=True)
+            sums |= {name: part.reshape(factors.weight_shape) for (name, factors), part in parts}
+        return LayerGrads(((name, sums[name]) for name in self), coverage=self.coverage)
 
     def mean(self) -> LayerGrads:
-        """``(1/B) Σ_b G_layer[b]`` by layer."""
-        return self._by_layer(GradFactors.mean)
+        """``(1/B) Σ_b G_layer[b]`` by layer. Raises ValueError for an empty batch."""
+        return LayerGrads(((name, factors.mean()) for name, factors in self.items()), coverage=self.coverage)
 
     def clipped_sum(self, max_norm: float) -> LayerGrads:
         """``Σ_b min(1, max_norm / ‖G[b]‖) G_layer[b]`` by layer, the norms being those of all layers together."""
         return self.sum(numerics.clipping(self.norm(), max_norm))
-
-    def _by_layer(self, function: Callable[[GradFactors], Tensor]) -> LayerGrads:
-        return LayerGrads(((name, function(factors)) for name, factors in self.items()), coverage=self.coverage)
 
 
 class LayerGrads(dict[str, Tensor]):
@@ -265,7 +269,7 @@ def _joined(parts: Iterable[WrittenFactors]) -> WrittenFactors:
 def _of_products(layers: list[GradFactors]) -> list[Tensor]:
     """The squared norms of the products among the layers, which it takes out of them, in few calls for all of them."""
     products = [factors for factors in layers if type(factors) is GradFactors]
-    single = [f for f in products if f.delta.ndim == 2 and f.device.type == "cpu"]
+    single = [f for f in products if f.delta.ndim == 2 and ranges.may_look(f.delta)]
     squares = []
     if len(single) > 1 and len({factors.dtype for factors in single}) == 1:
         # On the CPU those of one position take less time than a call of the operator: looked at together.

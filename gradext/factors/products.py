@@ -401,7 +401,7 @@ class GradFactors:
         length = numerics.lengths([reference], self._is_bank(reference))
         if self._is_eager() and numerics.is_eager(length):
             norm = self.norm()
-            if self.device.type != "cpu" or numerics.in_middle_of_range(norm, length):
+            if not ranges.may_look(norm) or numerics.in_middle_of_range(norm, length):
                 return numerics.cosine(self.dot(reference), norm, length)
         factors = self._scaled(self._exponents())
         return numerics.cosine(factors.dot(reference), factors.norm(), length)
@@ -638,7 +638,7 @@ class GradFactors:
         On the CPU, where it costs a look at them.
         """
         tensors = self._tensors()
-        if not self._is_eager() or self.device.type != "cpu":
+        if not self._is_eager() or not ranges.may_look(self.delta):
             return self
         limit = torch.finfo(accumulation_type(self.dtype)).max ** 0.15
         if all(numerics.largest(tensor) <= limit for tensor in tensors):
