@@ -21,6 +21,7 @@ BLOCK_ELEMENTS = 1 << 20
 DEVICE_BLOCK_ELEMENTS = 1 << 27
 # Elements of a row, and positions, that are added up one after the other.
 PIECE = 1 << 10
+_HALF = (torch.bfloat16, torch.float16)
 NARROW = 8  # rows or columns of a product up to which torch's is a running sum
 # Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
 GRADIENT_ELEMENTS = 1 << 24
@@ -32,11 +33,11 @@ def available() -> str | None:
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
     """fp32 for half precision, else the type itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in _HALF else dtype
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(accumulation_type(t.dtype)) for t in tensors)
+    return tuple(t.float() if t.dtype in _HALF else t for t in tensors)
 
 
 def outer(

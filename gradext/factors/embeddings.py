@@ -85,9 +85,6 @@ class EmbeddingFactors(GradFactors):
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.index, self.delta_rows
 
-    def _is_eager(self) -> bool:
-        return numerics.is_eager(self.delta_rows)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> EmbeddingFactors:
         return self._of(function(self.index), function(self.delta_rows))
 
