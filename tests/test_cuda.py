@@ -614,10 +614,11 @@ def test_results_beyond_32_bit_indices(T, I, emulator):
     delta = torch.full((1,) * row.ndim, 2.0, dtype=BF16).expand(B, *row.shape[1:-1], O)
     activation = row.expand(B, *row.shape[1:])
     out = sparse(B * O * I, BF16).view(B, O, I)
-    emulator.configure(blocks=range(0, 1))
+    emulator.configure(blocks=range(0, 1), multiprocessors=1 << 24)  # so many blocks that each is small
     cuda.outer(delta, activation, out)
     blocks = emulator.last_grid
-    emulator.configure(blocks=range(blocks - 300, blocks))  # more than lie side by side
+    assert blocks > 300
+    emulator.configure(blocks=range(blocks - 300, blocks), multiprocessors=1 << 24)  # more than lie side by side
     cuda.outer(delta, activation, out)
     for corner, part in ((0, slice(9, 40)), (-1, slice(-40, -9))):  # the first block of a sample writes its ends
         found = out[corner, corner, part][None, None]
