@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradext
-from benchmarks import measure
 
 
 def columns_of(watch: gradext.watch, losses: Tensor) -> list[gradext.LayerFactors]:
@@ -54,6 +53,8 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, losses: Callable
 def main() -> None:
     from torchjd.aggregation import MeanWeighting
     from torchjd.autogram import Engine
+
+    from benchmarks import measure
 
     def relu(*layers: nn.Module) -> nn.Module:
         return nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.ReLU())), nn.Flatten(), layers[-1])

@@ -75,21 +75,16 @@ class SampleTrainer(Trainer):
         if self._keep is not None:
             self._norms = self._watch.factors(self._batch).norm()
             self._kept = self._keep(self._norms)
-        whole = (
-            num_items_in_batch if self.model_accepts_loss_kwargs and num_items_in_batch is not None else counts.sum()
-        )
-        loss = torch.where(self._kept, self._batch, 0).sum() / whole
-        return (loss, outputs) if return_outputs else loss
+        shared = num_items_in_batch is not None and self.model_accepts_loss_kwargs  # with the step's other batches
+        return torch.where(self._kept, self._batch, 0).sum() / (num_items_in_batch if shared else counts.sum())
 
 
 def main() -> None:
     torch.manual_seed(0)
     data = [{"input_ids": row, "labels": row, "sample": k} for k, row in enumerate(rows(64))]
-    options = {"remove_unused_columns": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    options = {"remove_unused_columns": False, "report_to": [], "disable_tqdm": True, "learning_rate": 3e-3}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=150, per_device_train_batch_size=16, learning_rate=3e-3, **options
-        )
+        arguments = TrainingArguments(folder, max_steps=150, per_device_train_batch_size=16, **options)
         norms, keep = Path(folder) / "norms.jsonl", lambda norms: norms <= 4 * norms.median()
         SampleTrainer(gpt2(), arguments, train_dataset=data, norms_file=norms, keep=keep).train()
         last = [json.loads(line) for line in norms.read_text().splitlines()[-40:]]
