@@ -81,7 +81,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
     backends = {"laplace-torch": CurvlinopsGGN, "gradext": GradextGGN}
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:1200], y[:1200]), 100)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:300], y[:300]), 100)
     for name, backend in backends.items():
         approximation = Laplace(copy.deepcopy(model), "classification", "all", "diag", backend=backend)
         approximation.fit(data)
