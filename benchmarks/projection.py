@@ -43,10 +43,10 @@ def main() -> None:
     lines = [
         "# Inner products of projected gradients",
         "",
-        f"Made by `python -m benchmarks.projection` at {measure.provenance()['commit']}, torch {torch.__version__}: GPT-2 "
-        f"with random weights, {size:,} numbers a gradient, 16 samples of 64 random tokens, {SEEDS} seeds. The error of "
-        "⟨G, H⟩ relative to ‖G‖‖H‖, as the root of its mean square over seeds and pairs of different samples; its bound; "
-        "the error of ‖G‖² relative to itself; the rank correlation of inner products.",
+        f"Made by `python -m benchmarks.projection` at {measure.provenance()['commit']}, torch {torch.__version__}: "
+        f"GPT-2 with random weights, {size:,} numbers a gradient, 16 samples of 64 random tokens, {SEEDS} seeds. The "
+        "error of ⟨G, H⟩ relative to ‖G‖‖H‖, as the root of its mean square over seeds and pairs of different samples; "
+        "its bound; the error of ‖G‖² relative to itself; the rank correlation of inner products.",
         "",
         "| rank | numbers a sample | error | bound | error of squares | rank correlation |",
         "| --- | --- | --- | --- | --- | --- |",
