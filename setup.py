@@ -235,7 +235,15 @@ class BuildNative(build_ext):
         return line.split("LIBRARIES=")[1].replace('"', "").split()
 
 
+def description() -> str:
+    """README for a package index, which has none of the files that README links to: their paths in place of links."""
+    text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n", "", (ROOT / "README.md").read_text())
+    return re.sub(r"\[([^]]+)\]\((?!https:)([^)]+)\)", r"\1 (`\2`)", text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     # Optional: where nothing was built there is nothing to copy, and that is no error.
     ext_modules=[Extension("gradext._C", sources=[], language="c++", optional=os.environ.get("GRADEXT_CUDA") != "1")],
     cmdclass={"build_ext": BuildNative},

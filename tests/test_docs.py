@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ RUNNABLE = [page for page in PAGES if page.parent.name == "docs" and "```python"
 
 
 def test_there_are_examples():
-    assert "extending.md" in [page.name for page in RUNNABLE]
+    assert {page.name for page in RUNNABLE} >= {"extending.md", "usage.md", "novelty.md"}
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
-def test_examples_run_one_after_the_other(page, monkeypatch):
+def test_examples_run_one_after_the_other(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gradext.rules, "_registered", dict(gradext.rules._registered))  # their layers are theirs alone
     names = {"__name__": page.stem}
     for source in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
@@ -40,6 +42,19 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+SEARCHES = re.findall(r"^\| [^|]+ \| `(grep [^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_searches_of_contributing_find_something(search):
+    found = subprocess.run(search, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout and not found.stderr
+
+
+def test_there_are_four_searches():
+    assert len(SEARCHES) == 4
 
 
 def test_the_citation_has_what_its_format_requires():
