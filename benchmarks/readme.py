@@ -66,8 +66,8 @@ def models() -> str:
     if not where:
         raise SystemExit(f"{path}: expected a line 'Made by COMMAND at COMMIT, ... torch VERSION, ... on MACHINE.'")
     title = (
-        "Milliseconds for all parameters (in brackets: the ratio to a plain forward and backward; in the last column: to a\n"
-        f"plain training step) on {where[3]}, {where[2]}, commit {where[1]}:"
+        "Milliseconds for all parameters (in brackets: the ratio to a plain forward and backward; in the last column:\n"
+        f"to a plain training step) on {where[3]}, {where[2]}, commit {where[1]}:"
     )
     return f"{_zoo()}\n{title}\n\n{markdown(columns(read_table(path, 'model'), *kept)[:6])}"
 
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     stale = [name for name in PAGES if filled(ROOT / name) != (ROOT / name).read_text()]
     if check and stale:
-        print(f"{', '.join(stale)}: figures differ from the results; run `python -m benchmarks.readme`", file=sys.stderr)
+        print(f"{', '.join(stale)}: not the figures of the results; run python -m benchmarks.readme", file=sys.stderr)
         return 1
     for name in stale:
         (ROOT / name).write_text(filled(ROOT / name))

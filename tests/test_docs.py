@@ -50,7 +50,8 @@ SEARCHES = re.findall(r"^\| [^|]+ \| `(grep [^`]+)` \|", (ROOT / "CONTRIBUTING.m
 @pytest.mark.parametrize("search", SEARCHES)
 def test_the_searches_of_contributing_find_something(search):
     found = subprocess.run(search, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert found.stdout and not found.stderr
+    assert found.stdout
+    assert not found.stderr
 
 
 def test_there_are_four_searches():
