@@ -138,7 +138,8 @@ class BuildNative(build_ext):
                 raise
             told(
                 f"no kernels could be compiled ({error}); gradext is installed without them and runs on plain torch. "
-                "They are written for g++ or clang on Linux"
+                "They need g++ or clang on Linux: install one (apt install g++, dnf install gcc-c++, conda install "
+                "gxx; CXX chooses it), then install gradext again"
             )
 
     def with_cuda(self, ext: Extension, nvcc: str, must: bool) -> bool:

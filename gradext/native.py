@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -79,3 +80,5 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 C: Any  # a module, whose content no type checker sees, or None
 C, reason = _load()
+if C is None and any(_candidates()):
+    warnings.warn(f"gradext runs without its compiled kernels: {reason}", RuntimeWarning, stacklevel=2)

@@ -6,6 +6,7 @@ import stat
 
 import numpy as np
 import pytest
+import torch
 
 from gradext import backends
 from gradext.cli import main
@@ -30,6 +31,18 @@ def test_demo_prints_its_tables(demo_run):
         assert values[2] == pytest.approx(np.mean(values[:2]), abs=1e-3)
     for route in ("single-sample loop", "torch.func vmap(grad)", "gradext.batch_layer_grads", "gradext factors"):
         assert re.search(rf"^\| {re.escape(route)}.*\d+\.\d\d +\| \d+\.\d+x", text, re.M), route
+
+
+def test_demo_runs_on_one_thread_and_restores_their_number(tmp_path, monkeypatch):
+    seen, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(demo, "evaluate_class", lambda *a, **k: seen.append(torch.get_num_threads()) or pytest.skip())
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(pytest.skip.Exception):
+            demo.run("digits", out=tmp_path)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_demo_detects(demo_run):
@@ -108,6 +121,15 @@ def test_info_prints_the_choice_of_backends(capsys, monkeypatch):
     monkeypatch.setattr(backends, "DEFAULT", "reference")
     assert main(["info"]) == 0
     assert "GRADEXT_BACKEND=reference is taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "fit", "score", "evaluate", "report", "export", "images", "info"])
+def test_every_command_describes_itself(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage, description, *_ = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith(f"usage: gradext {command}")
+    assert description.endswith(".")
 
 
 def test_wrong_arguments_exit_with_two(capsys):

@@ -44,6 +44,13 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
 
 
+def test_the_front_page_of_the_api_names_what_to_use_first_and_the_other_pages():
+    page = gradext.__doc__
+    for name in ("batch_layer_grads", "batch_layer_factors", "watch", "iter_layer_grads", "gradext.novelty"):
+        assert f"`{name}`" in page
+    assert gradext.__all__[:3] == ["batch_layer_grads", "batch_layer_factors", "watch"]
+
+
 SEARCHES = re.findall(r"^\| [^|]+ \| `(grep [^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
 
 

@@ -374,6 +374,13 @@ def test_stand_in_says_so_everywhere(belgium_dir, tmp_path, capsys):
     fig4.main([*SMALL, "--data-dir", str(belgium_dir), "--out", str(out)])
     printed = capsys.readouterr().out
     assert printed.startswith(fig4.STAND_IN)
+    row = json.loads((out / "fig4-stand-in-quick.jsonl").read_text())
+    for newer in ("joint_density", "combined_evidence"):  # scores that older rows lack
+        del row["auroc"][newer]
+    assert "joint density" not in fig4.render([row], "fig4")
+    capsys.readouterr()
+    fig4.main([*SMALL, "--data-dir", str(belgium_dir), "--out", str(out)])
+    assert f"1 of 1 runs read from {out / 'fig4-stand-in-quick.jsonl'}; --out DIR runs anew" in capsys.readouterr().err
     text = (out / "fig4-stand-in-quick.md").read_text()
     assert fig4.STAND_IN in text
     assert {path.name for path in out.iterdir()} == {

@@ -1,5 +1,6 @@
 """The compiled module: the CPU kernel against fp64 torch, the workspace, the build, the stale-binary rule."""
 
+import importlib.metadata
 import itertools
 import os
 import shutil
@@ -392,6 +393,27 @@ def test_stale_binaries_are_refused(tmp_path):
     assert native._stale(config, config["version"], tmp_path / "none") is None
 
 
+def test_a_stale_binary_warns_and_a_missing_one_does_not(tmp_path):
+    package = tmp_path / "gradext"
+    shutil.copytree(Path(native.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "import warnings; warnings.simplefilter('error'); import gradext; print(gradext.native.C)"
+    run = lambda: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    if not list(native._binaries(Path(native.__file__).parent)):
+        pytest.skip("the package in use has no binary of its own")
+    shutil.copy(C.__file__, package)
+    (package / "_version.py").write_text('__version__ = "0.0.0"\n')
+    stale = run()
+    assert stale.returncode != 0
+    assert "runs without its compiled kernels" in stale.stderr
+    assert "this is 0.0.0: run `pip install .`" in stale.stderr
+    (package / Path(C.__file__).name).unlink()
+    installed = list(importlib.metadata.distributions(name="gradext"))
+    if not installed:
+        assert run().stdout == "None\n"
+
+
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
 def test_sdist_holds_every_native_source(tmp_path):
     for name in (
@@ -480,6 +502,7 @@ def test_a_missing_compiler_fails_no_install(tmp_path):
     result = build(tmp_path, **MISSING, GRADEXT_CUDA="0")
     assert result.returncode == 0, result.stderr
     assert "installed without them and runs on plain torch" in result.stderr
+    assert "install one (apt install g++" in result.stderr
     assert not list(tmp_path.rglob("_C*"))
 
 
