@@ -7,9 +7,9 @@ other weights. Nothing here knows about parameters, modules or rules of gradient
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -56,8 +56,8 @@ class Unproved(NamedTuple):
 
 
 State = Rows | Shared | Unproved
-States = Sequence[State | None]  # of a node's inputs; None where the losses do not depend on one through the node
-SHARED = Shared()
+SHARED, _LOST = Shared(), Unproved("")
+_LEAF = "torch::autograd::AccumulateGrad"
 
 
 @dataclass(eq=False)
@@ -66,15 +66,18 @@ class Structure:
 
     batch: int
     checked: bool = False  # whether states may depend on values, by `checks`
-    states: dict[tuple[Node, int], State] = field(default_factory=dict)  # of each output of a node's function
+    states: dict[Node, dict[int, State]] = field(default_factory=dict)  # of each output of a node's function
     leaves: dict[int, Tensor] = field(default_factory=dict)  # reached, by id
     checks: list[Tensor] = field(default_factory=list)  # booleans on the device that the states depend on
     kinds: set[str] = field(default_factory=set)
-    dtypes: set[torch.dtype] = field(default_factory=set)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {output.dtype for node in self.states for output in node._input_metadata}
 
     def of(self, edge: GradientEdge) -> State | None:
         """None where the losses do not depend on the edge's tensor."""
-        return self.states.get((edge.node, edge.output_nr))
+        return self.states.get(edge.node, {}).get(edge.output_nr)
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -90,68 +93,51 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
     found = Structure(batch, checked)
     if root is None:
         return found
-    found.states[root.node, root.output_nr] = Rows(0)
-    if batch == 1:
-        _reach(root.node, ends, found)
-        return found
-    for node in _in_order(root.node, ends):
+    first = Rows(0)
+    found.states[root.node] = {root.output_nr: first}
+    for node, inputs in _in_order(root.node, ends):
         name = node.name()
         found.kinds.add(name)
-        found.dtypes.update(kind.dtype for kind in node._input_metadata)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found.leaves[id(leaf)] = leaf
-            continue
-        outputs = [found.states.get((node, k)) for k in range(len(node._input_metadata))]
-        states = _input_states(node, name, outputs, found)
-        for (source, place), state in zip(node.next_functions, states, strict=True):
-            if source is not None and state is not None:
-                former = found.states.get((source, place))
-                found.states[source, place] = state if former is None else _merged(former, state, name)
+        if name == _LEAF:
+            found.leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
+        elif node in found.states:
+            # All that the loss of one sample depends on is that sample's.
+            states = [first] * len(inputs) if batch == 1 else _input_states(node, name, inputs, found)
+            for (source, place), state in zip(inputs, states, strict=True):
+                if source is not None and state is not None:
+                    arrived = found.states.setdefault(source, {})
+                    arrived[place] = _merged(arrived.get(place), state, name)
     return found
 
 
-def _reach(root: Node, ends: set[Node], found: Structure) -> None:
-    """All that the loss of one sample depends on is that sample's."""
-    first, seen, stack = Rows(0), {root}, [root]
-    while stack:
-        node = stack.pop()
-        found.kinds.add(node.name())
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found.leaves[id(leaf)] = leaf
-        for source, place in () if node in ends else node.next_functions:
-            if source is not None:
-                found.states[source, place] = first
-                if source not in seen:
-                    seen.add(source)
-                    stack.append(source)
-
-
-def _in_order(root: Node, ends: set[Node]) -> list[Node]:
-    """The nodes, each after all that its function's outputs go to."""
-    below: dict[Node, list[Node]] = {}
+def _in_order(root: Node, ends: set[Node]) -> list[tuple[Node, tuple]]:
+    """The nodes and what their inputs come from, each after all that its function's outputs go to."""
+    below: dict[Node, tuple] = {}
+    uses: dict[Node | None, int] = {None: 0}
     stack = [root]
     while stack:
         node = stack.pop()
         if node not in below:
-            below[node] = [] if node in ends else [source for source, _ in node.next_functions if source is not None]
-            stack += below[node]
-    uses = Counter(source for sources in below.values() for source in sources)
+            below[node] = inputs = () if node in ends else node.next_functions
+            for source, _ in inputs:
+                uses[source] = uses.get(source, 0) + 1
+                if source is not None:
+                    stack.append(source)
     order, ready = [], [root]
     while ready:
-        order.append(ready.pop())
-        for source in below[order[-1]]:
+        node = ready.pop()
+        order.append((node, below[node]))
+        for source, _ in below[node]:
             uses[source] -= 1
-            if not uses[source]:
+            if not uses[source] and source is not None:
                 ready.append(source)
     return order
 
 
-def _merged(a: State, b: State, name: str) -> State:
+def _merged(a: State | None, b: State, name: str) -> State:
     """The state of a tensor with several uses."""
-    if a is b:
-        return a
+    if a is None or a is b:
+        return b
     if isinstance(a, Rows) and isinstance(b, Rows):
         if a[:3] == b[:3] and a.owners is b.owners:
             return a
@@ -164,45 +150,192 @@ def _merged(a: State, b: State, name: str) -> State:
 
 # --- what each kind of node does -------------------------------------------------------------------------------------
 
-_POINTWISE = {
-    "Abs", "Acos", "Acosh", "Add", "Addcdiv", "Addcmul", "Alias", "Asin", "Asinh", "Atan", "Atan2", "Atanh",
-    "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "Ceil", "Celu", "Clamp", "ClampMax", "ClampMin", "Clone",
-    "Copy", "Copysign", "Cos", "Cosh", "Div", "Elu", "Erf", "Erfc", "Erfinv", "Exp", "Exp2", "Expand", "Expm1",
-    "Floor", "Fmod", "Frac", "Gelu", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "Huber", "HuberLoss",
-    "Hypot", "LeakyRelu", "Lerp", "Lgamma", "LiftFresh", "Log", "Log10", "Log1P", "Log2", "LogSigmoid", "Logaddexp",
-    "Logaddexp2", "Logit", "MaskedFill", "Maximum", "Minimum", "Mish", "MseLoss", "Mul", "NanToNum",
-    "NativeDropout", "Neg", "Polar", "Pow", "PreluKernel", "RRelu", "RreluWithNoise", "Real", "Reciprocal", "Relu",
-    "Remainder", "Round", "Rsqrt", "Rsub", "Sgn", "Sigmoid", "Sign", "Silu", "Sin", "Sinc", "Sinh", "SmoothL1Loss",
-    "Softplus", "Softshrink", "Special", "Sqrt", "Square", "Sub", "Tan", "Tanh", "Threshold", "ToCopy", "Trunc",
-    "Where", "Xlogy", "FusedDropout", "CopyBackwards", "ViewAs", "Positive", "ToDense", "Angle", "Conj",
-    "ConjPhysical", "Complex", "GluJvp", "SpecialXlog1Py", "SpecialEntr",
-    "SpecialExpit", "SpecialErfcx", "Digamma",
-}  # fmt: skip
-_SAME_ORDER = {
-    "View", "UnsafeView", "ReshapeAlias", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Unflatten", "Contiguous",
-}  # fmt: skip
-_REDUCTIONS = {
-    "Sum", "Mean", "Var", "Std", "Norm", "LinalgVectorNorm", "Amax", "Amin", "Logsumexp", "Max", "Min", "Prod",
-    "Median", "Nanmedian", "Nansum", "Kthvalue", "Mode", "VarMean", "StdMean",
-}  # fmt: skip
-_ALONG = {
-    "Softmax", "LogSoftmax", "SafeSoftmax", "MaskedSoftmax", "Cumsum", "Cumprod", "Cummax", "Cummin",
-    "Logcumsumexp", "Sort", "Topk", "Flip", "Roll", "Glu",
-}  # fmt: skip
-# Each image by itself, each channel by itself.
-_BY_CHANNEL = {
-    "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D",
-    "AdaptiveAvgPool3D", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "MkldnnMaxPool2D", "MkldnnAdaptiveAvgPool2D",
-    "FractionalMaxPool2D", "MaxUnpool2D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D",
-    "UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleBilinear2D", "UpsampleBicubic2D",
-    "UpsampleLinear1D", "UpsampleTrilinear3D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa", "ReflectionPad1D",
-    "ReflectionPad2D", "ReflectionPad3D", "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D",
-}  # fmt: skip
-_BY_IMAGE = {
-    "NativeGroupNorm", "GridSampler2D", "GridSampler3D", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle",
-}  # fmt: skip
 
+_GROUPS = {
+    "pointwise": """
+        Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy
+        BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Complex Conj ConjPhysical Contiguous Copy
+        CopyBackwards Copysign Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Floor Fmod Frac FusedDropout Gelu
+        GluJvp Hardshrink Hardsigmoid Hardswish Hardtanh Huber HuberLoss Hypot LeakyRelu Lerp Lgamma LiftFresh Log Log10
+        Log1P Log2 LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum
+        NativeDropout Neg Polar Positive Pow PreluKernel RRelu Real Reciprocal Relu Remainder Round RreluWithNoise Rsqrt
+        Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss Softplus Softshrink Special SpecialEntr SpecialErfcx
+        SpecialExpit SpecialXlog1Py Sqrt Square Sub Tan Tanh Threshold ToCopy ToDense Trunc ViewAs Where Xlogy""",
+    "same order": "View UnsafeView ReshapeAlias Reshape Unsqueeze Squeeze Flatten Unflatten",
+    "reduction": """
+        Sum Mean Var Std Norm LinalgVectorNorm Amax Amin Logsumexp Max Min Prod Median Nanmedian Nansum Kthvalue Mode
+        VarMean StdMean""",
+    "along": """
+        Softmax LogSoftmax SafeSoftmax MaskedSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Sort Topk Flip Roll
+        Glu""",
+    "by channel": """
+        MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
+        AdaptiveMaxPool2D AdaptiveMaxPool3D MkldnnMaxPool2D MkldnnAdaptiveAvgPool2D FractionalMaxPool2D MaxUnpool2D
+        UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D
+        UpsampleBilinear2D UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D UpsampleBilinear2DAa
+        UpsampleBicubic2DAa ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D
+        ReplicationPad3D""",
+    "by image": "NativeGroupNorm GridSampler2D GridSampler3D Im2Col Col2Im PixelShuffle PixelUnshuffle",
+    "batch norm": "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",
+}
+_GROUP_OF = {kind: group for group, kinds in _GROUPS.items() for kind in kinds.split()}
 _OFFSET = 1 << 63
+
+
+def _signed(value: int, ndim: int) -> int:
+    return (value - 2 * _OFFSET if value >= _OFFSET else value) % max(1, ndim)
+
+
+@functools.cache
+def _kind_of(name: str) -> str:
+    """Of a node, by its name: a group of kinds that do the same, or its own."""
+    kind = name.rstrip("0123456789").removesuffix("Backward")
+    kind = next((start for start in ("Fft", "ScaledDotProduct") if kind.startswith(start)), kind)
+    return _GROUP_OF.get(kind, kind)
+
+
+# Of a node's inputs; None for one on which the losses do not depend through the node.
+States = Sequence[State | None]
+
+
+def _input_states(node: Node, name: str, inputs: tuple, found: Structure) -> States:
+    """The states of a node's inputs, from those of its outputs."""
+    arrived = found.states[node]
+    for state in arrived.values():
+        if isinstance(state, Unproved):
+            return [state._replace(hint=None)] * len(inputs)
+    states: list[State | None] = [None] * len(inputs)
+    for k, state in arrived.items():
+        here: States | None = [SHARED] * len(inputs)
+        if isinstance(state, Rows):
+            here = _states_of(node, _kind_of(name), k, state, inputs, found)
+        if here is None:
+            return [Unproved(name, state if isinstance(state, Rows) else None)] * len(inputs)
+        for j, new in enumerate(here):
+            if new is not None:
+                states[j] = _merged(states[j], Unproved(name) if new is _LOST else new, name)
+    return states
+
+
+def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: Structure) -> States | None:
+    """The states of the inputs where output ``k`` has ``rows``; None where the kind is not known."""
+    if kind == "pointwise" and len(inputs) == 1:
+        return [rows]
+    shape, n = tuple(node._input_metadata[k].shape), len(inputs)
+    shapes = [None if below is None else tuple(below._input_metadata[place].shape) for below, place in inputs]
+    d, rank, batch, before = rows.dim, len(shape), found.batch, shapes[0] if shapes else None
+    first_alone: States = [rows, *[SHARED] * (n - 1)]
+    match kind:
+        case "pointwise" | "Expand":
+            return [_aligned(rows, shape, s) for s in shapes]
+        case "Mm" | "Bmm":
+            return _of_product(rows, rank)
+        case "Addmm" | "Baddbmm":
+            return [_aligned(rows, shape, before), *_of_product(rows, rank)]
+        case "Mv":
+            return [rows, SHARED]
+        case "NllLoss" | "NllLoss2D" | "NllLoss2d":
+            return [rows if d == 0 or kind == "NllLoss" else rows.at(d + 1), *[None] * (n - 1)]
+        case "Embedding" | "EmbeddingDenseBackward":
+            return [SHARED]
+        case "NativeLayerNorm" | "FusedRmsNorm" | "RmsNorm":
+            return first_alone if k == 0 and d < rank - len(node._saved_normalized_shape) else None
+        case "Convolution":
+            return first_alone if d == 0 else [_LOST] * n
+        case "batch norm":  # whose statistics in training are of a channel
+            if getattr(node, "_saved_training", True):
+                return [rows, *[rows.at(0)] * (n - 1)] if d == 1 else None
+            return first_alone if d == 0 else None
+        case "ScaledDotProduct":
+            if d > 1 or rank != 4 or (d == 1 and len({s[1] for s in shapes[:3] if s}) > 1):
+                return None
+            return [rows] * 3 + [_aligned(rows, shape, s) for s in shapes[3:]]
+        case "MkldnnRnnLayer":
+            if d != rank - 2:
+                return None
+            return [rows.at(len(s) - 2) if s and j in (0, 5, 6) else SHARED for j, s in enumerate(shapes)]
+        case "Cdist" | "EuclideanDist" | "CdistForward":
+            if d < rank - 2:
+                return [rows if s and len(s) == rank else _LOST for s in shapes]
+            return first_alone if d == rank - 2 else [SHARED, rows.at(rank - 2)]
+        case "Select" | "Unbind":
+            return [rows.at(d if d < _signed(node._saved_dim, rank + 1) else d + 1)]
+    if before is None:
+        return _along_one(node, kind, k, rows, shape, shapes, found)
+    match kind:
+        case "same order":
+            return [_reshaped(rows, shape, before, batch)]
+        case "T" | "Numpy_T":
+            return [rows.at(rank - 1 - d)]
+        case "Transpose":
+            a, b = _signed(node._saved_dim0, rank), _signed(node._saved_dim1, rank)
+            return [rows.at(b if d == a else a if d == b else d)]
+        case "Permute":
+            return [rows.at(_signed(node._saved_dims[d], rank))]
+        case "reduction" if len(before) == rank:  # keepdim
+            return [rows] if before[d] == shape[d] else None
+        case "reduction":
+            along = _saved_dims(node, len(before))
+            return [rows.at([dim for dim in range(len(before)) if dim not in along][d])] if along else None
+        case "along" | "Fft":
+            along = _saved_dims(node, rank)
+            return None if along is None else [_LOST if d in along else rows]
+        case "ViewAsReal" | "ViewAsComplex":  # whose last dimension holds the two parts
+            return [rows] if d < min(rank, len(before)) else None
+        case "by channel" | "by image":  # each image by itself, and each channel by itself
+            by_itself = (d == 0 and rank > 2) or (d == 1 and kind == "by channel")
+            return [rows if s is not None and len(s) == rank else SHARED for s in shapes] if by_itself else None
+        case "ConstantPadNd":
+            pads = list(node._saved_pad)[2 * (rank - 1 - d) :][:2]  # from the last dimension on; cut where negative
+            return [_LOST if any(pads) else rows]
+        case "Unfold":
+            return [rows] if before[d] == shape[d] else None
+        case "CtcLoss" | "CudnnCtcLoss":
+            return [rows.at(1) if len(before) == 3 else _LOST]
+        case "Repeat":
+            return [_repeated(rows, node._saved_repeats[d], shape, before)]
+        case "Index" if found.checked:
+            indices = list(node._saved_indices)
+            used = [j for j, index in enumerate(indices) if index is not None]
+            if not used or used != list(range(used[0], used[-1] + 1)):
+                return None
+            return [_taken(rows, used[0], indices[used[0] : used[-1] + 1], shape, before, found)]
+    return _along_one(node, kind, k, rows, shape, shapes, found)
+
+
+def _along_one(node: Any, kind: str, k: int, rows: Rows, shape, shapes: list, found: Structure) -> States | None:
+    """Of what takes or places parts of a tensor along one dimension."""
+    saved = getattr(node, "_saved_dim", None)
+    if not isinstance(saved, int):
+        return None
+    d, batch, n, before = rows.dim, found.batch, len(shapes), shapes[0]
+    dim = _signed(saved, len(shape))
+    match kind:
+        case "Slice" | "Split" | "SplitWithSizes" | "Chunk" | "Cat" | "IndexAdd" if dim != d:
+            return [rows] * n
+        case "Slice":
+            start = node._saved_start or 0
+            start = start - 2 * _OFFSET if start >= _OFFSET else start
+            start = start + before[d] if start < 0 else start
+            return [_part(rows, start, before[d], batch) if node._saved_step == 1 else _LOST]
+        case "Split" | "SplitWithSizes" | "Chunk":
+            start = sum(node._input_metadata[j].shape[dim] for j in range(k))
+            return [_part(rows, start, before[d], batch)]
+        case "Cat" if None not in shapes:  # else of unknown size
+            starts = itertools.accumulate((s[dim] for s in shapes), initial=0)
+            return [_cut(rows, start, s[dim], batch) for start, s in zip(starts, shapes, strict=False)]
+        case "Stack" if dim != d:
+            return [rows.at(d if d < dim else d - 1)] * n
+        case "Gather":
+            return [rows if dim != d and before[d] == shape[d] else _LOST]
+        case "Scatter" | "ScatterAdd" | "ScatterReduce" if dim != d:
+            return [rows if s is None or s[d] == shape[d] else _LOST for s in shapes]
+        case "IndexAdd" if found.checked:
+            index = node._saved_index
+            return [rows, Rows(d, owners=rows.owners_of(shape[d], batch, index.device)[index])][:n]
+        case "IndexSelect" if found.checked:
+            return [_taken(rows, dim, [node._saved_index], shape, before, found)]
+    return None
 
 
 def _saved_dims(node: Any, rank: int) -> set[int] | None:
@@ -213,187 +346,11 @@ def _saved_dims(node: Any, rank: int) -> set[int] | None:
     return {_signed(dim, rank) for dim in ((saved,) if isinstance(saved, int) else saved)}
 
 
-def _signed(value: int, ndim: int) -> int:
-    return (value - 2 * _OFFSET if value >= _OFFSET else value) % max(1, ndim)
-
-
-def _input_states(node: Node, name: str, outputs: list[State | None], found: Structure) -> States:
-    """The states of a node's inputs, from those of its outputs."""
-    inputs = node.next_functions
-    if all(isinstance(state, Shared) for state in outputs if state is not None):
-        return [SHARED] * len(inputs)
-    for state in outputs:
-        if isinstance(state, Unproved):
-            return [state._replace(hint=None)] * len(inputs)
-    shapes = [None if below is None else tuple(below._input_metadata[k].shape) for below, k in inputs]
-    kind = name.rstrip("0123456789").removesuffix("Backward")
-    states: list[State | None] = [None] * len(inputs)
-    for k, state in enumerate(outputs):
-        if state is None:
-            continue
-        here: States = [SHARED] * len(inputs)
-        if isinstance(state, Rows):
-            told = _states_of(node, kind, k, state, tuple(node._input_metadata[k].shape), shapes, found)
-            if told is None:
-                return [Unproved(name, state)] * len(inputs)
-            here = told
-        for j, new in enumerate(here):
-            new = Unproved(name) if new is _LOST else new
-            former = states[j]
-            states[j] = new if former is None else former if new is None else _merged(former, new, name)
-    return states
-
-
-_LOST = Unproved("")
-
-
-def _states_of(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> States | None:
-    """The states of the inputs for that of output ``k``, of ``shape``; None where the kind is not known."""
-    d, rank = state.dim, len(shape)
-    if kind in _POINTWISE:
-        return [_aligned(state, shape, s) for s in shapes]
-    if kind in _SAME_ORDER:
-        return [_reshaped(state, shape, shapes[0], found.batch)]
-    if kind in ("T", "Numpy_T"):
-        return [state.at(rank - 1 - d)]
-    if kind == "Transpose":
-        a, b = _signed(node._saved_dim0, rank), _signed(node._saved_dim1, rank)
-        return [state.at(b if d == a else a if d == b else d)]
-    if kind == "Permute":
-        return [state.at(_signed(node._saved_dims[d], rank))]
-    if kind in _REDUCTIONS and shapes[0] is not None:
-        return _of_reduction(node, state, shape, shapes[0])
-    if kind in _ALONG:
-        along = _saved_dims(node, rank)
-        return None if along is None else [_LOST if d in along else state]
-    if kind in ("Mm", "Bmm"):
-        return _of_product(state, rank)
-    if kind in ("Addmm", "Baddbmm"):
-        return [_aligned(state, shape, shapes[0]), *_of_product(state, rank)]
-    if kind in ("ViewAsReal", "ViewAsComplex"):  # whose last dimension holds the two parts
-        return [state] if d < min(rank, len(shapes[0])) else None
-    if kind == "Mv":
-        return [state, SHARED]
-    if kind == "BackwardHookFunction":
-        return [state if j == k else None for j in range(len(shapes))]
-    for rule in (_of_layer, _of_loss, _of_parts):
-        states = rule(node, kind, k, state, shape, shapes, found)
-        if states is not None:
-            return states
-    return None
-
-
-def _of_reduction(node, state: Rows, shape, before) -> States | None:
-    if len(before) == len(shape):  # keepdim
-        return [state] if before[state.dim] == shape[state.dim] else None
-    saved = getattr(node, "_saved_dim", None)
-    saved = (saved,) if isinstance(saved, int) else saved
-    if not saved:
-        return None
-    reduced = {_signed(dim, len(before)) for dim in saved}
-    return [state.at([dim for dim in range(len(before)) if dim not in reduced][state.dim])]
-
-
-def _of_layer(node, kind: str, k: int, state: Rows, shape, shapes, found) -> States | None:
-    """Of convolutions, normalisations, pools, attention, look-ups and recurrent layers."""
-    d, rank = state.dim, len(shape)
-    if kind == "Convolution":
-        return [state, SHARED, SHARED] if d == 0 else [_LOST] * 3
-    if kind in ("NativeLayerNorm", "FusedRmsNorm", "RmsNorm"):
-        outside = k == 0 and d < rank - len(node._saved_normalized_shape)
-        return [state, *[SHARED] * (len(shapes) - 1)] if outside else None
-    if kind in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"):
-        # Statistics of a batch are of a channel.
-        if d != (1 if getattr(node, "_saved_training", True) else 0):
-            return None
-        return [state, *[state.at(0) if d == 1 else SHARED] * (len(shapes) - 1)]
-    if kind in _BY_CHANNEL or kind in _BY_IMAGE:
-        by_itself = (d == 0 and rank > 2) or (d == 1 and kind in _BY_CHANNEL)
-        return [state if s is not None and len(s) == rank else SHARED for s in shapes] if by_itself else None
-    if kind == "ConstantPadNd":
-        pads = list(node._saved_pad)[2 * (rank - 1 - d) :][:2]  # from the last dimension on; cut where negative
-        return [_LOST if any(pads) else state]
-    if kind == "Unfold":
-        return [state] if shapes[0][d] == shape[d] else None
-    if kind.startswith("Fft"):
-        along = _saved_dims(node, rank)
-        return None if along is None else [_LOST if d in along else state]
-    if kind.startswith("ScaledDotProduct"):
-        if d > 1 or rank != 4 or (d == 1 and len({s[1] for s in shapes[:3] if s}) > 1):
-            return None
-        return [state] * 3 + [_aligned(state, shape, s) for s in shapes[3:]]
-    if kind in ("Embedding", "EmbeddingDenseBackward"):
-        return [SHARED]
-    if kind == "MkldnnRnnLayer":
-        if d != rank - 2:
-            return None
-        return [state.at(len(s) - 2) if s and j in (0, 5, 6) else SHARED for j, s in enumerate(shapes)]
-    return None
-
-
-def _of_loss(node, kind: str, k: int, state: Rows, shape, shapes, found) -> States | None:
-    d, rank = state.dim, len(shape)
-    if kind == "NllLoss":
-        return [state, *[None] * (len(shapes) - 1)]
-    if kind in ("NllLoss2D", "NllLoss2d"):
-        return [state if d == 0 else state.at(d + 1), *[None] * (len(shapes) - 1)]
-    if kind in ("CtcLoss", "CudnnCtcLoss"):
-        return [state.at(1) if shapes[0] is not None and len(shapes[0]) == 3 else _LOST]
-    if kind in ("Cdist", "EuclideanDist", "CdistForward"):
-        if d < rank - 2:
-            return [state if s and len(s) == rank else _LOST for s in shapes]
-        return [state if d == rank - 2 else SHARED, state.at(rank - 2) if d == rank - 1 else SHARED][: len(shapes)]
-    return None
-
-
-def _of_parts(node, kind: str, k: int, state: Rows, shape, shapes, found: Structure) -> States | None:
-    """Of what takes or places parts of a tensor."""
-    d, batch, rank = state.dim, found.batch, len(shape)
-    saved = getattr(node, "_saved_dim", None)
-    if kind == "Repeat":
-        return [_repeated(state, node._saved_repeats[d], shape, shapes[0])]
-    if kind == "Index" and found.checked:
-        indices = list(node._saved_indices)
-        used = [j for j, index in enumerate(indices) if index is not None]
-        if not used or used != list(range(used[0], used[-1] + 1)):
-            return None
-        return [_taken(state, used[0], indices[used[0] : used[-1] + 1], shape, shapes[0], found)]
-    if not isinstance(saved, int):
-        return None
-    if kind in ("Select", "Unbind"):
-        return [state.at(d if d < _signed(saved, rank + 1) else d + 1)]
-    dim = _signed(saved, rank)
-    if kind in _ALONG_ONE and dim != d:
-        return [state] * len(shapes)
-    if kind == "Slice":
-        start = node._saved_start or 0
-        start = start - 2 * _OFFSET if start >= _OFFSET else start
-        start = start + shapes[0][d] if start < 0 else start
-        return [_part(state, start, shapes[0][d], batch) if node._saved_step == 1 else _LOST]
-    if kind in ("Split", "SplitWithSizes", "Chunk"):
-        start = sum(node._input_metadata[j].shape[dim] for j in range(k))
-        return [_part(state, start, shapes[0][d], batch)]
-    if kind == "Cat":
-        if None in shapes:  # of unknown size
-            return None
-        starts = itertools.accumulate((s[dim] for s in shapes), initial=0)
-        return [_cut(state, start, s[dim], batch) for start, s in zip(starts, shapes, strict=False)]
-    if kind == "Stack":
-        return None if dim == d else [state.at(d if d < dim else d - 1)] * len(shapes)
-    if kind == "Gather":
-        return [state if dim != d and shapes[0][d] == shape[d] else _LOST]
-    if kind in ("Scatter", "ScatterAdd", "ScatterReduce"):
-        return None if dim == d else [state if s is None or s[d] == shape[d] else _LOST for s in shapes]
-    if kind == "IndexAdd" and found.checked:
-        index = node._saved_index
-        return [state, Rows(d, owners=state.owners_of(shape[d], batch, index.device)[index])][: len(shapes)]
-    if kind == "IndexSelect" and found.checked:
-        return [_taken(state, dim, [node._saved_index], shape, shapes[0], found)]
-    return None
-
-
-# Of one dimension, all others as they are.
-_ALONG_ONE = {"Slice", "Split", "SplitWithSizes", "Chunk", "Cat", "IndexAdd"}
+def _of_product(rows: Rows, rank: int) -> States:
+    """Of the two matrices of a product, or of two batches of them."""
+    if rows.dim == rank - 2:
+        return [rows, SHARED]
+    return [SHARED if rows.dim == rank - 1 else rows, rows]
 
 
 def _repeated(state: Rows, times: int, shape, before) -> State | None:
@@ -434,13 +391,6 @@ def _reshaped(state: Rows, shape: tuple[int, ...], before: tuple[int, ...], batc
                 return Rows(dim, pre, post)
         behind *= before[dim]
     return _LOST
-
-
-def _of_product(state: Rows, rank: int) -> States:
-    """Of the two matrices of a product, or of two batches of them."""
-    if state.dim == rank - 2:
-        return [state, SHARED]
-    return [SHARED, state] if state.dim == rank - 1 else [state, state]
 
 
 def _part(state: Rows, start: int, size: int, batch: int) -> State:

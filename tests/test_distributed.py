@@ -129,9 +129,11 @@ def test_a_fit_whose_process_dies_leaves_the_old_file_and_ends(folder, tmp_path)
     assert process.returncode != 0, error
     assert "Signal 9" in error
     assert out.read_bytes() == b"what was there"
-    assert os.listdir(tmp_path) == ["m"]
+    # The launcher may kill the process that holds the lock, whose file the next run then takes over and removes.
+    assert set(os.listdir(tmp_path)) <= {"m", ".m.lock"}
     finished(fitting(folder, out, 2))
     assert out.read_bytes() == (folder / "whole").read_bytes()
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_an_error_of_the_training_process_is_everyones(folder, tmp_path):
