@@ -195,7 +195,7 @@ def draw(rows: Sequence[dict]) -> Figure:
         ax.set_xticks(places, [*(CLASS_NAMES[dataset][c] for c in classes), "average"])
         ax.set(xlabel="normal class", ylabel="AUROC", ylim=(0, 1.02), title=f"{TITLES[dataset]}, {_kind(rows[0])}")
         ax.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
-        figure.legend(loc="outside lower center", ncols=len(series) + 2, columnspacing=1.6)
+        figure.legend(loc="outside lower center", ncols=len(series) + 2, columnspacing=1.4, fontsize=8.5)
     return figure
 
 

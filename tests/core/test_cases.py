@@ -19,37 +19,17 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import gradext
 
+from .common import B, D, Net, Product, linear, x_of
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
     pytest.mark.filterwarnings("ignore:Full backward hook"),
 ]
-B, D = 4, 6
-
-
-class Net(nn.Module):
-    """Members by name, and a forward over them."""
-
-    def __init__(self, forward, **members):
-        super().__init__()
-        for name, member in members.items():
-            setattr(self, name, member)
-        self._run = forward
-
-    def forward(self, *args, **kwargs):
-        return self._run(self, *args, **kwargs)
-
-
-def linear(**options) -> nn.Linear:
-    return nn.Linear(D, D, **options)
 
 
 def two_layers(middle=torch.tanh) -> Net:
     return Net(lambda m, x: m.b(middle(m.a(x))), a=linear(), b=linear())
-
-
-def x_of(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (B, D)))
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:
@@ -57,18 +37,6 @@ def mse(output: Tensor, target: Tensor) -> Tensor:
 
 
 # --- weights, and forms of weights, in code that no function mode sees -----------------------------------------------
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
 
 
 class NewProduct(torch.autograd.Function):
