@@ -73,8 +73,9 @@ def benjamini_hochberg(p_values: np.ndarray, fdr: float) -> np.ndarray:
     p_values = np.asarray(p_values, dtype=np.float64)
     if p_values.ndim != 1 or not ((p_values >= 0) & (p_values <= 1)).all():
         raise ValueError(f"p_values: expected numbers in [0, 1], shape [N], but got shape {list(p_values.shape)}")
-    ranked = np.sort(p_values)
-    N = len(ranked)
-    # Conformal p-values lie on a grid that meets the bounds: 0.1 is 0.3 · 1/3, whatever its rounding says.
-    passed = np.flatnonzero(ranked * N <= fdr * np.arange(1, N + 1) * (1 + 1e-9))
-    return p_values <= ranked[passed[-1]] if passed.size else np.zeros(N, bool)
+    if not p_values.size:
+        return np.zeros(0, bool)
+    from scipy.stats import false_discovery_control  # takes half a second to import
+
+    # Conformal p-values lie on a grid that meets the bounds: 0.1 is 0.3 · 1/3 up to rounding.
+    return false_discovery_control(p_values) <= fdr * (1 + 1e-9)
