@@ -52,7 +52,6 @@ class Backward:
 
     def __post_init__(self) -> None:
         self.batch = self.root.gradient.shape[0]
-        self.must_prove = self.mode.hooked and self.batch > 1
         self.parameter_names = {id(p): name for name, p in self.mode.chosen.items()}
 
     def run(self) -> dict[str, Gradient]:
@@ -65,24 +64,26 @@ class Backward:
         structure = self._structure() if self.batch else Structure(0)
         unseen = [name for i, name in self.parameter_names.items() if i in structure.leaves]
         fallback.refuse_hidden(self.mode.hidden, unseen, structure)
-        differentiated = self.mode.entries[: self.mode.differentiated]
-        work = [entry.live(structure) for entry in self.mode.entries[len(differentiated) :]]
+        former = self.mode.entries[: self.mode.differentiated]
+        work = [entry.live(structure) for entry in self.mode.entries[len(former) :]]
         work = [entry for entry in work if entry.states]
-        self._segments(work)
-        self._deltas(work, structure, bool(unseen))
-        lost = self._settle_rows(work, structure.dtypes)
+        if self.mode.hooked:  # each sample's own gradient goes through the hooks
+            lost = work
+            for entry in lost:
+                entry.states = [Unproved("a hook that the run registers")]
+        else:
+            self._segments(work)
+            self._deltas(work, bool(unseen))
+            lost = self._settle_rows(work, structure)
         told = [entry for entry in work if entry not in lost]
         if structure.states:  # the losses may depend on these through a backward pass too, which only the graph knows
-            lost += [entry.live(structure) for entry in differentiated]
+            lost = lost + [entry.live(structure) for entry in former]
         if self.weights is not None:
             self._undo_weights(told, lost, unseen)
-        totals = self._totals(work) if self.mode.hooked else {}
         for entry in told:
             if self.mixing == "error" and self.batch > 1 and rules.mixes(entry, entry.rows):
                 fallback.refuse_mixing(entry, self.mode.model)
-            rule, found = rules.shares(entry, entry.deltas, entry.rows, self.batch, self.create_graph)
-            _compare(entry, found, totals)
-            self._take(rule, found)
+            self._take(*rules.shares(entry, entry.deltas, entry.rows, self.batch, self.create_graph))
             entry.deltas = []
         whole: dict[str, Tensor] = {}
         if lost or unseen:
@@ -119,7 +120,7 @@ class Backward:
 
     # --- deltas -------------------------------------------------------------------------------------------------------
 
-    def _deltas(self, work: list[Entry], structure: Structure, unseen: bool) -> None:
+    def _deltas(self, work: list[Entry], unseen: bool) -> None:
         edges = [edge for entry in work for edge in entry.edges]
         if not edges:
             return
@@ -128,15 +129,11 @@ class Backward:
             for entry in work:
                 entry.spent = True
         else:
-            create_graph = self.create_graph
-            keep = self.keep_graph or unseen or self.must_prove or create_graph or self.mode.differentiated > 0
-            keep = keep or any(rules.bind(entry) is None for entry in work)
-            keep = keep or any(not isinstance(state, Rows) for entry in work for state in entry.states)
-            found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, create_graph, self.mode.hooked)
-        if self.mode.hooked or "BackwardHookFunctionBackward" in structure.kinds:
-            found = [
-                None if delta is None else delta.clone() for delta in found
-            ]  # hooks may keep the deltas themselves
+            keep = self.keep_graph or unseen or self.create_graph or self.mode.differentiated > 0
+            keep = keep or not all(
+                rules.bind(entry) and all(isinstance(state, Rows) for state in entry.states) for entry in work
+            )
+            found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, self.create_graph)
         for entry, deltas in zip(work, _by_entry(work, found), strict=True):
             entry.deltas = deltas
 
@@ -175,93 +172,57 @@ class Backward:
 
     # --- whose rows are whose -----------------------------------------------------------------------------------------
 
-    def _settle_rows(self, work: list[Entry], dtypes: set[torch.dtype]) -> list[Entry]:
+    def _settle_rows(self, work: list[Entry], structure: Structure) -> list[Entry]:
         """Settle which rows are whose. Returns the entries of which this cannot be told."""
-        if self.batch <= 1:
-            for entry in work:
-                entry.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in entry.outputs]
-            return []
         lost, doubtful = [], []
         for entry in work:
-            if any(isinstance(state, Shared) for state in entry.states):
+            if self.batch == 1:
+                entry.rows = [Rows(0, 1, o.shape[0] if o.ndim else 1) for o in entry.outputs]
+            elif any(isinstance(state, Shared) for state in entry.states):
                 lost.append(entry)
-            elif self.must_prove or any(isinstance(state, Unproved) for state in entry.states):
-                doubtful.append(entry)
             else:
                 entry.rows = [state for state in entry.states if isinstance(state, Rows)]
-        if doubtful:
-            self._refuse_a_proof(doubtful[0])
-            lost += self._without_proof(doubtful, dtypes)
-        return lost
+                if len(entry.rows) < len(entry.states):
+                    doubtful.append(entry)
+        return lost + self._proved(doubtful, structure) if doubtful else lost
 
-    def _refuse_a_proof(self, entry: Entry) -> None:
-        """Refuse where no second backward can be run or looked at."""
-        if row_rules.capturing(self.root.gradient):
+    def _proved(self, doubtful: list[Entry], structure: Structure) -> list[Entry]:
+        """Prove rows by a second backward, from losses of other weights. Returns the entries without a proof."""
+        root, entry = self.root, doubtful[0]
+        advice = None
+        if row_rules.capturing(root.gradient):
             advice = (
                 "the proof waits for the device, which a CUDA graph cannot record; call batch_layer_grads itself, or "
                 "leave the parameter out with exclude="
             )
         elif self.weights is not None:
-            advice = (
-                "it takes a second backward to prove; call watch.factors(losses) before the training step's backward"
+            advice = "it takes a second backward to prove; call watch.factors(losses) before the training step's"
+        if advice:
+            raise CaptureError(
+                f"{listed(entry.names)}: at {entry.name} the graph does not tell which rows are whose (at "
+                f"{entry.reason()}), and {advice}"
             )
-        else:
-            return
-        raise CaptureError(
-            f"{listed(entry.names)}: at {entry.name} the graph does not tell which rows are whose (at "
-            f"{entry.reason()}), and {advice}"
-        )
-
-    def _without_proof(self, doubtful: list[Entry], dtypes: set[torch.dtype]) -> list[Entry]:
-        """Prove the rows by a second backward, from losses of other weights. Returns those without a proof."""
-        first = row_rules.proof_weights(self.batch, self.root.gradient, dtypes)
-        left = self._tried(doubtful, [first])
-        if left and self.mode.hooked:
-            # A hook may change gradients in proportion to nothing (clip them): then by losses that count or do not.
-            index = torch.arange(self.batch, device=first.values.device)
-            bits = [(index >> bit & 1).to(first.values.dtype) for bit in range((self.batch - 1).bit_length())]
-            left = self._tried(doubtful, [row_rules.Weights(bit, first.tolerance) for bit in bits])
-        return left
-
-    def _tried(self, doubtful: list[Entry], trials: list[row_rules.Weights]) -> list[Entry]:
-        """Settle the rows that every trial shows; returns the entries for which there are none."""
-        gradient = self.root.gradient.detach()
+        weights = row_rules.proof_weights(self.batch, root.gradient, structure.dtypes)
+        own = root.gradient.detach() * weights.values.view(-1, *[1] * (root.gradient.ndim - 1))
         edges = [edge for entry in doubtful for edge in entry.edges]
-        weighted = []
-        for trial in trials:
-            own = gradient * trial.values.view(-1, *[1] * (gradient.ndim - 1))
-            found = self.mode.differentiate(self.root, own, edges, after_hooks=self.mode.hooked)
-            weighted.append([part for parts in _by_entry(doubtful, found) for part in parts])
-        deltas = [delta.detach() for entry in doubtful for delta in entry.deltas]
-        hints = [s if isinstance(s, Rows) else getattr(s, "hint", None) for entry in doubtful for s in entry.states]
-        possible = [row_rules.candidates(d.shape, self.batch, hint) for d, hint in zip(deltas, hints, strict=True)]
-        flags = [
-            functools.reduce(
-                torch.logical_and,
-                [row_rules.weighs(delta, w[k].detach(), rows, t) for w, t in zip(weighted, trials, strict=True)],
-            )
-            for k, delta in enumerate(deltas)
-            for rows in possible[k]
-        ]
+        weighted = _by_entry(doubtful, self.mode.differentiate(root, own, edges))
+        ways, flags = [], []
+        for entry, parts in zip(doubtful, weighted, strict=True):
+            for delta, part, state in zip(entry.deltas, parts, entry.states, strict=True):
+                hint = state if isinstance(state, Rows) else state.hint if isinstance(state, Unproved) else None
+                ways.append(row_rules.candidates(delta.shape, self.batch, hint))
+                flags += [row_rules.weighs(delta.detach(), part.detach(), rows, weights) for rows in ways[-1]]
         told = iter(row_rules.verdicts(flags))
-        right = [[rows for rows in ways if next(told)] for ways in possible]
+        right = [[rows for rows in own if next(told)] for own in ways]
         left = []
-        for entry, ways in zip(doubtful, cut(right, (len(entry.deltas) for entry in doubtful)), strict=True):
-            if all(ways):
-                entry.rows = [way[0] for way in ways]
+        for entry, found in zip(doubtful, cut(right, (len(entry.deltas) for entry in doubtful)), strict=True):
+            if all(found):
+                entry.rows = [rows[0] for rows in found]
             else:
                 left.append(entry)
         return left
 
     # --- gradients of values ------------------------------------------------------------------------------------------
-
-    def _totals(self, work: list[Entry]) -> dict[int, Tensor]:
-        """Where hooks were registered: autograd's own gradients of what stands for the values, by id."""
-        given = list({id(x): x for entry in work for x in entry.stand_ins() if not x.is_complex()}.values())
-        if not given or self.weights is not None or self.create_graph:
-            return {}
-        found = self.mode.differentiate(self.root, self.root.gradient, given)
-        return {id(x): rules.dense(g) for x, g in zip(given, found, strict=True) if g is not None}
 
     def _take(self, rule: str, shares: Sequence[Share]) -> None:
         for share in shares:
@@ -371,23 +332,6 @@ def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor
         [delta_of(entry, output, delta) for output, delta in zip(entry.outputs, part, strict=True)]
         for entry, part in zip(work, parts, strict=True)
     ]
-
-
-def _compare(entry: Entry, shares: list[Share], totals: dict[int, Tensor]) -> None:
-    """Refuse what a hook on a node has made of a gradient in a way that cannot be seen."""
-    by_value = {id(value): totals.get(i) for i, value in entry.values.items()}
-    for share in shares:
-        total = by_value.get(id(share.value))
-        if total is None or share.rows is not None:
-            continue
-        gradient = share.gradient
-        own = gradient.sum() if isinstance(gradient, GradFactors) else gradient.sum(0)
-        difference = (own.reshape(total.shape).to(total.dtype) - total).abs().max() if total.numel() else 0
-        if difference > torch.finfo(total.dtype).eps ** 0.5 * (total.abs().max() + own.abs().max()):
-            raise CaptureError(
-                f"{listed(entry.names)}: a hook on a node of the graph changes the gradient of {entry.name} in a "
-                "way that cannot be followed; register hooks on tensors, or leave the parameter out with exclude="
-            )
 
 
 @contextlib.contextmanager

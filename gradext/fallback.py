@@ -45,7 +45,7 @@ def gradients(
     found = _each_sample(mode, root, [*given, *unseen.values()], judged, create_graph)
     by_name = dict(zip(unseen, found[len(given) :], strict=True))
     _refuse_one_for_all(root, by_name)
-    if mixing == "error" or unseen:
+    if batch > 1 and (mixing == "error" or unseen):
         _warn(reasons, batch)
     return list(map(Share, given.values(), found)), by_name
 

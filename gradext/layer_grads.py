@@ -204,21 +204,17 @@ def as_constant(value: Any) -> Any:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What a forward in training mode updates (running statistics, power iterations) is as before on exit."""
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        if module.training and module._buffers
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    """What a forward in training mode updates (running statistics, power iterations) are copies of the buffers."""
+    former = [(m._buffers, dict(m._buffers)) for m in model.modules() if m.training and m._buffers]
+    copies = {id(b): b.clone() for _, before in former for b in before.values() if b is not None}
     try:
+        for own, before in former:
+            own.update({name: b if b is None else copies[id(b)] for name, b in before.items()})
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+        for own, before in former:
+            own.clear()
+            own.update(before)
 
 
 def output_of(output: Any, loss: str | PerSampleLoss) -> Any:

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-_aten = torch.ops.aten
-
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 # Nodes that move values without changing them: looked through when asking what an output ends in.
@@ -85,51 +83,26 @@ def root_of(losses: Tensor) -> Root:
 def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, create_graph: bool = False) -> Root:
     """The root for ``loss``, a name of `LOSSES`, ``"auto"`` or a callable.
 
-    ``"auto"`` is reconstruction: `bce` where the output ends in a sigmoid, else `mse`.
-    Where the gradient of the loss has a closed form, it begins there and the loss is never evaluated: at the sigmoid's
-    input for binary cross entropy, ``p - t``, which stays exact where the sigmoid saturates, and else at the output,
-    ``2 (output - t)`` for the squared error, ``softmax(output) - one-hot`` for the cross entropy with classes. With
-    ``create_graph`` the gradient itself keeps its graph.
+    ``"auto"`` is reconstruction: `bce` where the output ends in a sigmoid, else `mse`. The backward of `bce` begins at
+    the input of that sigmoid, with ``p - t``, which stays exact where the sigmoid saturates. With ``create_graph`` the
+    gradient itself keeps its graph.
     Raises ValueError or TypeError for a loss, output or target that do not fit.
     """
     if callable(loss):
         return root_of(per_sample_loss(loss, output, target))
     loss, target = _checked_target(loss, output, target)
     node = output.grad_fn
-    sigmoid = _is_sigmoid(node) and not output._backward_hooks
-    with torch.set_grad_enabled(create_graph):
-        gradient = None if create_graph and loss == "cross_entropy" else _closed_form(loss, output, target, sigmoid)
-    if gradient is None:
+    if loss != "bce" or node is None or not _is_sigmoid(node) or output._backward_hooks:
         return root_of(_in_full_precision(LOSSES[loss], output, target))
-    if loss == "bce" and node is not None:
-        before, place = node.next_functions[0]
-        return Root(None if before is None else GradientEdge(before, place), gradient)
-    return Root(get_gradient_edge(output) if output.requires_grad else None, gradient)
+    before, place = node.next_functions[0]
+    with torch.set_grad_enabled(create_graph):
+        gradient = _widened(output) - target
+    return Root(None if before is None else GradientEdge(before, place), gradient.to(output.dtype))
 
 
-def _closed_form(loss: str, output: Tensor, target: Tensor, sigmoid: bool) -> Tensor | None:
-    """The gradient with respect to the output, or for ``"bce"`` to the input of the sigmoid that gave the output."""
-    if loss == "mse":
-        return 2 * _residual(output, target)
-    if loss == "bce_logits":
-        return _residual(output, target, torch.sigmoid)
-    if loss == "bce":
-        return _residual(output, target) if sigmoid else None
-    if output.ndim != 2 or target.dtype is not torch.int64 or target.shape != output.shape[:1]:
-        return None
-    # The backward of F.cross_entropy, by its own operators: they check the classes, and leave out what it ignores.
-    wide = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    log_p = torch.log_softmax(wide, 1)
-    ones = log_p.new_ones(len(log_p))
-    _, weight = _aten.nll_loss_forward(log_p, target, None, 0, -100)
-    gradient = _aten.nll_loss_backward(ones, log_p, target, None, 0, -100, weight)
-    return _aten._log_softmax_backward_data(gradient, log_p, 1, wide.dtype).to(output.dtype)
-
-
-def _residual(output: Tensor, target: Tensor, link: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    wide = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    residual = (wide if link is None else link(wide)) - target
-    return residual if residual.dtype is output.dtype else residual.to(output.dtype)
+def _widened(output: Tensor) -> Tensor:
+    """Losses sum many terms, which half precision would lose."""
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 def _checked_values(values: Tensor) -> Tensor:
@@ -203,12 +176,10 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
-    # Losses sum many terms: half precision would lose them, and autocast refuses some of these operators.
-    half = output.dtype in (torch.float16, torch.bfloat16)
-    output = output.float() if half else output
+    output = _widened(output)
     if target.is_floating_point():
         target = target.to(output.dtype)
-    with torch.autocast(output.device.type, enabled=False):
+    with torch.autocast(output.device.type, enabled=False):  # which refuses some of these operators
         return loss(output, target)
 
 

@@ -242,8 +242,11 @@ class WatchMode(TorchFunctionMode):
             if mark == self.token or not hasattr(tensor, _MARK):
                 with contextlib.suppress(AttributeError, RuntimeError):
                     setattr(tensor, _MARK, mark)
-        if result is None and mark == self.token and args and isinstance(args[0], Tensor):  # __setitem__
-            setattr(args[0], _MARK, mark)
+        written = args[0] if args and (result is None or result is args[0]) else None  # None: __setitem__
+        if mark == self.token and isinstance(written, Tensor):
+            setattr(written, _MARK, mark)
+            if written._base is not None:
+                setattr(written._base, _MARK, mark)
 
     def _note_hidden(self, values: list[Value]) -> None:
         """What the forward of a custom autograd function does with a parameter leaves no graph."""
@@ -382,27 +385,18 @@ class WatchMode(TorchFunctionMode):
         return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
 
     def differentiate(
-        self, root: Root, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False, after_hooks=False
+        self, root: Root, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False
     ) -> list[Tensor | None]:
-        """The gradients at ``inputs`` for a ``gradient`` at the root; a checkpointed forward meets the same stand-ins.
-
-        after_hooks: at edges, as hooks leave them; torch's engine captures some of them before.
-        """
+        """The gradients at ``inputs`` for one at the root; a checkpointed forward meets the same stand-ins again."""
         assert root.edge is not None  # as the losses depend on something
-        changed: dict[int, Tensor] = {}
-        handles = [
-            edge.node.register_prehook(lambda grads, k=k, n=edge.output_nr: changed.update({k: grads[n]}))
-            for k, edge in enumerate(inputs if after_hooks else ())
-        ]
         self.replay = True
         try:
             with self:
-                found = torch.autograd.grad((root.edge,), inputs, (gradient,), retain, create_graph, allow_unused=True)
+                return list(
+                    torch.autograd.grad((root.edge,), inputs, (gradient,), retain, create_graph, allow_unused=True)
+                )
         finally:
             self.replay = False
-            for handle in handles:
-                handle.remove()
-        return [changed.get(k, g) for k, g in enumerate(found)]
 
 
 def _custom_function() -> str | None:

@@ -349,7 +349,8 @@ def bind(entry: Entry) -> Call | None:
 
 def _bound(entry: Entry) -> Call | None:
     try:
-        call = _FAST[entry.func](entry, *entry.args, **entry.kwargs)
+        rule = getattr(entry.func, "rule", None) or _FAST[entry.func]
+        call = rule(entry, *entry.args, **entry.kwargs)
     except (KeyError, TypeError, AttributeError):  # no rule, or spelt in a way that it does not know
         return None
     if call is None or id(call.input) in entry.values:
@@ -701,9 +702,16 @@ def registered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def registered_call(name: str, module: nn.Module, input: Tensor, given: dict[str, Tensor]) -> Call:
+def registered_call(
+    name: str, module: nn.Module, entry: Entry, given: dict[str, Tensor], args: tuple, kwargs: dict
+) -> Call:
     """``given``: by their names in the module, what stands for its parameters."""
-    rule = _registered[type(module)]
+    rule, input = _registered[type(module)], tensors_of([args, kwargs])[0]
+    if len(entry.outputs) != 1:
+        raise CaptureError(
+            f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters, as the "
+            f"layer has a rule of its own, but it returned {len(entry.outputs)}"
+        )
     last: list[Any] = [None, None]  # a delta, and what the rule gives for it: of all parameters at once
 
     def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:

@@ -248,40 +248,32 @@ def _registered_layers(mode: WatchMode) -> Iterator[None]:
 
 
 def _as_whole(mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> Callable:
-    """A forward that becomes one entry of the parameters ``own``, by their names in the module."""
+    """A forward that is one function of its arguments and of the parameters ``own``, by their names in the module."""
     forward, thread = module.forward, threading.get_ident()
 
-    @functools.wraps(forward)
-    def whole(*args, **kwargs):
-        if mode.opaque or threading.get_ident() != thread or not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        versions = [(t, t._version) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        given = {role: mode.stand_in(p) for role, p in own.items()}
-        parameters = _exchange(module, given)
+    def run(given: dict[str, Tensor], args: tuple, kwargs: dict):
+        parameters, versions = _exchange(module, given), [(t, t._version) for t in rules.tensors_of([args, kwargs])]
         mode.opaque = True
         try:
             output = forward(*args, **kwargs)
         finally:
             mode.opaque = False
             _exchange(module, parameters)
-        if mode.replay or not versions:
-            return output
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        if any(t._version != version for t, version in versions):
             raise CaptureError(
-                f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters from a "
-                f"layer with a rule of its own, but it returned {type(output).__name__}"
+                f"{', '.join(f'{name}.{role}' for role in own)}: the layer modifies its input in place, so that "
+                "its rule cannot be applied; make that operation out of place"
             )
-        call = rules.registered_call(name, module, versions[0][0], given)
-        values: dict[int, Tensor] = {id(t): own[role] for role, t in given.items()}
-        inputs = tuple(given.values())
-        mode.record(_registered_layer, inputs, {}, values, [output], versions=versions, call=call, bound=True)
         return output
 
+    @functools.wraps(forward)
+    def whole(*args, **kwargs):
+        if mode.opaque or threading.get_ident() != thread or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return mode.__torch_function__(run, (), (own, args, kwargs))
+
+    run.rule = functools.partial(rules.registered_call, name, module)  # type: ignore[attr-defined]
     return whole
-
-
-def _registered_layer(*args, **kwargs):
-    raise TypeError("a layer with a rule of its user's own is no function")
 
 
 def _exchange(module: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -348,7 +348,7 @@ def test_a_registered_layer_that_overwrites_its_input_is_refused(rule):
     gradext.register_layer(Overwrites)(rule)
     model, x = nn.Sequential(nn.Linear(5, 6), Overwrites(6)), torch.rand(B, 5)
     try:
-        with pytest.raises(CaptureError, match=r"1\.scale.*modified in place"):
+        with pytest.raises(CaptureError, match=r"1\.scale.*modifies its input in place"):
             gradext.batch_layer_grads(model, x, loss=squared)
     finally:
         forget(Overwrites)

@@ -796,6 +796,30 @@ def test_what_is_put_back_was_a_layer_s_input():
     assert_close(factors["layer.weight"].materialize(), expected, 1e-6)
 
 
+class Averaging(nn.Module):
+    """A layer whose input is a buffer that the forward writes samples into, whole or by a view."""
+
+    def __init__(self, view: bool):
+        super().__init__()
+        self.layer, self.view = nn.Linear(6, 6), view
+        self.register_buffer("memory", torch.ones(B, 6))
+
+    def forward(self, x):
+        (self.memory[:] if self.view else self.memory).lerp_(x, 0.5)
+        return self.layer(self.memory[:] if self.view else self.memory)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_layers_input_is_a_buffer_that_is_put_back(view):
+    torch.manual_seed(0)
+    model, x = Averaging(view), torch.randn(B, 6)
+    memory = torch.ones(B, 6).lerp(x, 0.5)
+    expected = 2 * (model.layer(memory) - x).unsqueeze(2) * memory.unsqueeze(1)
+    assert_close(gradext.batch_layer_grads(model, x, loss="mse")["layer.weight"], expected, 1e-6)
+    assert_close(gradext.batch_layer_factors(model, x, loss="mse")["layer.weight"].materialize(), expected, 1e-6)
+    assert torch.equal(model.memory, torch.ones(B, 6))
+
+
 def test_threads_do_not_disturb_each_other():
     model, x = build("attention")
     expected = gradext.batch_layer_grads(model, x, loss="mse")
