@@ -1,7 +1,7 @@
 """The compiled module: `C` where it can be used, else None and the `reason`. Knows nothing of torch.
 
-A binary is used only if it was built from this version and, where the sources lie beside the package, from
-these sources: a stale one would answer with the arithmetic of another day.
+A binary is used only if it was built from this version and, if the sources lie beside the package, from these sources.
+A stale one raises a warning, because it computes what other sources said.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _CURE = "run `pip install .` in gradext's source folder"
 
 
 def source_hash(csrc: Path) -> str:
-    """As setup.py computes it and build_config() reports it."""
+    """The hash of the sources, as setup.py computes it and build_config() reports it."""
     digest = hashlib.sha256()
     for path in sorted(p for p in csrc.rglob("*") if p.is_file()):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -32,8 +32,8 @@ def source_hash(csrc: Path) -> str:
 
 
 def _candidates() -> Iterator[Path]:
-    """Beside this file, then in installed distributions: in the root of a clone the source folder, which
-    holds no binary, hides the installed package."""
+    """Binaries beside this file, then those of installed distributions: in the root of a clone the source folder, which
+    has no binary, shadows the installed package."""
     seen = {_PACKAGE}
     yield from _binaries(_PACKAGE)
     for distribution in importlib.metadata.distributions(name="gradext"):
