@@ -368,7 +368,7 @@ def check_apart(outs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
 
 
 def _span(t: Tensor) -> tuple[int, int]:
-    """The address of its first byte and of the byte after its last; (0, 0) if there is no memory."""
+    """The address of its first byte and of the byte after its last; the same address twice if it is empty."""
     begin = t.data_ptr()
     if t.is_contiguous():
         return begin, begin + t.nbytes

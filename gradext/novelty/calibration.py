@@ -1,8 +1,8 @@
-"""From scores to decisions: thresholds, p-values and selections that hold what they promise.
+"""From scores to decisions: thresholds, p-values and selections with guaranteed rates of error.
 
-All rests on one fact. If n calibration scores and the score of one normal sample are exchangeable (the samples are
-drawn alike, and none of them was trained on), the rank of the latter among all n + 1 is uniform. Here scores are
-novelties: higher is more novel.
+If n calibration scores and the score of one normal sample are exchangeable (the samples are drawn in the same way, and
+none of them was trained on), the rank of that score among all n + 1 is uniform. Here scores are novelties: higher is
+more novel.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class Calibration:
     def threshold(self, target_fpr: float) -> float:
         """The k-th smallest score, ``k = ⌈(n + 1)(1 - target_fpr)⌉``: normal samples exceed it at that rate at most.
 
-        Where ``(n + 1) target_fpr < 1`` no score is high enough: the largest is given, exceeded at a rate of at most
-        `attainable_fpr`. Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005.
+        If ``(n + 1) target_fpr < 1`` no score is high enough: the result is the largest score, which normal samples
+        exceed at a rate of at most `attainable_fpr`. Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a
+        Random World", 2005.
         """
         if not 0 < target_fpr < 1:
             raise ValueError(f"target_fpr: expected a number between 0 and 1, but got {target_fpr!r}")
         n = len(self.scores)
-        k = math.ceil((n + 1) * (1 - target_fpr) - 1e-9)  # 20 · 0.95 is 19, whatever its rounding says
+        k = math.ceil((n + 1) * (1 - target_fpr) - 1e-9)  # 20 · 0.95 is 19 up to rounding
         return float(self.scores[min(max(k, 1), n) - 1])
 
     @property

@@ -29,16 +29,16 @@ from .representations import LayerChoices, characterize, distort
 from .scores import SCORES, Statistics
 from .training import History, train
 
-# The curves of the picture: more of them cannot be told apart.
+# The curves of the picture: more could not be distinguished.
 ROC = ("gradient_norm", "combined_whitened_norm", "reconstruction_error", "latent_loss", *CLASSIFIER_SCORES)
 TITLES = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
 
 
 @dataclass(frozen=True, eq=False)
 class ClassResult:
-    """One class as inliers: the trained model, every score of the test images (inliers first), which are outliers.
+    """One class as inliers: the trained model, all scores of the test images (inliers first), and which are outliers.
 
-    held_out: every score of the validation inliers.
+    held_out: all scores of the validation inliers.
     """
 
     model: VAE
@@ -73,8 +73,8 @@ def evaluate_class(
 ) -> ClassResult:
     """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers.
 
-    ``channels``: of a `ConvVAE`; None: a `VAE` with ``hidden_dim``. ``seed`` decides on the split, ``model_seed``
-    (default: the same) on everything else; ``penalty`` is that of `train`.
+    ``channels``: of a `ConvVAE`; None: a `VAE` with ``hidden_dim``. ``seed`` is for the split, ``model_seed`` (default:
+    the same) for everything else; ``penalty`` as for `train`.
     """
     split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
     seed = seed if model_seed is None else model_seed
@@ -145,7 +145,7 @@ def run(
     image_set = datasets.load(dataset, data_dir)
     classes = sorted(set(image_set.labels.tolist())) if inliers is None else list(inliers)
     for inlier in classes:
-        datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)  # a wrong class is told before training
+        datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)  # a wrong class raises before the training
     results = {}
     for k, inlier in enumerate(classes):
         start = time.perf_counter()
@@ -223,7 +223,7 @@ def speed_table(model: VAE, x: Tensor, batch: int = 256, repeats: int = 5) -> st
     times: dict[str, list[float]] = {route: [] for route in routes}
     for _ in range(repeats):
         for route, call in routes.items():
-            call()  # warm: each route finds the cache and the allocator as its own last call left them
+            call()  # warm up: the cache and the allocator are as after a call of the same route
             start = time.perf_counter()
             call()
             times[route].append(time.perf_counter() - start)
@@ -247,7 +247,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _writable_folder(folder: Path) -> Path:
-    """Make the folder and try a file in it, so that a bad path is found before the training, not after."""
+    """Make the folder and try a file in it, so that a bad path raises before the training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
