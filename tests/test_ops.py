@@ -56,6 +56,13 @@ def schema_name(name, T) -> str:
     return "outer_sum" if name == "outer" and T is not None else name
 
 
+@pytest.mark.parametrize("T", [33, 64, 150])
+def test_norms_of_many_positions_by_both_gram_matrices(T, backend):
+    delta, activation = factors(2, T, 200, 240)  # wide: the Gram matrices take fewer operations than the gradients
+    expected = PLAIN["sq_norm"](delta, activation)
+    torch.testing.assert_close(ops.sq_norm(delta, activation, backend=backend), expected, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PLAIN)
 def test_equals_the_written_gradients_in_double_precision(name, shape, backend):
