@@ -38,9 +38,9 @@ _PASSED = {
     *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
-# Functions that take of their second tensor its type or its shape alone.
-_LIKE = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
-_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+# Functions that take of other tensors their type or shape alone: how many of the tensors they take whole.
+_WHOLE = dict.fromkeys(("to", "type_as", "view_as", "reshape_as", "expand_as"), 1)
+_WHOLE |= dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"), 0)
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -102,25 +102,25 @@ class WatchMode(TorchFunctionMode):
         if not torch.is_grad_enabled():
             result = func(*args, **kwargs)
             if not self.replay:
-                values, others = self._told_apart(args, kwargs)
+                values, _, sampled = self._told_apart(func, args, kwargs)
                 self._note_hidden(values)
-                self._mark(func, result, others, args)
+                self._mark(result, sampled, args)
             return result
         if _inside_transform():
             return func(*args, **kwargs)
         if func in _COMPOSED:
             return self._look_inside(func, args, kwargs)
-        values, others = self._told_apart(args, kwargs)
+        values, others, sampled = self._told_apart(func, args, kwargs)
         if values:
             if self.opaque:
                 return func(*args, **kwargs)
-            if getattr(func, "__name__", "") in _LIKE or not any(map(self._is_sample, others)):
+            if not sampled or getattr(func, "__name__", "") in _WHOLE:
                 return self._derive(func, args, kwargs, values)
             if any(value.names for value in values):
                 return self._enter(func, args, kwargs, values, others)
             args, kwargs = self._replaced(args), self._replaced(kwargs)
         result = func(*args, **kwargs)
-        self._mark(func, result, others, args)
+        self._mark(result, sampled, args)
         if self.train:
             self._note_losses(result)
         return result
@@ -143,24 +143,25 @@ class WatchMode(TorchFunctionMode):
             if id(tensor) not in self.values:
                 setattr(tensor, _MARK, self.token)
 
-    def _told_apart(self, args: tuple, kwargs: dict) -> tuple[list[Value], list[Tensor]]:
-        """The values among the arguments of a call, and the other tensors."""
+    def _told_apart(self, func, args: tuple, kwargs: dict) -> tuple[list[Value], list[Tensor], bool]:
+        """The values among the arguments of a call, the other tensors, and whether these hold samples."""
         values: list[Value] = []
         others: list[Tensor] = []
+        sampled = False
         for tensor in tensors_of((args, kwargs) if kwargs else args):
-            value = self.values.get(id(tensor))
-            if value is None and tensor.requires_grad and not self._is_marked(tensor):
-                value = self._adopted(tensor)
-            if value is None:
-                others.append(tensor)
-            else:
-                values.append(value)
-        return values, others
-
-    def _is_marked(self, tensor: Tensor) -> bool:
-        mark = getattr(tensor, _MARK, None)
-        # A constant with a history may have been written to by way of a view of it.
-        return mark == self.token or (mark == -self.token and tensor.grad_fn is None)
+            mark = getattr(tensor, _MARK, None)
+            if mark != self.token:
+                value = self.values.get(id(tensor))
+                # A constant with a history may have been written to by way of a view of it.
+                if value is None and tensor.requires_grad and (mark != -self.token or tensor.grad_fn is not None):
+                    value = self._adopted(tensor)
+                if value is not None:
+                    values.append(value)
+                    continue
+            others.append(tensor)
+            sampled = sampled or self._is_sample(tensor)
+        whole = _WHOLE.get(getattr(func, "__name__", ""))
+        return values, others, sampled if whole is None else any(map(self._is_sample, others[:whole]))
 
     def _adopted(self, tensor: Tensor) -> Value | None:
         """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
@@ -219,34 +220,25 @@ class WatchMode(TorchFunctionMode):
             return tensor.requires_grad
         return id(tensor) not in self._held_by_model()  # from outside: the caller's, unless the model holds it
 
-    def _mark(self, func, result, others: Sequence[Tensor], args: tuple) -> None:
+    def _mark(self, result, sampled: bool, args: tuple) -> None:
         """Remember of a result whether it depends on samples."""
-        name = getattr(func, "__name__", "")
-        if name in _LIKE:
-            others = others[:1]
-        elif name in _NEW:
-            others = ()
+        mark = self.token if sampled else -self.token
         # Without a graph, a view requires grad as its base does, but has no history.
         recorded = torch.is_grad_enabled()
         if isinstance(result, Tensor) and result.requires_grad and recorded:
-            if id(result) not in self.values and any(map(self._is_sample, others)):
-                setattr(result, _MARK, self.token)
+            if sampled and id(result) not in self.values:
+                setattr(result, _MARK, mark)
             return
-        found = result if isinstance(result, (list, tuple)) else (result,)
-        plain = [t for t in found if isinstance(t, Tensor) and not (t.requires_grad and recorded)]
-        if not plain and result is not None:
-            return
-        mark = self.token if any(map(self._is_sample, others)) else -self.token
-        for tensor in plain:
-            # Results that are arguments (in place) may come from outside.
-            if mark == self.token or not hasattr(tensor, _MARK):
+        for tensor in result if isinstance(result, (list, tuple)) else (result,):
+            plain = isinstance(tensor, Tensor) and not (tensor.requires_grad and recorded)
+            if plain and (sampled or not hasattr(tensor, _MARK)):  # in place it may come from outside
                 with contextlib.suppress(AttributeError, RuntimeError):
                     setattr(tensor, _MARK, mark)
         written = args[0] if args and (result is None or result is args[0]) else None  # None: __setitem__
-        if mark == self.token and isinstance(written, Tensor):
-            setattr(written, _MARK, mark)
-            if written._base is not None:
-                setattr(written._base, _MARK, mark)
+        if sampled and isinstance(written, Tensor):
+            for tensor in (written, written._base):
+                if tensor is not None:
+                    setattr(tensor, _MARK, mark)
 
     def _note_hidden(self, values: list[Value]) -> None:
         """What the forward of a custom autograd function does with a parameter leaves no graph."""
@@ -301,7 +293,7 @@ class WatchMode(TorchFunctionMode):
             found = args[:1]
         made = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
         if not made:
-            self._mark(func, result, (), args)
+            self._mark(result, False, args)
             return result
         names = frozenset().union(*(value.names for value in values))
         own = {id(v.tensor): v.tensor for v in values if v.names}
@@ -336,7 +328,7 @@ class WatchMode(TorchFunctionMode):
         for output in outputs:
             setattr(output, _MARK, self.token)
         if not outputs:
-            self._mark(func, result, [t for t in args if isinstance(t, Tensor)], args)
+            self._mark(result, True, args)
         elif not self.replay:
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
             used = (*others, *(value.tensor for value in found if not value.names))
