@@ -1,4 +1,4 @@
-"""What several kinds of factors compute with: norms of rows and of sums of squares, cosines, clipping, blocks.
+"""Shared by several kinds of factors: norms of rows and of sums of squares, cosines, clipping, blocks.
 
 Norms are right wherever they are in the range of their type, if need be from numbers scaled by powers of two. Where
 nobody looks on and the tensors lie on the CPU, results decide whether that is needed. A GPU would have to be waited
@@ -25,7 +25,7 @@ BLOCK_ELEMENTS = reference.BLOCK_ELEMENTS
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing records or traces what is done with the tensors."""
+    """Whether neither autograd nor a tracer records operations on the tensors."""
     return ops._is_plain(tensors)
 
 
