@@ -187,6 +187,7 @@ print(len(scores))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux' limit on private memory")
 @pytest.mark.parametrize("form", ["map", "generator", "array"])
 def test_fit_and_score_in_a_fifth_of_the_datas_size(form, tmp_path):
