@@ -6,8 +6,9 @@ Nothing here knows how a gradient is found.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -169,25 +170,26 @@ def _gradients(
 def as_call(x: Any, model: nn.Module | None = None) -> tuple[tuple, dict]:
     """A model's input as positional and keyword arguments."""
     if isinstance(x, Mapping):
-        if model is not None and not _takes(model, x):
+        forward = None if model is None else model.forward
+        function = getattr(forward, "__func__", forward)
+        if function is not None and not _takes(function, function is not forward, tuple(x)):
             return (x,), {}
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
 
 
-def _takes(model: nn.Module, keywords: Mapping) -> bool:
-    """Whether forward takes these keywords; where it cannot be told, it does."""
+@functools.lru_cache(256)
+def _takes(forward: Callable, is_method: bool, keywords: tuple[str, ...]) -> bool:
+    """Whether a model's forward takes these keywords; where it cannot be told, it does."""
     try:
-        signature = inspect.signature(model.forward)
-    except (ValueError, TypeError, AttributeError):
+        parameters = list(inspect.signature(forward).parameters.values())[is_method:]
+    except (ValueError, TypeError):
         return True
-    try:
-        signature.bind(**keywords)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if named.issuperset(keywords) or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return True
-    except TypeError:
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in positional]
-        return len(required) != 1 or required[0] in keywords
+    required = [p.name for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return len(required) != 1 or required[0] in keywords
 
 
 def as_constant(value: Any) -> Any:

@@ -39,8 +39,9 @@ _PASSED = {
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
 # Functions that take of other tensors their type or shape alone: how many of the tensors they take whole.
-_WHOLE = dict.fromkeys(("to", "type_as", "view_as", "reshape_as", "expand_as"), 1)
-_WHOLE |= dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"), 0)
+_WHOLE = dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as), 1) | (
+    dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor), 0)
+)
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -106,7 +107,8 @@ class WatchMode(TorchFunctionMode):
                 self._note_hidden(values)
                 self._mark(result, sampled, args)
             return result
-        if _inside_transform():
+        # Torch has no public way to ask; both names are the same in every version that the package supports.
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if func in _COMPOSED:
             return self._look_inside(func, args, kwargs)
@@ -114,7 +116,7 @@ class WatchMode(TorchFunctionMode):
         if values:
             if self.opaque:
                 return func(*args, **kwargs)
-            if not sampled or getattr(func, "__name__", "") in _WHOLE:
+            if not sampled or func in _WHOLE:
                 return self._derive(func, args, kwargs, values)
             if any(value.names for value in values):
                 return self._enter(func, args, kwargs, values, others)
@@ -160,7 +162,7 @@ class WatchMode(TorchFunctionMode):
                     continue
             others.append(tensor)
             sampled = sampled or self._is_sample(tensor)
-        whole = _WHOLE.get(getattr(func, "__name__", ""))
+        whole = _WHOLE.get(func)
         return values, others, sampled if whole is None else any(map(self._is_sample, others[:whole]))
 
     def _adopted(self, tensor: Tensor) -> Value | None:
@@ -399,8 +401,3 @@ def _custom_function() -> str | None:
             return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")
         frame = frame.f_back
     return None
-
-
-def _inside_transform() -> bool:
-    # Torch has no public way to ask; both names are the same in every version that the package supports.
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

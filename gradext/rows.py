@@ -100,13 +100,17 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
         found.kinds.add(name)
         if name == _LEAF:
             found.leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
-        elif node in found.states:
+        elif inputs and node in found.states:
             # All that the loss of one sample depends on is that sample's.
             states = [first] * len(inputs) if batch == 1 else _input_states(node, name, inputs, found)
             for (source, place), state in zip(inputs, states, strict=True):
                 if source is not None and state is not None:
-                    arrived = found.states.setdefault(source, {})
-                    arrived[place] = _merged(arrived.get(place), state, name)
+                    state = Unproved(name) if state is _LOST else state
+                    arrived = found.states.get(source)
+                    if arrived is None:
+                        found.states[source] = {place: state}
+                    else:
+                        arrived[place] = _merged(arrived.get(place), state, name)
     return found
 
 
@@ -200,20 +204,17 @@ States = Sequence[State | None]
 
 def _input_states(node: Node, name: str, inputs: tuple, found: Structure) -> States:
     """The states of a node's inputs, from those of its outputs."""
-    arrived = found.states[node]
-    for state in arrived.values():
+    states: list[State | None] = []
+    for k, state in found.states[node].items():
         if isinstance(state, Unproved):
             return [state._replace(hint=None)] * len(inputs)
-    states: list[State | None] = [None] * len(inputs)
-    for k, state in arrived.items():
         here: States | None = [SHARED] * len(inputs)
         if isinstance(state, Rows):
             here = _states_of(node, _kind_of(name), k, state, inputs, found)
         if here is None:
             return [Unproved(name, state if isinstance(state, Rows) else None)] * len(inputs)
-        for j, new in enumerate(here):
-            if new is not None:
-                states[j] = _merged(states[j], Unproved(name) if new is _LOST else new, name)
+        former = states or [None] * len(inputs)
+        states = [a if b is None else _merged(a, b, name) for a, b in zip(former, here, strict=True)]
     return states
 
 
@@ -221,23 +222,27 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
     """The states of the inputs where output ``k`` has ``rows``; None where the kind is not known."""
     if kind == "pointwise" and len(inputs) == 1:
         return [rows]
-    shape, n = tuple(node._input_metadata[k].shape), len(inputs)
-    shapes = [None if below is None else tuple(below._input_metadata[place].shape) for below, place in inputs]
-    d, rank, batch, before = rows.dim, len(shape), found.batch, shapes[0] if shapes else None
+    d, n, batch, shape = rows.dim, len(inputs), found.batch, node._input_metadata[k].shape
+    rank = len(shape)
     first_alone: States = [rows, *[SHARED] * (n - 1)]
-    match kind:
-        case "pointwise" | "Expand":
-            return [_aligned(rows, shape, s) for s in shapes]
+    match kind:  # what needs no shapes of the inputs
         case "Mm" | "Bmm":
             return _of_product(rows, rank)
-        case "Addmm" | "Baddbmm":
-            return [_aligned(rows, shape, before), *_of_product(rows, rank)]
+        case "T" | "Numpy_T":
+            return [rows.at(rank - 1 - d)]
+        case "Transpose":
+            a, b = _signed(node._saved_dim0, rank), _signed(node._saved_dim1, rank)
+            return [rows.at(b if d == a else a if d == b else d)]
+        case "Permute":
+            return [rows.at(_signed(node._saved_dims[d], rank))]
         case "Mv":
             return [rows, SHARED]
         case "NllLoss" | "NllLoss2D" | "NllLoss2d":
             return [rows if d == 0 or kind == "NllLoss" else rows.at(d + 1), *[None] * (n - 1)]
         case "Embedding" | "EmbeddingDenseBackward":
             return [SHARED]
+        case "Select" | "Unbind":
+            return [rows.at(d if d < _signed(node._saved_dim, rank + 1) else d + 1)]
         case "NativeLayerNorm" | "FusedRmsNorm" | "RmsNorm":
             return first_alone if k == 0 and d < rank - len(node._saved_normalized_shape) else None
         case "Convolution":
@@ -246,6 +251,13 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
             if getattr(node, "_saved_training", True):
                 return [rows, *[rows.at(0)] * (n - 1)] if d == 1 else None
             return first_alone if d == 0 else None
+    shapes = [None if below is None else below._input_metadata[place].shape for below, place in inputs]
+    before = shapes[0]
+    match kind:
+        case "pointwise" | "Expand":
+            return [_aligned(rows, shape, s) for s in shapes]
+        case "Addmm" | "Baddbmm":
+            return [_aligned(rows, shape, before), *_of_product(rows, rank)]
         case "ScaledDotProduct":
             if d > 1 or rank != 4 or (d == 1 and len({s[1] for s in shapes[:3] if s}) > 1):
                 return None
@@ -258,20 +270,11 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
             if d < rank - 2:
                 return [rows if s and len(s) == rank else _LOST for s in shapes]
             return first_alone if d == rank - 2 else [SHARED, rows.at(rank - 2)]
-        case "Select" | "Unbind":
-            return [rows.at(d if d < _signed(node._saved_dim, rank + 1) else d + 1)]
     if before is None:
         return _along_one(node, kind, k, rows, shape, shapes, found)
     match kind:
         case "same order":
             return [_reshaped(rows, shape, before, batch)]
-        case "T" | "Numpy_T":
-            return [rows.at(rank - 1 - d)]
-        case "Transpose":
-            a, b = _signed(node._saved_dim0, rank), _signed(node._saved_dim1, rank)
-            return [rows.at(b if d == a else a if d == b else d)]
-        case "Permute":
-            return [rows.at(_signed(node._saved_dims[d], rank))]
         case "reduction" if len(before) == rank:  # keepdim
             return [rows] if before[d] == shape[d] else None
         case "reduction":
@@ -303,7 +306,7 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
     return _along_one(node, kind, k, rows, shape, shapes, found)
 
 
-def _along_one(node: Any, kind: str, k: int, rows: Rows, shape, shapes: list, found: Structure) -> States | None:
+def _along_one(node: Any, kind: str, k: int, rows: Rows, shape, shapes: list[Any], found: Structure) -> States | None:
     """Of what takes or places parts of a tensor along one dimension."""
     saved = getattr(node, "_saved_dim", None)
     if not isinstance(saved, int):
@@ -363,7 +366,7 @@ def _repeated(state: Rows, times: int, shape, before) -> State | None:
     return Rows(inner, state.pre // times, state.post) if regular else _LOST
 
 
-def _aligned(state: Rows, shape: tuple[int, ...], other: tuple[int, ...] | None) -> State | None:
+def _aligned(state: Rows, shape: Sequence[int], other: Sequence[int] | None) -> State | None:
     """Of an operand that is broadcast to ``shape``."""
     if other is None:
         return None
@@ -373,7 +376,7 @@ def _aligned(state: Rows, shape: tuple[int, ...], other: tuple[int, ...] | None)
     return state.at(dim)
 
 
-def _reshaped(state: Rows, shape: tuple[int, ...], before: tuple[int, ...], batch: int) -> State:
+def _reshaped(state: Rows, shape: Sequence[int], before: Sequence[int], batch: int) -> State:
     """Where the samples lie in a tensor of the same elements in the same order."""
     outer, inner = math.prod(shape[: state.dim]), math.prod(shape[state.dim + 1 :])
     if state.owners is not None:
@@ -464,7 +467,7 @@ def state_of_view(output: Tensor, state: State, batch: int) -> State:
         hint = None if state.hint is None else state_of_view(output, state.hint, batch)
         return state._replace(hint=hint if isinstance(hint, Rows) else None)
     if _as_base(output, base):
-        return _reshaped(state, tuple(base.shape), tuple(output.shape), batch)
+        return _reshaped(state, base.shape, output.shape, batch)
     same = base.stride(state.dim), base.shape[state.dim]
     dims = [d for d in range(output.ndim) if (output.stride(d), output.shape[d]) == same]
     return state.at(dims[0]) if len(dims) == 1 else Unproved("a view")
