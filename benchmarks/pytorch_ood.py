@@ -1,6 +1,6 @@
 """pytorch-ood's gradient detectors against `gradext.novelty.pytorch_ood`: equal values, time and memory of a `predict`.
 
-python -m benchmarks.pytorch_ood                            (prints the table; needs pip install '.[integrations]')
+python -m benchmarks.pytorch_ood                            (prints the table; needs pip install '.[wrappers]')
 python -m benchmarks.pytorch_ood --rise CASE DETECTOR HOME  (bytes by which resident memory rises in one call)
 """
 

@@ -9,7 +9,7 @@ from . import pytorch_ood
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pytorch_ood") is None,
-    reason="pytorch-ood is not installed (pip install '.[integrations]')",
+    reason="pytorch-ood is not installed (pip install '.[wrappers]')",
 )
 
 
