@@ -1,4 +1,4 @@
-"""Shared oracles: what a per-sample gradient is, written the two slow ways that nobody doubts."""
+"""Oracles and fixtures that all tests use: per-sample gradients by a loop and by `vmap(grad)`."""
 
 from __future__ import annotations
 

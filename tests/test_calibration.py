@@ -1,4 +1,4 @@
-"""What thresholds, p-values and selections promise, held against simulation."""
+"""Thresholds, p-values and selections: their guarantees, by simulation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The command line: the demo from end to end, ``info``, and what bad input is told."""
+"""The command line: the demo from end to end, ``info``, and the errors for bad input."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""``gradext fit``, ``score``, ``evaluate`` from end to end, and what bad input is told; nothing is lost."""
+"""``gradext fit``, ``score``, ``evaluate`` from end to end, and their errors; no result is lost."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""gradext where something is missing or warnings are errors."""
+"""gradext without its optional parts, and with warnings as errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads, processes and nested calls: calls on one model take turns, and leave it and torch's state as they were.
+"""Threads, processes and nested calls: calls on one model take turns and restore its state and torch's.
 
 What exceptions leave behind is tested in `core/test_watch.py`. An interrupt in the middle of a call's own bookkeeping
 is not guarded against.

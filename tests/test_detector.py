@@ -1,4 +1,4 @@
-"""`NoveltyDetector` among other people's tools: scikit-learn's contract, frames, arrays of all kinds, own models."""
+"""`NoveltyDetector` with other tools: scikit-learn's checks, data frames, arrays of all kinds, models of the user."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""``torchrun -m gradext fit``, ``score``, ``evaluate``: what one process gives, and nothing is lost where one dies."""
+"""``torchrun -m gradext fit``, ``score``, ``evaluate``: the results of one process; nothing is lost if one dies."""
 
 import json
 import os

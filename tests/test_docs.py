@@ -1,4 +1,4 @@
-"""The documents: their examples run, their links lead somewhere, and every public name shows how it is used."""
+"""The documents: their examples run, their links exist, and every public name has an example."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Explanations are what they say, held against autograd, finite differences and written-out gradients."""
+"""Explanations against autograd, finite differences and written gradients."""
 
 import numpy as np
 import pytest

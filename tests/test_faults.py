@@ -1,4 +1,4 @@
-"""Processes killed at random moments, full disks, read-only folders, lost workers: what is run again gives the same.
+"""Processes killed at random moments, full disks, read-only folders, lost workers: a second run gives the same.
 
 ``GRADEXT_KILLS=100 pytest tests/test_faults.py -m slow`` kills a hundred times each.
 """

@@ -1,4 +1,4 @@
-"""Files made to do harm, or damaged: a clear error or what the file says, in bounded memory and time, nothing written.
+"""Malicious and damaged files: a clear error or the content, in bounded memory and time; nothing is written.
 
 What each loader refuses one by one is in test_datasets.py; here hypothesis damages files in ways nobody thought of.
 """

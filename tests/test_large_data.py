@@ -1,4 +1,4 @@
-"""Data that memory need not hold: the same bits as from an array, within the memory that is allowed."""
+"""Data larger than memory: bit for bit the results of an array, within a memory limit."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""batch_layer_grads and batch_layer_factors: exact on every model that they accept, and an error on every other."""
+"""batch_layer_grads and batch_layer_factors: exact on every accepted model, an error on every other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators: right in every type and shape, differentiable twice, and proper citizens of torch.library."""
+"""The operators: right in every type and shape, differentiable twice, and correct under torch.library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What libraries for per-sample gradients do in ordinary situations, against a backward pass for each sample alone.
+"""Libraries for per-sample gradients in ordinary situations, against a backward of each sample alone.
 
 gradext is tested by default; the peers where they are installed, by ``pytest -m peers tests/test_peers.py``, which
 prints the table at the end and writes it with ``--peers-table FILE``.

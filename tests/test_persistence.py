@@ -1,4 +1,4 @@
-"""Saved detectors: the same bits come back, no code is run, and what is wrong with a file is said."""
+"""Saved detectors: the same bits after loading, no code is executed, damaged files raise clear errors."""
 
 import copy
 import errno

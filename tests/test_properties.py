@@ -1,4 +1,4 @@
-"""Properties of the operators, for which hypothesis looks for counterexamples, on every backend that the CPU reaches.
+"""Properties of the operators, tested by hypothesis on every backend that works on the CPU.
 
 Shapes have zeros, ones, primes and large aspect ratios; tensors are dense, permuted, sliced, expanded, misaligned or
 lazily negated. ``pytest tests/test_properties.py --hypothesis-profile=thorough`` looks at many times as many. Triton's

@@ -1,4 +1,4 @@
-"""Networks that hypothesis makes up, in double precision against autograd one sample at a time.
+"""Random networks from hypothesis, in double precision against autograd one sample at a time.
 
 A network is a list of steps, each of which makes a value [B, T, D] (or [B, D]) of the ones before it.
 """

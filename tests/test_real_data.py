@@ -1,4 +1,4 @@
-"""Data as they come: spikes, sentinels, heavy tails, images of every type and arrangement; nothing is upside down."""
+"""Raw data: spikes, sentinels, heavy tails, images of every type and arrangement."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The report is one whole file: all that was promised is in it, nothing is loaded from elsewhere, names are escaped."""
+"""The report is one complete file: all sections are in it, no external resources, names are escaped."""
 
 import html.parser
 import json

@@ -1,4 +1,4 @@
-"""The rotation network as a model like any other: trained, scored by its own losses' gradients, saved, explained."""
+"""The rotation network: trained, scored by the gradients of its own losses, saved, explained."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The C++ of the CPU backend under the compiler's warnings, its sanitizers, and clang-tidy where it is installed."""
+"""The C++ of the CPU backend under compiler warnings, sanitizers, and clang-tidy if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 elements, by strides over memory that is never touched, and the peak memory of the routes."""
+"""Offsets beyond 2^31 elements, by strides over untouched memory, and the peak memory of the routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types that a user's type checker sees."""
+"""The types as a user's type checker sees them."""
 
 import os
 import subprocess

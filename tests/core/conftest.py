@@ -1,4 +1,4 @@
-"""The judge of the core's tests: per-sample gradients against plain autograd in fp64, and the model left as it was.
+"""The judge of the core's tests: per-sample gradients against plain autograd in fp64, and an unchanged model.
 
 A case is a function without arguments that makes everything anew (a model may keep state) and returns a dict:
 

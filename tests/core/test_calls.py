@@ -1,4 +1,4 @@
-"""Promises that hold from call to call: order, random numbers, the caller's tensors, models that change in between."""
+"""What holds between calls: order, random numbers, the caller's tensors, models that change."""
 
 from __future__ import annotations
 

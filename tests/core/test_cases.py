@@ -1,4 +1,4 @@
-"""Models, losses and hooks that once gave wrong numbers, each kind in several variants: right, or refused by name."""
+"""Models, losses and hooks that once gave wrong numbers, several variants of each: right, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plausible models and losses, as people bring them: every parameter exact, in whatever order a model has its rows."""
+"""Common models and losses: every parameter exact, in whatever order a model has its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uses of parameters that once gave a wrong number: each sample alone, or ∂ losses[b] by plain autograd, judges."""
+"""Uses of parameters that once gave a wrong number, against each sample alone or ∂ losses[b] by autograd."""
 
 import warnings
 
