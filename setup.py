@@ -230,7 +230,7 @@ class BuildNative(build_ext):
         return [str(target)]
 
     def cuda_library_flags(self, nvcc: str) -> list[str]:
-        """nvcc knows where its own libraries are, whatever the toolkit's layout."""
+        """The folders of the toolkit's libraries, which nvcc knows for every layout."""
         plan = output_of(nvcc, "-dryrun", "-o", "a.out", "a.o")
         line = next(line for line in plan.splitlines() if "LIBRARIES=" in line)
         return line.split("LIBRARIES=")[1].replace('"', "").split()

@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     evaluate = commands.add_parser(
         "evaluate",
-        description="Score labelled samples and print how well normal and novel ones are told apart, such as AUROC.",
+        description="Score labelled samples and print how well scores separate normal and novel ones.",
         parents=[model, labelled],
-        help="how well labelled samples are told apart",
+        help="how well scores separate labelled samples",
     )
     evaluate.set_defaults(run=_novelty)
 

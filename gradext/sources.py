@@ -241,7 +241,7 @@ def _fingerprint(*parts: object) -> str:
 
 
 def _stamp(path: Path) -> str:
-    """Size and times, the last of which nobody sets: a file that was replaced by one of the same age has another."""
+    """Size and times. The time of the last status change cannot be set: it differs for a file that was replaced."""
     status = path.stat()
     return f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
@@ -623,7 +623,7 @@ def _opened(path: Path):
     from PIL import Image, ImageOps
 
     Image.init()
-    # Whatever a file is called, its content decides: and PostScript is a program, which Pillow has Ghostscript run.
+    # The content decides, not the name. PostScript is a program, which Pillow would let Ghostscript execute.
     formats = [name for name in Image.ID if name != "EPS"]
     try:
         with warnings.catch_warnings():

@@ -245,7 +245,7 @@ def test_what_another_run_left_is_refused(digits, model, tmp_path, capsys):
     assert (tmp_path / "scores.csv.partial").exists()
 
 
-def test_a_run_that_failed_at_once_is_in_nobodys_way(model, tmp_path, capsys):
+def test_a_run_that_fails_at_once_leaves_nothing(model, tmp_path, capsys):
     """What was wrong is mended, and the command runs: with nothing done there is nothing to go on with."""
     np.save(tmp_path / "narrow.npy", np.zeros((5, 63)))
     np.save(tmp_path / "x.npy", np.zeros((5, 64)))
@@ -371,7 +371,7 @@ def test_an_output_that_is_an_input_is_refused(arguments, what, digits, tmp_path
 
 
 def test_two_processes_on_one_output(digits, model, tmp_path, capsys):
-    """One works, the other says so; a lock that a killed process left is in nobody's way."""
+    """One works, the other raises; the lock of a killed process has no effect."""
     out = tmp_path / "s.csv"
     arguments = ["score", model, str(digits / "test"), "--out", str(out)]
     with writing.alone(out):

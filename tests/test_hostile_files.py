@@ -1,6 +1,6 @@
 """Malicious and damaged files: a clear error or the content, in bounded memory and time; nothing is written.
 
-What each loader refuses one by one is in test_datasets.py; here hypothesis damages files in ways nobody thought of.
+test_datasets.py has the errors of each loader one by one; here hypothesis damages files at random.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def test_characterize_leaves_the_model_in_its_mode(digits):
     assert model.encoder.training
 
 
-def test_no_sample_depends_on_its_company_where_the_sigmoid_saturates(digits):
+def test_no_sample_depends_on_others_where_the_sigmoid_saturates(digits):
     model, x = VAE(64, 8, 2).double(), digits[0][:5].double()
     with torch.no_grad():
         model.decoder[2].bias.fill_(40.0)

@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_refused_with_names():
         ops.outer(delta, activation, out=torch.empty(1, 5, 3).expand(4, 5, 3))
 
 
-def test_direct_calls_equal_dispatched_ones_and_hide_from_nobody():
+def test_direct_calls_equal_dispatched_ones_and_modes_see_them():
     """Plain tensors go past the dispatcher; a mode that looks on still sees every operator."""
 
     class Seen(TorchDispatchMode):

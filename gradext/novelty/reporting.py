@@ -189,7 +189,7 @@ def _plots_note(outlier, both: bool) -> str:
         )
     if outlier is None:
         return "No labels: these are all samples' p-values. Normal ones follow the diagonal, novel ones rise above it."
-    return "All samples are of one kind, so that nothing can be said of how well kinds are told apart."
+    return "All samples are of one kind, so the separation of normal and novel samples is unknown."
 
 
 def _most_novel(detector, source, rows, novelty, p_values, outlier) -> str:

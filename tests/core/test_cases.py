@@ -1331,7 +1331,7 @@ def test_nothing_is_held_when_a_call_is_over():
     assert gone() is None
 
 
-# --- the company of a sample -----------------------------------------------------------------------------------------
+# --- the other samples of a batch --------------------------------------------------------------------------------------
 
 
 def reconstruction():
@@ -1341,7 +1341,7 @@ def reconstruction():
 
 @pytest.mark.parametrize("value", [1.0000001, -1e-9, 7.0, float("nan")])
 @pytest.mark.parametrize("place", [0, 5])
-def test_auto_does_not_depend_on_the_company(place, value):
+def test_auto_does_not_depend_on_other_samples(place, value):
     """One pixel outside of [0, 1] changes no other sample's gradient; that it is refused is right too."""
     model, x = reconstruction()
     others = [k for k in range(8) if k != place]
