@@ -1331,7 +1331,7 @@ def test_nothing_is_held_when_a_call_is_over():
     assert gone() is None
 
 
-# --- the other samples of a batch --------------------------------------------------------------------------------------
+# --- the other samples of a batch ------------------------------------------------------------------------------------
 
 
 def reconstruction():
