@@ -20,6 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext.backends import BACKENDS
 
+LONGER = ("medium", "slow", "peers", "zoo")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in LONGER):
+            item.add_marker("quick")
+
+
 # For the tests that set none of their own: the same examples in every run, or, by --hypothesis-profile, new ones.
 _COMMON = {
     "deadline": None,
