@@ -98,7 +98,7 @@ FAULTS = (
     Fault(
         "operators", "gradients are clipped by the wrong side", "gradext/factors/numerics.py",
         ".clamp_max(1)", ".clamp_min(1)",
-        "test_factors.py clip",
+        "test_statistics.py clipped_sums",
     ),
     Fault(
         "detector", "p-values do not count the sample itself", "gradext/novelty/calibration.py",
