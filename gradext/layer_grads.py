@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backward import Gradient
 from .errors import CaptureError, NonFiniteError
-from .factors import LayerFactors, LayerGrads
+from .factors import Gradient, LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
 from .rules import tensors_of
 from .selection import LayerChoice
-from .watch import kept_apart, layer_factors, layer_grads, lock_of, watch
+from .watch import lock_of, watch
 
 
 def batch_layer_grads(
@@ -84,8 +83,7 @@ def batch_layer_grads(
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
     choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
     found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
-    given = _check_outs(out, found, watched.parameters, dtype)
-    return layer_grads(found, watched.parameters, watched.coverage, out=given, dtype=dtype, backend=backend)
+    return LayerGrads.of(found, watched.parameters, watched.coverage, out=out, dtype=dtype, backend=backend)
 
 
 def batch_layer_factors(
@@ -117,9 +115,9 @@ def batch_layer_factors(
     """
     choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
     found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
-    result = layer_factors(found, watched.coverage)
+    result = LayerFactors.of(found, watched.coverage)
     del found, watched  # with the graph
-    return kept_apart(result)
+    return result.kept_apart()
 
 
 def _gradients(
@@ -244,27 +242,6 @@ def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:
         raise ValueError(
             f"x: expected a tensor on the model's device {devices.pop()}, but got one on {x.device}; use x.to(...)"
         )
-
-
-def _check_outs(
-    out: Mapping[str, Tensor] | None,
-    found: dict[str, Gradient],
-    parameters: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    if out is None:
-        return {}
-    if not isinstance(out, Mapping):
-        raise TypeError(f"out: expected a mapping from names to tensors, but got {type(out).__name__}")
-    if set(out) != set(found):
-        raise ValueError(f"out: expected one tensor for each of {sorted(found)}, but got {sorted(out)}")
-    for name, tensor in out.items():
-        shape = (found[name].shape[0], *parameters[name].shape)
-        ops.check_out(tensor, shape, found[name].device, f"out[{name!r}]")
-        if dtype is not None and tensor.dtype != dtype:
-            raise TypeError(f"out[{name!r}]: expected type {dtype} (the dtype argument), but got {tensor.dtype}")
-    ops.check_apart(out.values(), [tensor for gradient in found.values() for tensor in _parts(gradient)])
-    return dict(out)
 
 
 def _parts(gradient: Gradient) -> tuple[Tensor, ...]:

@@ -528,17 +528,11 @@ def candidates(shape: Sequence[int], batch: int, hint: Rows | None = None) -> li
     return list(dict.fromkeys(found)) if all(rows.owners is None for rows in found) else found
 
 
-class Weights(NamedTuple):
-    """Weights of the losses for a proof, and how far a right delta may be from its multiple, in proportion."""
-
-    values: Tensor  # [B]
-    tolerance: float
-
-
-def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> Weights:
+def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> tuple[Tensor, float]:
     """[B] different positive weights, in no order that a model might have; ``dtypes`` are those of the graph.
 
-    Powers of two, by which even rounding errors are multiplied exactly, as long as there are enough of them.
+    Powers of two, by which even rounding errors are multiplied exactly, as long as there are enough of them. With them
+    comes how far a right delta may be from its multiple, in proportion.
     """
     kinds = {like.dtype, *(dtype for dtype in dtypes if dtype.is_floating_point)}
     eps = max(torch.finfo(dtype).eps for dtype in kinds)
@@ -547,22 +541,21 @@ def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> We
     levels = 2 * most + 1
     mantissa = 1 + (order // levels) / (1 + (batch - 1) // levels)
     values = ((order % levels) - most).double().exp2() * mantissa
-    return Weights(values.to(device=like.device, dtype=like.dtype), 64 * eps if batch <= levels else eps**0.5)
+    return values.to(device=like.device, dtype=like.dtype), 64 * eps if batch <= levels else eps**0.5
 
 
-def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Weights) -> Tensor:
-    """Whether each sample's rows of ``part`` are those of ``delta`` times its weight: a boolean on the device.
+def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Tensor, tolerance: float) -> Tensor:
+    """Whether each sample's rows of ``part`` are those of ``delta`` times its weight [B]: a boolean on the device.
 
     Each sample is judged by its own largest number; NaN tells nothing.
     """
-    batch = len(weights.values)
+    batch = len(weights)
     owners = rows.owners_of(delta.shape[rows.dim], batch, delta.device)
     delta, part = (t.movedim(rows.dim, 0).reshape(t.shape[rows.dim], -1) for t in (delta, part))
-    own = weights.values.to(delta.dtype)
-    difference = (part - delta * own[owners].unsqueeze(1)).abs()
+    difference = (part - delta * weights.to(delta.dtype)[owners].unsqueeze(1)).abs()
     largest = delta.abs().nan_to_num(0, 0).amax(1) if delta.shape[1] else delta.real.new_zeros(len(delta))
-    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax") * weights.values.to(largest.dtype)
-    return ~(difference > scale[owners].unsqueeze(1) * weights.tolerance).any()
+    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax") * weights.to(largest.dtype)
+    return ~(difference > scale[owners].unsqueeze(1) * tolerance).any()
 
 
 def verdicts(flags: Iterable[Tensor]) -> list[bool]:

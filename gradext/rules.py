@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import rows as row_rules
 from .errors import CaptureError
-from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
+from .factors import ConvFactors, EmbeddingFactors, GradFactors, Gradient, Windows
 from .rows import Rows, Shared, State, Structure, Unproved, by_sample, own_rows, state_of_view
 from .selection import listed
 
@@ -145,7 +145,7 @@ class Call(NamedTuple):
     input: Tensor
     parameters: dict[str, Tensor]  # by role, the rule's own name of an argument
     rows: int  # leading dimensions of input and output that can hold samples and their positions
-    gradient: Callable[[str, Tensor, Tensor], GradFactors | Tensor]  # (role, input, delta) [B, ...]; see `positions`
+    gradient: Callable[[str, Tensor, Tensor], Gradient]  # (role, input, delta) [B, ...]; see `positions`
     positions: bool = True  # whether any number of dimensions of positions may follow the samples; else none may
 
 
@@ -153,7 +153,7 @@ class Share(NamedTuple):
     """The gradient of one value: of every sample [B, *shape]; with ``rows``, the value's own rows are the samples'."""
 
     value: Tensor
-    gradient: GradFactors | Tensor
+    gradient: Gradient
     rows: Rows | None = None
 
 
@@ -168,7 +168,7 @@ def _linear(entry, input, weight, bias=None) -> Call | None:
     return Call("linear", input, parameters, input.ndim - 1, _linear_gradient)
 
 
-def _linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+def _linear_gradient(role: str, input: Tensor, delta: Tensor) -> Gradient:
     """x [B, ..., I], δ [B, ..., O]."""
     if role == "bias":
         return _sum_to(delta, (delta.shape[-1],))
@@ -176,7 +176,7 @@ def _linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | T
     return GradFactors(_positions(input), _positions(delta))
 
 
-def _turned(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+def _turned(role: str, input: Tensor, delta: Tensor) -> Gradient:
     found = _linear_gradient(role, input, delta)
     return found.transposed() if isinstance(found, GradFactors) else found
 
@@ -190,7 +190,7 @@ def _matmul(entry: Entry, first, second) -> Call | None:
     if first.ndim != 2 or second.ndim < 3:
         return None
 
-    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+    def gradient(role: str, input: Tensor, delta: Tensor) -> Gradient:
         return _linear_gradient("weight", input.mT, delta.mT)
 
     return Call("linear", second, {"weight": first}, second.ndim - 2, gradient)
@@ -245,32 +245,21 @@ def _embedding(
     if scale_grad_by_freq:  # by what is in the whole batch
         return None
     rows = weight.shape[0]
-    if entry.func is torch.embedding and padding_idx == -1:
-        padding_idx = None
     padding = None if padding_idx is None else padding_idx % rows
 
     def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
+        B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
+        index = index.long() % max(rows, 1)  # negative ones count from the end
         delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
-        return _embedding_gradient(index, delta, rows)
+        return EmbeddingFactors(index.reshape(B, T), delta.reshape(B, T, delta.shape[-1]), rows)
 
     return Call("embedding", input, {"weight": weight}, input.ndim, gradient)
 
 
-def _embedding_gradient(index: Tensor, delta: Tensor, rows: int) -> EmbeddingFactors:
-    B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
-    return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
-
-
 def _rows_of_table(entry, table, index) -> Call | None:
     """``W[index]`` with an integer index: an embedding."""
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or table.ndim != 2:
-        return None
-    rows = table.shape[0]
-
-    def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
-        return _embedding_gradient(torch.where(index < 0, index + rows, index), delta, rows)
-
-    return Call("embedding", index, {"weight": table}, index.ndim, gradient)
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and table.ndim == 2
+    return _embedding(entry, index, table) if whole else None
 
 
 # The names of the arguments, in order.
@@ -333,7 +322,7 @@ _FAST: dict[Callable, Callable[..., Call | None]] = {
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution(True)),
     F.embedding: _embedding,
     torch.embedding: lambda entry, weight, indices, padding_idx=-1, by_frequency=False, sparse=False: _embedding(
-        entry, indices, weight, padding_idx, scale_grad_by_freq=by_frequency
+        entry, indices, weight, None if padding_idx == -1 else padding_idx, scale_grad_by_freq=by_frequency
     ),
     Tensor.__getitem__: _rows_of_table,
     **dict.fromkeys(_NORMS, _norm),
@@ -649,86 +638,3 @@ def _close(got: Tensor, expected: Tensor) -> bool:
     got, expected = got.flatten(1), expected.flatten(1)
     bound = expected.abs().nan_to_num(0, 0).amax(1, keepdim=True) * torch.finfo(expected.dtype).eps ** 0.5
     return not ((got - expected).abs() > bound).any().item()
-
-
-# --- layers of the user's own ----------------------------------------------------------------------------------------
-
-LayerGradients = Callable[[nn.Module, Tensor, Tensor], "dict[str, GradFactors | Tensor]"]
-_registered: dict[type[nn.Module], LayerGradients] = {}
-
-
-def register_layer(*types: type[nn.Module]) -> Callable[[LayerGradients], LayerGradients]:
-    """Give a layer type of your own a faster rule: decorates ``(layer, input, delta) -> {parameter name: gradient}``.
-
-    Every layer is covered without it, by the general rule; a rule of your own may use what only you know of it.
-    ``input`` [B, ...] is the layer's first argument, ``delta`` [B, ...] the gradient of Σ_b loss_b with respect to its
-    output (one tensor). The gradient of each parameter, by its name in the layer, is a tensor [B, *parameter.shape] or
-    a `GradFactors`. The rule holds for the types themselves, not for those derived from them, and stands for all that
-    happens inside such a layer. Raises TypeError for what is no module type.
-
-    >>> import torch, gradext
-    >>> class Scale(torch.nn.Module):
-    ...     def __init__(self, features):
-    ...         super().__init__()
-    ...         self.scale = torch.nn.Parameter(torch.ones(features))
-    ...     def forward(self, x):
-    ...         return x * self.scale
-    >>> @gradext.register_layer(Scale)
-    ... def scale_gradients(layer, input, delta):
-    ...     return {"scale": input * delta}
-    >>> model = torch.nn.Sequential(Scale(6), torch.nn.Linear(6, 6, bias=False))
-    >>> {name: tuple(g.shape) for name, g in gradext.batch_layer_grads(model, torch.rand(5, 6)).items()}
-    {'0.scale': (5, 6), '1.weight': (5, 6, 6)}
-    """
-    for kind in types:
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"register_layer: expected types derived from torch.nn.Module, but got {kind!r}")
-
-    def register(gradients: LayerGradients) -> LayerGradients:
-        _registered.update(dict.fromkeys(types, gradients))
-        return gradients
-
-    return register
-
-
-def registered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost modules with a rule of their user's own, by name."""
-    inside: set[int] = set()
-    found = []
-    for name, module in model.named_modules() if _registered else ():
-        if type(module) in _registered and id(module) not in inside:
-            inside.update(map(id, module.modules()))
-            found.append((name, module))
-    return found
-
-
-def registered_call(
-    name: str, module: nn.Module, entry: Entry, given: dict[str, Tensor], args: tuple, kwargs: dict
-) -> Call:
-    """``given``: by their names in the module, what stands for its parameters."""
-    rule, input = _registered[type(module)], tensors_of([args, kwargs])[0]
-    if len(entry.outputs) != 1:
-        raise CaptureError(
-            f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters, as the "
-            f"layer has a rule of its own, but it returned {len(entry.outputs)}"
-        )
-    last: list[Any] = [None, None]  # a delta, and what the rule gives for it: of all parameters at once
-
-    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
-        if last[0] is not delta:
-            last[:] = delta, rule(module, input, delta)
-        gradients = last[1]
-        result = gradients.get(role) if isinstance(gradients, dict) else None
-        shape, came = (delta.shape[0], *given[role].shape), None
-        if isinstance(result, GradFactors):
-            came = (len(result), *(result.weight_shape or result.shape[1:]))
-        elif isinstance(result, Tensor):
-            came = tuple(result.shape)
-        if came != shape or result is None:
-            raise ValueError(
-                f"layer {name!r}: expected the rule registered for {type(module).__name__} to give the gradient of "
-                f"{role!r} as a tensor or GradFactors of shape {shape}, but got {came or type(gradients).__name__}"
-            )
-        return result
-
-    return Call("registered", input, given, 1, gradient, positions=False)

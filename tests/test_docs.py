@@ -9,7 +9,7 @@ import pytest
 
 import gradext
 import gradext.novelty
-import gradext.rules
+import gradext.registered
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")] + sorted(
@@ -25,7 +25,8 @@ def test_there_are_examples():
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_examples_run_one_after_the_other(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gradext.rules, "_registered", dict(gradext.rules._registered))  # their layers are theirs alone
+    layers = dict(gradext.registered._registered)  # a copy: what a page registers is for this test alone
+    monkeypatch.setattr(gradext.registered, "_registered", layers)
     names = {"__name__": page.stem}
     for source in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(compile(source, str(page), "exec"), names)

@@ -19,7 +19,7 @@ gradient of sample b. Costs are counted in multiply-adds. Nothing here knows abo
 from .convolutions import ConvFactors, Windows
 from .embeddings import EmbeddingFactors
 from .layers import LayerFactors, LayerGrads
-from .products import GradFactors
+from .products import GradFactors, Gradient
 from .sums import SumFactors
 from .written import WrittenFactors
 
@@ -27,6 +27,7 @@ __all__ = [
     "ConvFactors",
     "EmbeddingFactors",
     "GradFactors",
+    "Gradient",
     "LayerFactors",
     "LayerGrads",
     "SumFactors",
