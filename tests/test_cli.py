@@ -21,6 +21,7 @@ def demo_run(tmp_path_factory):
     return results, "\n".join(lines), out
 
 
+@pytest.mark.medium
 def test_demo_prints_its_tables(demo_run):
     results, text, _ = demo_run
     assert list(results) == [0, 5]
@@ -45,6 +46,7 @@ def test_demo_runs_on_one_thread_and_restores_their_number(tmp_path, monkeypatch
         torch.set_num_threads(threads)
 
 
+@pytest.mark.medium
 def test_demo_detects(demo_run):
     """On real images the label-free gradient norm and the reconstruction error are far above chance."""
     results, _, _ = demo_run
@@ -53,6 +55,7 @@ def test_demo_detects(demo_run):
         assert auroc["reconstruction_error"] > 0.85
 
 
+@pytest.mark.medium
 def test_demo_writes_its_pictures(demo_run):
     _, text, out = demo_run
     for inlier in (0, 5):

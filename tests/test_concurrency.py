@@ -276,6 +276,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("in_the_middle", [False, True])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers(method, in_the_middle, tmp_path):

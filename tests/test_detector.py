@@ -211,6 +211,7 @@ class ConvVAE(nn.Module):
         return self.decoder(z).reshape(-1, 1, 8, 8), mu, logvar
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("make", "loss"), [(ConvAutoencoder, "mse"), (ConvVAE, "bce")])
 @pytest.mark.parametrize("score", ["gradient_norm", "delta_norm", "gradient_cosine", "reconstruction_error"])
 def test_own_models_are_trained_and_scored(make, loss, score, digits):

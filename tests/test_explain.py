@@ -140,6 +140,7 @@ def stripes(rng, colours=None):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["grey", "colours", "channels last"])
 @pytest.mark.parametrize("value", [250, 10])
 def test_a_map_shows_the_defect(kind, value):

@@ -18,7 +18,7 @@ import pytest
 from gradext.cli import main
 from gradext.novelty import Checkpoint, NoveltyDetector
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+pytestmark = [pytest.mark.medium, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
 ROOT = Path(__file__).parents[1]
 
 # Starts a command again and again and kills it, each time at another moment, until it was killed often enough; then

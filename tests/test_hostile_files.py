@@ -343,6 +343,7 @@ def test_members_of_npz_with_paths_out_of_the_folder(guarded, trick):
     assert os.listdir(guarded) == ["x.npz"]
 
 
+@pytest.mark.medium
 def test_bombs_of_arrays_and_tables(guarded):
     """Files of kilobytes, or few megabytes, that stand for gigabytes."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -555,6 +556,7 @@ ODD = st.one_of(
 )
 
 
+@pytest.mark.medium
 @given(data=st.data())
 def test_detectors_that_say_anything(guarded, saved, data):
     """A description with values of any kind in the place of its own, at any depth."""

@@ -83,6 +83,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(detector, "HELD_BYTES", 0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_bits_of_an_array(form, digits, small_blocks, tmp_path):
     expected = NoveltyDetector(**COMBINED, **FAST).fit(digits[0])

@@ -506,6 +506,7 @@ def test_a_missing_compiler_fails_no_install(tmp_path):
     assert not list(tmp_path.rglob("_C*"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("answer", "targets"), [("echo 9.0; echo 7.5; echo 9.0", ["75", "90"]), ("echo 12.0", ["120"]), ("exit 9", None)]
 )

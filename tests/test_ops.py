@@ -171,6 +171,7 @@ def test_lazy_negatives_are_read_as_what_they_stand_for(name, backend):
             ops.outer(*tensors, out=out, backend=backend)
 
 
+@pytest.mark.medium
 def test_opcheck(backend):
     for T in None, 3:
         for name in PLAIN:

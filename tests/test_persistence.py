@@ -33,6 +33,7 @@ def file(detector, tmp_path):
     return tmp_path / "model.gradext"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
 def test_the_same_bits_come_back(score, dtype, digits, tmp_path):

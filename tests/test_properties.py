@@ -27,6 +27,8 @@ from gradext import ops
 from gradext.backends import BACKENDS, cpu, reference, triton
 from gradext.backends.reference import accumulation_type
 
+pytestmark = pytest.mark.medium
+
 INTERPRETED = triton.interpreting()
 # The compiled kernel is chosen by the machine and the size: "streaming" and "baseline" make it stream past the cache
 # at every size, and use no instruction that some machine lacks.
@@ -55,6 +57,7 @@ def backend(request, monkeypatch):
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_triton_in_its_interpreter():
     """Everything below, on few and small examples, in a process where kernels are interpreted."""

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import gradext
 
+pytestmark = pytest.mark.medium
+
 VOCABULARY = 5
 ACTIVATIONS = {
     "relu": (F.relu, torch.relu_),

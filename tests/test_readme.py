@@ -51,6 +51,7 @@ def tour(name: str, folder: Path, monkeypatch) -> None:
         assert main(arguments) == 0, line
 
 
+@pytest.mark.medium
 def test_command_line_tour_on_image_files(tmp_path, monkeypatch, capsys):
     tour("tour", tmp_path, monkeypatch)
     assert float(re.search(r"AUROC +([\d.]+)", capsys.readouterr().out)[1]) > 0.9

@@ -9,7 +9,7 @@ from gradext.cli import main
 from gradext.novelty import NoveltyDetector, RotationNet, characterize, load, save
 from gradext.novelty.explain import heat, layer_shares, residual
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
+pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")]
 
 
 def upright(rng, n, turn=0):

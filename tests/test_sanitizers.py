@@ -53,6 +53,7 @@ def run(*command: object) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_no_warnings(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
     includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]

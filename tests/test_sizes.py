@@ -11,6 +11,8 @@ import torch
 
 from gradext import ops
 
+pytestmark = pytest.mark.medium
+
 FAR = (1 << 31) + 64  # elements; 4 bytes each are mapped and a few pages used
 
 

@@ -142,7 +142,7 @@ def compilations():
     for gpu in GPUS:
         for dtype in TYPES:
             for call in calls(dtype):
-                marks = () if call in QUICK.get((gpu, dtype), ()) else pytest.mark.slow
+                marks = pytest.mark.medium if call in QUICK.get((gpu, dtype), ()) else pytest.mark.slow
                 yield pytest.param(gpu, dtype, call, marks=marks, id=f"sm_{gpu}-{dtype}-{call.replace(' ', '-')}")
 
 

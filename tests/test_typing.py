@@ -9,6 +9,8 @@ import pytest
 
 import gradext
 
+pytestmark = pytest.mark.medium
+
 pytest.importorskip("mypy", reason="mypy is not installed")
 USER = Path(__file__).resolve().parent / "typing_public.py"
 
