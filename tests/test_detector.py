@@ -104,6 +104,7 @@ def test_the_docstring_names_every_score_and_every_attribute(digits):
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:X has feature names")
 def test_arrays_frames_and_maps_score_alike(detector, digits, tmp_path):
     pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
     X = digits[1][:7]
@@ -325,6 +326,7 @@ def test_a_fit_that_fails_keeps_what_was_fitted(failure, digits, monkeypatch):
     np.testing.assert_array_equal(detector.score_samples(digits[1][:20]), expected)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in divide")
 @pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
 @pytest.mark.parametrize(
     ("score", "loss"), [("gradient_norm", "mse"), ("combined_evidence", "bce"), ("gradient_classifier", "mse")]

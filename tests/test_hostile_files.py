@@ -31,6 +31,12 @@ from gradext.datasets import DatasetError, load, load_cifar10, load_idx
 from gradext.novelty import ModelFileError, NoveltyDetector, persistence
 from gradext.novelty.training import Checkpoint
 
+pytestmark = [  # of Pillow, NumPy and torch, about the damaged files
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in scalar multiply"),
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
+]
+
 PLAIN, GZIP, XZ = "plain", "gzip", "xz"
 COMPRESS = {
     PLAIN: bytes,
