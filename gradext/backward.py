@@ -19,14 +19,13 @@ from torch import Tensor
 
 from . import fallback, rules
 from . import rows as row_rules
-from .errors import CaptureError
-from .factors import GradFactors, Gradient
+from .errors import CaptureError, listed
+from .factors import Coverage, GradFactors, Gradient
 from .factors.layers import held_elsewhere, memory
 from .losses import Root
 from .mode import WatchMode
 from .rows import Rows, Shared, Structure, Unproved
 from .rules import Entry, Share, cut
-from .selection import Coverage, listed
 
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
@@ -129,9 +128,7 @@ class Backward:
                 entry.spent = True
         else:
             keep = self.keep_graph or unseen or self.create_graph or self.mode.differentiated > 0
-            keep = keep or not all(
-                rules.bind(entry) and all(isinstance(state, Rows) for state in entry.states) for entry in work
-            )
+            keep = keep or not all(entry.call and all(isinstance(s, Rows) for s in entry.states) for entry in work)
             found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, self.create_graph)
         for entry, deltas in zip(work, _by_entry(work, found), strict=True):
             entry.deltas = deltas
@@ -278,7 +275,7 @@ class Backward:
             if isinstance(gradient, GradFactors) and maker.args and maker.args[0] is source:
                 moved = _moved(maker, value, source, gradient)
             if moved is None and not self.create_graph:
-                call = rules.bind(maker)
+                call = maker.call
                 if call is not None and call.rule == "embedding" and source.ndim == 2:
                     index = call.input.expand(self.batch, *call.input.shape)
                     moved = call.gradient("weight", index, self._written(value, gradient))

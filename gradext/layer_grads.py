@@ -142,7 +142,12 @@ def _gradients(
     if not tensors:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
     watched = watch(model, inputs=[args, kwargs, target], create_graph=create_graph, **choice)
-    _check_device(watched.parameters, tensors[0])
+    devices = {parameter.device for parameter in watched.parameters.values()}
+    if len(devices) == 1 and tensors[0].device not in devices:
+        raise ValueError(
+            f"x: expected a tensor on the model's device {devices.pop()}, but got one on {tensors[0].device}; use "
+            "x.to(...)"
+        )
     target = tensors[0] if target is None else target
     versions = [(t, t._version) for t in tensors if not t.is_inference()]
     # Replicas exchange gradients in the backward of a wrapped model, and wait for each other: there is nothing to wait
@@ -160,7 +165,7 @@ def _gradients(
         found = watched.gradients(root, keep_graph=False)
     if check_finite:
         for name, gradient in found.items():
-            for tensor in _parts(gradient):
+            for tensor in [gradient] if isinstance(gradient, Tensor) else gradient._tensors():
                 _refuse_non_finite(name, tensor, root.gradient.shape[0])
     return found, watched
 
@@ -221,11 +226,9 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
     """What the loss takes of the model's output."""
     if callable(loss):
         return output
-    logits = getattr(output, "logits", None)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         output = logits
-    elif isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
     elif isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim == 0:
@@ -234,19 +237,6 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
             f"but got {type(output).__name__}; pass a loss that takes the output as it is"
         )
     return output
-
-
-def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:
-    devices = {parameter.device for parameter in parameters.values()}
-    if len(devices) == 1 and x.device not in devices:
-        raise ValueError(
-            f"x: expected a tensor on the model's device {devices.pop()}, but got one on {x.device}; use x.to(...)"
-        )
-
-
-def _parts(gradient: Gradient) -> tuple[Tensor, ...]:
-    """What a gradient is made of."""
-    return (gradient,) if isinstance(gradient, Tensor) else gradient._tensors()
 
 
 def _refuse_non_finite(name: str, tensor: Tensor, batch: int) -> None:

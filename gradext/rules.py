@@ -2,7 +2,7 @@
 
 An `Entry` is a call of a torch function where values of parameters meet samples. Its gradient comes from
 
-1. a fast rule, where the function has one: `bind` reads the call, and gives `GradFactors` or one reduction;
+1. a fast rule, where the function has one: a `Call`, which gives `GradFactors` or one reduction;
 2. the general rule: a vmapped vjp of that one call, each sample with its own slices of the arguments;
 3. where nothing can be sliced: the graph that the call itself has left, by cotangents of one sample's rows at a time.
 
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import rows as row_rules
-from .errors import CaptureError
+from .errors import CaptureError, listed
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, Gradient, Windows
 from .rows import Rows, Shared, State, Structure, Unproved, by_sample, own_rows, state_of_view
-from .selection import listed
 
 # Elements of cotangents, for masked rows, at a time.
 _MASKED_ELEMENTS = 1 << 24
 # What a call raises under `vmap`, or on slices that it cannot take.
 _NOT_VECTORISED = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
 
 
 def is_in_place(func: Callable) -> bool:
@@ -57,14 +60,17 @@ class Entry:
     ends: list[GradientEdge] = field(default_factory=list)  # their own, from before anything is done to them in place
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
     autocast: tuple | None = None
-    call: Call | None = None  # as `bind` reads it, where it has
-    bound: bool = False
     direct: bool = False  # the edges are the outputs' own, not their bases'
     spent: bool = False  # its graph is freed
     # Of each output that the losses depend on, see `live`:
     states: list[State] = field(default_factory=list)  # where the samples lie, as the graph tells
     rows: list[Rows] = field(default_factory=list)  # the same, where it is settled
     deltas: list[Tensor] = field(default_factory=list)
+
+    @functools.cached_property
+    def call(self) -> Call | None:
+        """The call as a fast rule reads it; None where there is none."""
+        return _bound(self)
 
     @property
     def name(self) -> str:
@@ -111,13 +117,7 @@ class Entry:
         return any(t.requires_grad or any(size and size % batch == 0 for size in t.shape) for t in tensors)
 
 
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
-
-
-T = TypeVar("T")
-
-
-def cut(flat: Iterable[T], sizes: Iterable[int]) -> Iterator[list[T]]:
+def cut(flat: Iterable, sizes: Iterable[int]) -> Iterator[list]:
     """A flat list in consecutive parts."""
     rest = iter(flat)
     return (list(itertools.islice(rest, size)) for size in sizes)
@@ -329,13 +329,6 @@ _FAST: dict[Callable, Callable[..., Call | None]] = {
 }
 
 
-def bind(entry: Entry) -> Call | None:
-    """The call as a fast rule reads it; None where there is none."""
-    if not entry.bound:
-        entry.call, entry.bound = _bound(entry), True
-    return entry.call
-
-
 def _bound(entry: Entry) -> Call | None:
     try:
         rule = getattr(entry.func, "rule", None) or _FAST[entry.func]
@@ -400,10 +393,10 @@ def _reduced(delta: Tensor, operand: Tensor, entry: Entry, rows: Rows, batch: in
 
 
 def shares(
-    entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool = False
+    entry: Entry, deltas: list[Tensor], rows: list[Rows], batch: int, create_graph: bool = False
 ) -> tuple[str, list[Share]]:
     """The name of the rule, and the gradients of an entry's values: ``deltas`` [*output.shape] of each output."""
-    call = bind(entry)
+    call = entry.call
     if entry.overwritten() and (call is not None or entry.name in _MUL):
         raise CaptureError(
             f"{listed(entry.names)}: the input of {entry.name} was modified in place after the call had used "
@@ -452,9 +445,7 @@ def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) ->
     return found
 
 
-def _general(
-    entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
-) -> list[Share]:
+def _general(entry: Entry, deltas: list[Tensor], rows: list[Rows], batch: int, create_graph: bool) -> list[Share]:
     sliceable = batch > 1 and not (create_graph or entry.in_place or entry.overwritten())
     sliceable = sliceable and all(r.owners is None for r in rows)
     # Slices are compared with what the call gave, by a look at them. A gradient that is scaled by what is in the whole
@@ -520,12 +511,9 @@ def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) ->
     """By the graph that the call has left, from cotangents that are zero but for one sample's rows."""
     step = max(1, _MASKED_ELEMENTS // max(1, sum(c.numel() for c in cotangents) + sum(x.numel() for x in given)))
     masks = [own_rows(c, r, batch) for c, r in zip(cotangents, rows, strict=True)]
-    parts = [
-        batched_grad(outputs, given, [mask[b : b + step] for mask in masks], create_graph)
-        for b in range(0, batch, step)
-    ]
-    joined = ([g for part in parts if (g := part[k]) is not None] for k in range(len(given)))
-    return [torch.cat(found) if found else None for found in joined]
+    steps = [[mask[b : b + step] for mask in masks] for b in range(0, batch, step)]
+    parts = zip(*(batched_grad(outputs, given, some, create_graph) for some in steps), strict=True)
+    return [None if all(g is None for g in found) else torch.cat(found) for found in parts]
 
 
 def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
@@ -544,11 +532,10 @@ def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bo
         for b in range(n)
     ]
     stacked: list[Tensor | None] = []
-    for k in range(len(inputs)):
-        known = [dense(row[k]) for row in rows if row[k] is not None]
-        zeros = [torch.zeros_like(g) for g in known[:1]]
-        rest = iter(known)
-        stacked.append(torch.stack([zeros[0] if row[k] is None else next(rest) for row in rows]) if known else None)
+    for found in zip(*rows, strict=True) if rows else [[]] * len(inputs):
+        known = [None if g is None else dense(g) for g in found]
+        zero = next((torch.zeros_like(g) for g in known if g is not None), None)
+        stacked.append(None if zero is None else torch.stack([zero if g is None else g for g in known]))
     return stacked
 
 
@@ -583,9 +570,7 @@ def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch:
     return None
 
 
-def _vmapped(
-    entry: Entry, leaves: list, structure, dims: dict[int, int], deltas, rows, batch: int
-) -> list[Share] | None:
+def _vmapped(entry: Entry, leaves, structure, dims: dict[int, int], deltas, rows, batch: int) -> list[Share] | None:
     """``dims``: of those of the arguments ``leaves`` that are cut, the samples' dimension."""
     pre, post = rows[0].pre, rows[0].post
 

@@ -20,11 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import rules
 from .backward import Backward
-from .factors import Gradient, LayerFactors, LayerGrads
+from .factors import Coverage, Gradient, LayerFactors, LayerGrads
 from .losses import Root, root_of
 from .mode import WatchMode
 from .registered import whole_layers
-from .selection import Coverage, LayerChoice, select
+from .selection import LayerChoice, select
 
 _locks = WeakIdKeyDictionary()
 _locks_guard = threading.Lock()
@@ -160,10 +160,10 @@ class watch:
             self._mode = mode = WatchMode(self._model, self._selection, attached=attached, train=self._train)
             if self._inputs is not None:
                 mode.mark_inputs(rules.tensors_of(self._inputs))
-            handles = RemovableHandle.next_id
+            before = RemovableHandle.next_id - WatchMode.handles
             with whole_layers(mode), mode:
                 yield
-            mode.hooked = RemovableHandle.next_id - mode.handles != handles
+            mode.hooked = RemovableHandle.next_id - WatchMode.handles != before
 
     def factors(self, losses: Tensor | None = None) -> LayerFactors:
         """The gradients of every chosen parameter in factored form, by the parameter's name.

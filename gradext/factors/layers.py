@@ -6,6 +6,7 @@ import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import ops, ranges
 from ..backends import reference
-from ..errors import UnsupportedLayerError
+from ..errors import UnsupportedLayerError, listed
 from . import numerics
 from .numerics import total
 from .products import GradFactors, Gradient
@@ -23,11 +24,33 @@ from .written import WrittenFactors
 SMALL = 1 << 14
 
 
+@dataclass
+class Coverage:
+    """What a result holds and what not.
+
+    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a
+    sample"``, ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it
+    is not there.
+    """
+
+    rules: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        for what, found in (("covered", self.rules), ("left out", self.left_out)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in found.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, names in reasons.items():
+                lines.append(f"{what} ({reason}): {listed(names)}")
+        return "\n".join(lines) or "no parameters"
+
+
 class LayerFactors(dict[str, GradFactors]):
     """The factors of several parameters by name: a dict of `GradFactors`, with methods that sum over all of them.
 
-    coverage tells, where the factors come from a model, by which rule each was found and what was left out; it may be
-    None.
+    coverage tells, where the factors come from a model, by which rule each was found and what was left out.
 
     >>> import torch, gradext
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6))
@@ -38,9 +61,9 @@ class LayerFactors(dict[str, GradFactors]):
     torch.Size([6, 3])
     """
 
-    def __init__(self, *factors: Any, coverage: Any = None, **named: GradFactors) -> None:
+    def __init__(self, *factors: Any, coverage: Coverage | None = None, **named: GradFactors) -> None:
         super().__init__(*factors, **named)
-        self.coverage = coverage
+        self.coverage = coverage or Coverage()
 
     def __getitem__(self, name: str) -> GradFactors:
         if name not in self:
@@ -60,7 +83,7 @@ class LayerFactors(dict[str, GradFactors]):
         return LayerFactors(found, coverage=self.coverage)
 
     @staticmethod
-    def of(found: Mapping[str, Gradient], coverage: Any = None) -> LayerFactors:
+    def of(found: Mapping[str, Gradient], coverage: Coverage | None = None) -> LayerFactors:
         """Gradients of several parameters, in factored form or not, by name."""
         for name, gradient in found.items():
             if isinstance(gradient, Tensor) and gradient.is_complex():
@@ -265,9 +288,9 @@ class LayerGrads(dict[str, Tensor]):
     )
     """
 
-    def __init__(self, *grads: Any, coverage: Any = None, **named: Tensor) -> None:
+    def __init__(self, *grads: Any, coverage: Coverage | None = None, **named: Tensor) -> None:
         super().__init__(*grads, **named)
-        self.coverage = coverage
+        self.coverage = coverage or Coverage()
 
     def __repr__(self) -> str:
         each = ((name, f"{list(g.shape)}, {g.dtype}, {g.device}") for name, g in self.items())
@@ -277,7 +300,7 @@ class LayerGrads(dict[str, Tensor]):
     def of(
         found: Mapping[str, Gradient],
         parameters: Mapping[str, Tensor],
-        coverage: Any = None,
+        coverage: Coverage | None = None,
         *,
         out: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | None = None,
@@ -351,11 +374,7 @@ def held_elsewhere(known: Iterable[Tensor]) -> Callable[[Tensor], bool]:
 def _listed(layers: LayerFactors | LayerGrads, described: Iterable[tuple[str, str]]) -> str:
     """One line a parameter, and what was left out."""
     lines = [f"  {name}: {text}" for name, text in described]
-    left_out = getattr(layers.coverage, "left_out", layers.coverage)
-    if isinstance(left_out, Mapping):
-        lines += [f"  left out: {name}: {reason}" for name, reason in left_out.items()]
-    elif left_out is not None:
-        lines.append(f"  {left_out!r}")
+    lines += [f"  left out: {name}: {reason}" for name, reason in layers.coverage.left_out.items()]
     return "\n".join([f"{type(layers).__name__}(", *lines, ")"]) if lines else f"{type(layers).__name__}()"
 
 
