@@ -20,7 +20,7 @@ from ._version import __version__
 __all__ = ["C", "reason"]
 
 _PACKAGE = Path(__file__).resolve().parent
-_CURE = "run `pip install .` in gradext's source folder"
+_CURE = "run `pip install .` in gradext's source folder, with g++ or clang installed"
 
 
 def source_hash(csrc: Path) -> str:
