@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -210,6 +211,7 @@ def test_a_stopped_run_goes_on_where_it_was(digits, model, tmp_path, capsys, mon
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing(model, tmp_path):
     """SIGKILL in the middle; the second run's table equals an undisturbed one's."""
     X = np.random.default_rng(0).random((20_000, 64))
@@ -218,14 +220,8 @@ def test_a_killed_process_loses_nothing(model, tmp_path):
     command = [sys.executable, "-m", "gradext", "score", model, str(tmp_path / "x.npy"), "--out", str(out)]
     process = subprocess.Popen(command)
     partial = tmp_path / "scores.csv.partial"
-    for _ in range(600):
-        if partial.exists() and partial.stat().st_size > 60_000:
-            break
-        try:
-            process.wait(0.05)
-            break
-        except subprocess.TimeoutExpired:
-            pass
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size > 60_000):
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists(), "the run was over before it could be killed"

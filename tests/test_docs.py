@@ -22,6 +22,7 @@ def test_there_are_examples():
     assert {page.name for page in RUNNABLE} >= {"extending.md", "usage.md", "novelty.md"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_examples_run_one_after_the_other(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

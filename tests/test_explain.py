@@ -31,6 +31,7 @@ def test_layer_shares_are_those_of_the_squared_norms(detector, digits):
         np.testing.assert_allclose(share, (squares[name] / total).detach(), rtol=1e-9)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("score", "layer"),
     [*((score, "first") for score in (*SCORES, *CLASSIFIER_SCORES)), ("combined_whitened_norm", ("last", "first"))],

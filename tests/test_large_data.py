@@ -107,6 +107,7 @@ def test_what_is_held_in_memory_does_not_matter(options, images, digits, monkeyp
     np.testing.assert_allclose(in_blocks.score_samples(X), held.score_samples(X), rtol=1e-9)
 
 
+@pytest.mark.medium
 def test_a_classifier_is_trained_on_as_many_samples_as_fit(digits, monkeypatch):
     seen = []
     original = detector.distort

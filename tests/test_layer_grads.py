@@ -1004,6 +1004,7 @@ def test_wrong_backends(monkeypatch):
     gradext.batch_layer_grads(model, x)
 
 
+@pytest.mark.medium
 def test_default_backend_comes_from_the_environment():
     code = "import gradext.backends as b; print(b.DEFAULT)"
     for value, expected in (("reference", "reference"), ("", "None")):

@@ -319,6 +319,7 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.medium
 def test_workspace_limit_from_the_environment():
     code = (
         "from gradext.native import C\n"
@@ -348,6 +349,7 @@ def test_calls_from_many_threads():
     assert not wrong
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_kernel_and_workspace_work_after_fork():
     code = (
@@ -393,6 +395,7 @@ def test_stale_binaries_are_refused(tmp_path):
     assert native._stale(config, config["version"], tmp_path / "none") is None
 
 
+@pytest.mark.medium
 def test_a_stale_binary_warns_and_a_missing_one_does_not(tmp_path):
     package = tmp_path / "gradext"
     shutil.copytree(Path(native.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

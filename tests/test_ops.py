@@ -521,6 +521,7 @@ def test_table_ends_every_choice_it_begins():
 # --- norms of several layers -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_norms_of_several_layers(backend):
     layers = [factors(4, T, 5 + k, 3, seed=k) for k, T in enumerate((None, 3, 40))]
     found = ops.sq_norm_group(layers, backend=backend)

@@ -286,6 +286,7 @@ def test_several_layers_are_saved_in_their_order(layer, digits, tmp_path):
     np.testing.assert_array_equal(again.score_samples(digits[1][:5]), detector.score_samples(digits[1][:5]))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("score", ["diagonal_fisher", "gradient_classifier"])
 def test_parameters_set_after_a_fit_are_for_the_next(score, digits, tmp_path):
     X = digits[1][:5]

@@ -360,6 +360,7 @@ def test_gpu_chooses_triton_before_plain_torch(fresh):
     assert backends.choose("outer", None, "cuda", call) is backends.reference
 
 
+@pytest.mark.medium
 def test_import_leaves_triton_alone():
     code = "import sys; sys.modules['triton'] = None; import gradext; import gradext.backends.triton"
     run = run_python("-c", code, PYTHONPATH=str(Path(gradext.__file__).parents[1]))
