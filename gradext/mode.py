@@ -163,8 +163,9 @@ class WatchMode(TorchFunctionMode):
                     continue
             others.append(tensor)
             sampled = sampled or self._is_sample(tensor)
-        whole = _WHOLE.get(func)
-        return values, others, sampled if whole is None else any(map(self._is_sample, others[:whole]))
+        if func in _WHOLE:
+            sampled = any(map(self._is_sample, others[: _WHOLE[func]]))
+        return values, others, sampled
 
     def _adopted(self, tensor: Tensor) -> Value | None:
         """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
