@@ -239,6 +239,7 @@ class BuildNative(build_ext):
 def description() -> str:
     """README for a package index, which has none of the files that README links to: their paths in place of links."""
     text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n", "", (ROOT / "README.md").read_text())
+    text = re.sub(r"\[([^]]+)\]\((?!https:)\1\)", r"`\1`", text)
     return re.sub(r"\[([^]]+)\]\((?!https:)([^)]+)\)", r"\1 (`\2`)", text)
 
 

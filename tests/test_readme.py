@@ -82,3 +82,13 @@ def test_docstring_examples(name, request):
         request.getfixturevalue("pytorch_ood")
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert results.failed == 0
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
+def test_a_package_index_gets_readme_without_links_that_break(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    text = (tmp_path / "gradext.egg-info" / "PKG-INFO").read_text()
+    assert "# gradext" in text
+    assert "docs/usage.md" in text
+    assert not re.findall(r"\]\((?!https://)", text)
