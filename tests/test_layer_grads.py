@@ -880,9 +880,9 @@ def test_batch_normalisation_in_training_mode_is_refused(loop):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda o, t: F.mse_loss(o, t), r"expected a tensor of shape \(B,\).*shape \(\)"),
+        (lambda o, t: F.mse_loss(o, t), r"expected a floating-point tensor of shape \(B,\).*shape \(\)"),
         (lambda o, t: F.mse_loss(o, t, reduction="none"), r"shape \(4, 6\)"),
-        (lambda o, t: 3.0, "returned float"),
+        (lambda o, t: 3.0, "but got float"),
         ("hinge", "expected 'auto', one of.*'hinge'"),
     ],
 )
@@ -895,7 +895,7 @@ def test_losses_of_the_wrong_shape_are_refused(loss, message):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex128])
 def test_losses_without_a_gradient_are_refused(dtype):
     model, x = build("autoencoder")
-    with pytest.raises(TypeError, match=r"loss: expected floating-point values.*returned torch"):
+    with pytest.raises(TypeError, match=r"loss: expected a floating-point tensor.*torch"):
         gradext.batch_layer_grads(model, x, loss=lambda output, target: output.sum(1).to(dtype))
 
 

@@ -93,6 +93,8 @@ class LayerFactors(dict[str, GradFactors]):
                     "leave it out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
                 )
         factors = {name: GradFactors.of(g) if isinstance(g, Tensor) else g.compact() for name, g in found.items()}
+        # A view keeps its base alive, which would seem to be somebody else's.
+        factors = {name: f._map(lambda t: t if t.requires_grad else t.detach()) for name, f in factors.items()}
         return LayerFactors(factors, coverage=coverage)
 
     def kept_apart(self, held: Iterable[Tensor] = ()) -> LayerFactors:

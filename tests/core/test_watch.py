@@ -1109,3 +1109,31 @@ def test_an_input_that_the_model_overwrites():
     with pytest.raises(gradext.CaptureError, match=r"x: the model overwrites its input.*target="):
         gradext.batch_layer_grads(model, x.clone(), loss="mse")
     assert set(gradext.batch_layer_grads(model, x.clone(), loss="mse", target=x)) == {"a.weight", "a.bias"}
+
+
+def test_what_was_kept_of_a_training_steps_backward_is_taken_once():
+    """The deltas of the weighted losses become those of each sample's own in place."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.rand(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    with gradext.watch(model, train=True) as watch:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+    before = watch.factors(losses).norm()
+    losses.mean().backward()
+    torch.testing.assert_close(watch.factors().norm(), before)
+    for again in (watch.factors, watch.grads):
+        with pytest.raises(RuntimeError, match="keep its result"):
+            again()
+
+
+def test_factors_after_a_training_step_take_no_memory_anew(monkeypatch):
+    """What the backward has left is theirs; the input alone is the caller's, and copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+    x = torch.rand(5, 4, 6)
+    with gradext.watch(model, train=True) as watch:
+        losses = model(x).square().sum((1, 2))
+    losses.mean().backward()
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t: copied.append(t) or clone(t))
+    watch.factors()
+    assert [t.data_ptr() for t in copied] == [x.data_ptr()]
