@@ -210,7 +210,7 @@ class watch:
     def _last_losses(self, mode: WatchMode) -> Tensor:
         if not self._train or not mode.one_dimensional:
             raise ValueError(
-                "losses: expected one loss for each sample, [B], which may be left out with train=True alone, where the "
+                "losses: expected one loss for each sample, [B], left out at most with train=True, where the "
                 "block gives a one-dimensional tensor; use reduction='none', and pass the losses to watch.factors"
             )
         return mode.one_dimensional[-1]
