@@ -15,24 +15,17 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from .errors import CaptureError, UnsupportedLayerError
+from .errors import CaptureError, UnsupportedLayerError, listed
 from .losses import Root
 from .mode import WatchMode
 from .rows import Structure
 from .rules import Entry, Share, cut, dense
-from .selection import listed
 
 _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
 
 
 def gradients(
-    mode: WatchMode,
-    root: Root,
-    lost: list[Entry],
-    unseen: Mapping[str, Tensor],
-    fallback: str | None,
-    mixing: str,
-    create_graph: bool,
+    mode: WatchMode, root: Root, lost: list[Entry], unseen: dict, fallback: str | None, mixing: str, create_graph: bool
 ) -> tuple[list[Share], dict[str, Tensor]]:
     """The gradients of the values of ``lost``, and by all paths in the graph those of the parameters ``unseen``."""
     reasons: list[tuple[str, str | None]] = [(listed(entry.names), entry.reason()) for entry in lost]
@@ -55,6 +48,9 @@ def _each_sample(
 ) -> list[Tensor]:
     """The gradients [B, *x.shape] of each loss by ``inputs``; refuses samples that mix at the entries ``judged``."""
     gradient = root.gradient if create_graph else root.gradient.detach()
+    if len(gradient) == 1:
+        row = mode.differentiate(root, gradient, inputs, create_graph=create_graph)
+        return [x.new_zeros(1, *x.shape) if g is None else dense(g)[None] for x, g in zip(inputs, row, strict=True)]
     edges = [edge for entry in judged for edge in entry.edges]
     found = [x.new_zeros(len(gradient), *x.shape) for x in inputs]
     touched: list[Tensor | int] = [0] * len(edges)  # of each element, by how many samples' losses
@@ -73,9 +69,6 @@ def _each_sample(
         if any(isinstance(count, Tensor) and count.numel() and int(count.max()) > 1 for count in counts):
             refuse_mixing(entry, mode.model)
     return found
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def refuse_mixing(entry: Entry, model: nn.Module) -> None:
@@ -139,9 +132,6 @@ def _refuse_one_for_all(root: Root, gradients: Mapping[str, Tensor]) -> None:
                 f"{name}: {node.name().removesuffix('Backward')} gives some samples no gradient at all: its backward "
                 "takes one number of the losses' gradient for all samples; write the losses by torch's own functions"
             )
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _explained(names: str, reason: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +16,6 @@ from .errors import CaptureError, UnsupportedLayerError
 LayerChoice = None | str | type | nn.Module | Tensor | Callable[[str, Tensor], bool] | Iterable[Any]
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The parameters of a model that were chosen, and of the others why not."""
@@ -29,29 +23,6 @@ class Selection:
     chosen: dict[str, nn.Parameter]
     others: dict[str, nn.Parameter]
     left_out: dict[str, str]  # name -> reason
-
-
-@dataclass
-class Coverage:
-    """What a result holds and what not.
-
-    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a
-    sample"``, ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it
-    is not there.
-    """
-
-    rules: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = []
-        for what, found in (("covered", self.rules), ("left out", self.left_out)):
-            reasons: dict[str, list[str]] = {}
-            for name, reason in found.items():
-                reasons.setdefault(reason, []).append(name)
-            for reason, names in reasons.items():
-                lines.append(f"{what} ({reason}): {listed(names)}")
-        return "\n".join(lines) or "no parameters"
 
 
 # Of each model, what it consisted of, and what was chosen by ``(layers, exclude)``: finding names takes longer than a
@@ -105,46 +76,34 @@ def _select(model: nn.Module, layers: LayerChoice, exclude: LayerChoice) -> Sele
     named = dict(model.named_parameters())
     if not named:
         raise CaptureError(f"model: expected a module with parameters, but {type(model).__name__} has none")
-    reasons = {name: reason for name, p in named.items() if (reason := _without_gradient(p))}
-    able = named.keys() - reasons.keys()
+    left_out = {name: reason for name, p in named.items() if (reason := _without_gradient(p))}
+    able = named.keys() - left_out.keys()
     trainable = {name for name in able if named[name].requires_grad}
-    if layers is None:
-        wanted = trainable or able
-    elif isinstance(layers, str) and layers == "trainable":
-        wanted = trainable
-    else:
-        wanted = _matching(model, named, layers, "layers")
-        refused = {name: reasons[name] for name in named if name in wanted & reasons.keys()}
-        if refused and not wanted - refused.keys():
-            raise UnsupportedLayerError(
-                "layers: expected parameters that have a gradient, but "
-                + "; ".join(f"{name} is {reason}" for name, reason in refused.items())
-            )
+    wanted = (trainable or able) if layers is None else _matching(model, named, layers, "layers")
+    if layers is not None and wanted and not wanted & able:
+        refused = "; ".join(f"{name} is {reason}" for name, reason in left_out.items() if name in wanted)
+        raise UnsupportedLayerError(f"layers: expected parameters that have a gradient, but {refused}")
     unwanted = set() if exclude is None else _matching(model, named, exclude, "exclude")
-    chosen = {name: p for name, p in named.items() if name in wanted - unwanted and name not in reasons}
+    chosen = {name: p for name, p in named.items() if name in (wanted & able) - unwanted}
     if not chosen:
+        reasons = f"; all are {', '.join(sorted(set(left_out.values())))}" if not able else ""
         raise ValueError(
             f"layers: expected at least one parameter, but layers={_shown(layers)} and exclude={_shown(exclude)} leave "
-            "none" + (f"; all are {', '.join(sorted(set(reasons.values())))}" if len(reasons) == len(named) else "")
+            f"none{reasons}"
         )
-    left_out = dict(reasons)
-    for name in named:
-        if name in unwanted - reasons.keys():
-            left_out[name] = "excluded"
-        elif name in able - chosen.keys():
-            left_out[name] = "frozen" if layers is None and name not in trainable else "not in layers="
-    sharded = [name for name, p in chosen.items() if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor")]
-    if sharded:
+    for name in able - chosen.keys():
+        left_out[name] = "excluded" if name in unwanted else "frozen" if layers is None else "not in layers="
+    if sharded := [name for name, p in chosen.items() if hasattr(p, "_local_tensor")]:
         raise UnsupportedLayerError(
             f"{', '.join(sharded)}: expected whole parameters, but these are sharded (DTensor, FSDP2): their gradients "
             "are exchanged between processes; gather them (full_tensor, FSDP.summon_full_params), or use DDP"
         )
-    inference = [name for name, p in chosen.items() if p.is_inference()]
-    if inference:
+    if inference := [name for name, p in chosen.items() if p.is_inference()]:
         raise RuntimeError(
             f"{', '.join(inference)}: expected parameters that autograd can use, but they were made under "
             "torch.inference_mode(); make the model outside of it, or replace them by their .clone()"
         )
+    left_out = {name: left_out[name] for name in named if name in left_out}
     return Selection(chosen, {name: p for name, p in named.items() if name not in chosen}, left_out)
 
 
@@ -157,13 +116,9 @@ def _without_gradient(parameter: Tensor) -> str | None:
         )
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return f"of type {parameter.dtype}, which has no gradient"
-    kind = type(parameter)
-    wraps = getattr(kind, "__tensor_flatten__", None)
-    if wraps is not None and kind.__name__ != "DTensor" and not parameter.requires_grad:
-        return f"quantised or wrapped ({kind.__name__})"
-    inner = type(getattr(parameter, "data", parameter))
-    if hasattr(inner, "__tensor_flatten__") and inner.__name__ != "DTensor":
-        return f"quantised or wrapped ({inner.__name__})"
+    for kind in (type(getattr(parameter, "data", parameter)), *(() if parameter.requires_grad else (type(parameter),))):
+        if hasattr(kind, "__tensor_flatten__") and kind.__name__ != "DTensor":
+            return f"quantised or wrapped ({kind.__name__})"
     return None
 
 
@@ -181,42 +136,41 @@ def _matching(model: nn.Module, named: Mapping[str, Tensor], choice: Any, argume
     unknown: list[str] = []
     several = isinstance(choice, Iterable) and not isinstance(choice, (str, type, Tensor, nn.Module))
     for item in choice if several else [choice]:
-        names = _names(item, named, everything, modules, argument)
-        if isinstance(names, str):
-            unknown.append(names)
-        else:
-            found |= {first[id(everything[name])] for name in names}
+        names, problem = _names(item, everything, modules, argument)
+        found |= {first[id(everything[name])] for name in names}
+        if not names and item != "trainable":
+            unknown.append(problem)
     if unknown:
         raise ValueError(f"{argument}: " + "; ".join(unknown))
     return found
 
 
-def _names(item: Any, named: Mapping, everything: Mapping, modules: Mapping, argument: str) -> list[str] | str:
-    """The names in ``everything`` that one item means, or why it means none."""
+def _names(
+    item: Any, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module], argument: str
+) -> tuple[list[str], str]:
+    """The names in ``everything`` that one item means, and what to say where it means none."""
 
     def of(parameters: Iterable[Tensor]) -> list[str]:
         own = set(map(id, parameters))
         return [name for name, p in everything.items() if id(p) in own]
 
     if isinstance(item, Tensor):
-        return of([item]) or f"the tensor of shape {tuple(item.shape)} is not a parameter of the model"
+        return of([item]), f"the tensor of shape {tuple(item.shape)} is not a parameter of the model"
     if isinstance(item, nn.Module):
-        return of(item.parameters()) or (
-            f"the module {type(item).__name__} is not part of the model, or has no parameters"
-        )
+        problem = f"the module {type(item).__name__} is not part of the model, or has no parameters"
+        return of(item.parameters()), problem
     if isinstance(item, type) and issubclass(item, nn.Module):
         inside = (p for m in modules.values() if isinstance(m, item) for p in m.parameters())
-        return of(inside) or f"the model has no {item.__name__} with parameters"
-    if isinstance(item, type):
-        raise TypeError(f"{argument}: expected a module type, but got {item.__name__}")
+        return of(inside), f"the model has no {item.__name__} with parameters"
     if isinstance(item, str):
-        return _spelt(item, everything, modules) or _nearest(item, everything, modules)
-    if callable(item):
-        matched = [name for name, p in named.items() if item(name, p)]
-        return matched or f"the predicate {getattr(item, '__name__', item)!r} matches no parameter"
+        names = _spelt(item, everything, modules)
+        return names, "" if names else _nearest(item, everything, modules)
+    if callable(item) and not isinstance(item, type):
+        matched = [name for name, p in everything.items() if item(name, p)]
+        return matched, f"the predicate {getattr(item, '__name__', item)!r} matches no parameter"
     raise TypeError(
         f"{argument}: expected parameter or module names, patterns, modules, parameters, module types, 'trainable' or "
-        f"a predicate (name, parameter), but got {type(item).__name__}"
+        f"a predicate (name, parameter), but got {item.__name__ if isinstance(item, type) else type(item).__name__}"
     )
 
 
@@ -226,24 +180,18 @@ def _spelt(item: str, everything: Mapping[str, Tensor], modules: Mapping[str, nn
         return [name for name, p in everything.items() if p.requires_grad]
     if item in everything:
         return [item]
-    if item in modules:
-        return [name for name in everything if name.startswith(f"{item}." if item else "")]
-    if not any(sign in item for sign in "*?["):
-        return []
-    matched = [name for name in everything if fnmatch.fnmatchcase(name, item)]
-    prefixes = tuple(f"{name}." for name in modules if name and fnmatch.fnmatchcase(name, item))
-    return matched + [name for name in everything if prefixes and name.startswith(prefixes)]
+    prefixes = [item] if item in modules else [m for m in modules if m and fnmatch.fnmatchcase(m, item)]
+    inside = tuple(f"{module}." if module else "" for module in prefixes)
+    return [name for name in everything if name.startswith(inside) or fnmatch.fnmatchcase(name, item)]
 
 
 def _nearest(item: str, everything: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> str:
     """Why a name means no parameter, and which the user may have meant."""
     if item in modules:
         return f"the module {item!r} ({type(modules[item]).__name__}) has no parameters"
-    names = [*everything, *(name for name in modules if name)]
+    names = [*everything, *filter(None, modules)]
     near = difflib.get_close_matches(item, names, n=3, cutoff=0.4)
-    near += [n for n in names if item and (n.endswith(f".{item}") or f".{item}." in n)][: 3 - len(near)]
-    pattern = f"; a pattern such as '*.{item}' means all of that name" if any(f".{item}" in n for n in names) else ""
-    return (
-        f"the model has no parameter, module or match of {item!r}; nearest names: "
-        f"{', '.join(dict.fromkeys(near or names[:4]))}{pattern}"
-    )
+    inside = [name for name in names if item and f".{item}." in f"{name}."]
+    near = list(dict.fromkeys(near + inside[: 3 - len(near)])) or names[:4]
+    pattern = f"; a pattern such as '*.{item}' means all of that name" if inside else ""
+    return f"the model has no parameter, module or match of {item!r}; nearest names: {', '.join(near)}{pattern}"

@@ -20,7 +20,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from ..losses import resolve
+from ..losses import checked
 from ..sources import ImageFormat
 from . import guards
 from .batches import BLOCK_ROWS, NO_SAMPLES, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
@@ -396,7 +396,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.loss == "auto":
             self.loss_ = "mse"
             if in_unit_range and kind != "autoencoder":
-                self.loss_ = resolve("auto", reconstruction, first.detach())
+                self.loss_, _ = checked("auto", reconstruction, first.detach())
         layer = ("last" if kind == "autoencoder" else "first") if self.layer == "auto" else self.layer
         self.layers_ = layer_names(self.model_, first[:1].detach(), layer, self.loss_)
 
