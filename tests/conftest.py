@@ -1,4 +1,4 @@
-"""Shared oracles: what a per-sample gradient is, written the two slow ways that nobody doubts."""
+"""Oracles and fixtures that all tests use: per-sample gradients by a loop and by `vmap(grad)`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext.backends import BACKENDS
+
+LONGER = ("medium", "slow", "peers", "zoo")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in LONGER):
+            item.add_marker("quick")
+
 
 if importlib.util.find_spec("hypothesis"):  # which the tests of the GPU do without
     from hypothesis import HealthCheck, settings

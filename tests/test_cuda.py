@@ -23,6 +23,8 @@ from gradext import GradFactors, LayerFactors, backends, ranges
 from gradext.backends import cuda
 from gradext.backends.reference import accumulation_type
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 SANITIZERS = os.environ.get("GRADEXT_TEST_SANITIZERS")  # set by test_sanitizers for a process of its own

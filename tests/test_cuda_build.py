@@ -1,4 +1,4 @@
-"""What ptxas makes of the CUDA kernels for every GPU target: registers, spills, and what the machine code does.
+"""What ptxas reports of the CUDA kernels for every GPU target: registers, spills, and the machine code.
 
 That is: how wide its stores are, how many loads are on their way before one is waited for, and how many instructions
 lie between two stores.

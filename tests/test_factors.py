@@ -206,6 +206,7 @@ def test_sketches_of_layers_do_not_depend_on_their_order():
         torch.testing.assert_close(LayerFactors((name, layers[name]) for name in names).sketch(7, seed=1), expected)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dim", [1, 2, 7, 16])
 @pytest.mark.parametrize("kind", ["one row", "one column", "full", "two by two"])
 def test_sketch_keeps_inner_products_on_average_within_the_variance_stated(kind, dim):

@@ -1,3 +1,5 @@
+"""Means and Fisher matrices of a data set, merged over batches and workers."""
+
 import pytest
 import safetensors.torch
 import torch

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import ranges
 
-# Intermediates are cut to blocks of about this many elements: on a CPU what stays in a cache of a few MB, elsewhere
-# 512 MB in fp32, so that a call is few launches.
+# Intermediates are computed in blocks of about this many elements: on a CPU so that a block fits a cache of a few MB,
+# elsewhere 512 MB in fp32, so that a call takes few launches.
 BLOCK_ELEMENTS = 1 << 20
 DEVICE_BLOCK_ELEMENTS = 1 << 27
 # Elements of a row, and positions, that are added up one after the other.

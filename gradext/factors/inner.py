@@ -1,4 +1,4 @@
-"""Inner products between the gradients of factors of any two kinds, without forming a gradient where that is dear."""
+"""Inner products between the gradients of factors of any two kinds, without forming large gradients."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from .numerics import total
 from .products import GradFactors, Gradient
 from .written import WrittenFactors
 
-# Gradients of at most so many numbers a sample are laid side by side for their norms: one pass instead of many calls.
+# Gradients of at most this many numbers a sample are concatenated for their norms: one pass instead of many calls.
 SMALL = 1 << 14
 
 
@@ -49,7 +49,7 @@ class Coverage:
 
 
 class LayerFactors(dict[str, GradFactors]):
-    """The factors of several parameters by name: a dict of `GradFactors`, with what sums over all of them.
+    """The factors of several parameters by name: a dict of `GradFactors`, with methods that sum over all of them.
 
     coverage tells, where the factors come from a model, by which rule each was found and what was left out.
 

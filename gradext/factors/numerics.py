@@ -1,9 +1,9 @@
-"""What several kinds of factors compute with: norms of rows and of sums of squares, cosines, clipping, blocks.
+"""Shared by several kinds of factors: norms of rows and of sums of squares, cosines, clipping, blocks.
 
-Norms are right wherever they are in the range of their type, if need be from numbers scaled by powers of two. Where
-nobody looks on and the tensors lie on the CPU, results decide whether that is needed. A GPU would have to be waited
-for: there rows are summed in fp64 and products of several positions as they are, whose squares have to be in range.
-Where autograd records or a transform traces, all is scaled, so that no value decides.
+A norm is right if it is in the range of its type; if squares are not, the numbers are scaled by powers of two. For
+eager tensors on the CPU the results decide whether that is needed. Deciding would wait for a GPU: there rows are summed
+in fp64, and products of several positions are not scaled, so that their squares must be in range. If autograd or a
+transform records, everything is scaled, so that no value decides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["clipping", "cosine", "is_eager", "root", "row_norms", "row_sq_norms"
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing records or traces what is done with the tensors."""
+    """Whether neither autograd nor a tracer records operations on the tensors."""
     return ops._is_plain(tensors)
 
 

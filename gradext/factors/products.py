@@ -1,4 +1,4 @@
-"""Factors of one weight: per-sample gradients as sums of outer products, and what every kind of factors offers."""
+"""Factors of one weight: per-sample gradients as sums of outer products, and the methods of every kind of factors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class GradFactors:
     """Per-sample gradients of one weight in factored form, exact for every T.
 
     activation: [B, I] or [B, T, I], the layer's inputs; delta: [B, O] or [B, T, O], the gradient of each sample's loss
-    with respect to the layer's outputs; weight_shape: the parameter's shape where it is not [O, I] but has the same
-    numbers in the same order. Every method is differentiable in the factors, and in its tensor arguments. Arguments
-    and results that are like the parameter have its shape; [O, I] is taken too.
+    with respect to the layer's outputs; weight_shape: the parameter's shape if it is not [O, I] but has the same
+    numbers in the same order. Every method is differentiable in the factors and in its tensor arguments. Arguments and
+    results of the size of the parameter have its shape; arguments may also have the shape [O, I].
 
-    Other kinds of factors, of gradients that are there already (`of`), of convolutions and embeddings and of a weight
-    used in several ways, have the same methods.
+    Other kinds of factors (of gradients stored as tensors, `of`; of convolutions and embeddings; of a weight used in
+    several ways) have the same methods.
 
     >>> import torch
     >>> factors = GradFactors(activation=torch.tensor([[1.0, 2.0]]), delta=torch.tensor([[3.0]]))
@@ -66,7 +66,7 @@ class GradFactors:
 
     @staticmethod
     def of(gradients: Tensor) -> WrittenFactors:
-        """The factors of gradients [B, *shape] that are there already: small ones, of biases and the like."""
+        """The factors of gradients [B, *shape] stored as tensors: small ones, of biases and the like."""
         from .written import WrittenFactors
 
         return WrittenFactors(gradients)
