@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .factors import LayerFactors, LayerGrads
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
@@ -85,7 +85,7 @@ def iter_layer_grads(
         raise ValueError("target: expected one for each batch; pass paired=True and pairs (x, target) as batches")
     size: int | None = None
     buffers: dict[str, Tensor] = {}
-    with tqdm(disable=not progress, unit=" samples", desc="gradients") as bar:
+    with _shown(progress) as done:
         for batch in batches:
             x, target = batch if paired else (batch, None)
             parts = _Parts(x, target, cut)
@@ -100,7 +100,7 @@ def iter_layer_grads(
             for chunk, of_chunk in chunks:
                 if reduce is not None:
                     factors = batch_layer_factors(model, chunk, target=of_chunk, **options)
-                    bar.update(len(next(iter(factors.values()))))
+                    done(len(next(iter(factors.values()))))
                     yield reduce(factors)
                     continue
                 rows = parts.rows_of(chunk)
@@ -109,8 +109,20 @@ def iter_layer_grads(
                 grads = batch_layer_grads(model, chunk, target=of_chunk, out=out if fits else None, **options)
                 if not fits:
                     buffers = dict(grads)
-                bar.update(len(next(iter(grads.values()))))
+                done(len(next(iter(grads.values()))))
                 yield grads
+
+
+@contextlib.contextmanager
+def _shown(progress: bool) -> Iterator[Callable[[int], object]]:
+    """What to tell how many samples were done."""
+    if not progress:
+        yield lambda samples: None
+        return
+    from tqdm import tqdm  # which nothing else here needs
+
+    with tqdm(unit=" samples", desc="gradients") as bar:
+        yield bar.update
 
 
 class _Parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,15 +27,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker("quick")
 
 
-# For the tests that set none of their own: the same examples in every run, or, by --hypothesis-profile, new ones.
-_COMMON = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-}
-settings.register_profile("quick", max_examples=25, derandomize=True, database=None, **_COMMON)
-settings.register_profile("few", max_examples=4, derandomize=True, database=None, **_COMMON)
-settings.register_profile("thorough", max_examples=300, print_blob=True, **_COMMON)
-settings.load_profile("quick")
+if importlib.util.find_spec("hypothesis"):  # which the tests of the GPU do without
+    from hypothesis import HealthCheck, settings
+
+    # For the tests that set none of their own: the same examples in every run, or, by --hypothesis-profile, new ones.
+    _COMMON = {
+        "deadline": None,
+        "suppress_health_check": [
+            HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much,
+        ],
+    }  # fmt: skip
+    settings.register_profile("quick", max_examples=25, derandomize=True, database=None, **_COMMON)
+    settings.register_profile("few", max_examples=4, derandomize=True, database=None, **_COMMON)
+    settings.register_profile("thorough", max_examples=300, print_blob=True, **_COMMON)
+    settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,6 +22,7 @@ import torch
 from gradext import GradFactors, LayerFactors, backends, ranges
 from gradext.backends import cuda
 from gradext.backends.reference import accumulation_type
+from gradext.factors import ConvFactors, Windows
 
 pytestmark = pytest.mark.medium
 
@@ -391,6 +392,9 @@ def test_norms_of_a_models_factors_are_one_launch(dtype, emulator, monkeypatch):
         delta, activation = factors(3, T, O, I, dtype, int(name))
         layers[f"{name}.weight"] = GradFactors(activation, delta)
         layers[f"{name}.bias"] = GradFactors.of(delta if T is None else delta.sum(1))
+    image, plain = (torch.randn(size, dtype=F64).to(dtype) for size in ((3, 2, 7, 7), (3, 4, 3, 3)))
+    windows = Windows((3, 3), (2, 2), (1, 1), ((0, 0), (0, 0)))
+    layers["convolution"] = ConvFactors(image, plain, windows, 1, (4, 2, 3, 3))
     gradients = [each.materialize().flatten(1) for each in layers.to(F64).values()]
     monkeypatch.setattr(backends, "DEFAULT", "cuda")
     monkeypatch.setattr(cuda, "available", lambda: None)

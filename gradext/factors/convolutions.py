@@ -235,7 +235,8 @@ class ConvFactors(GradFactors):
 
     def _squares(self) -> Tensor:
         """By blocks of samples, unfolded one after the other."""
-        return torch.cat([ops.sq_norm(part.delta, part.activation) for part in self._samples()])
+        squares = [ops.sq_norm(part.delta, part.activation) for part in self._samples()]
+        return squares[0] if len(squares) == 1 else torch.cat(squares)
 
     def _norm(self, p: float) -> Tensor:
         return self._root() if p == 2 else super()._norm(p)

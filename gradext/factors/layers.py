@@ -6,7 +6,7 @@ import functools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from .. import ops, ranges
 from ..backends import reference
 from ..errors import UnsupportedLayerError, listed
 from . import numerics
+from .convolutions import ConvFactors
 from .numerics import total
 from .products import GradFactors, Gradient
 from .written import WrittenFactors
@@ -410,11 +411,23 @@ def _squares(layers: list[GradFactors]) -> Tensor:
             squares.append(norms.square_().sum(0))
             taken = {id(factors) for factors in (*products, *written)}
             layers = [factors for factors in layers if id(factors) not in taken]
+    layers = list(_unfolded(layers))
     products = [factors for factors in layers if type(factors) is GradFactors]
     if len(products) > 1:
         squares.append(ops.sq_norm_group([(f.delta, f.activation) for f in products]).sum(0))
         layers = [factors for factors in layers if type(factors) is not GradFactors]
     return _summed([*squares, *(factors._squares() for factors in layers)])
+
+
+def _unfolded(layers: Iterable[GradFactors]) -> Iterator[GradFactors]:
+    """On a GPU convolutions as products, as far as their unfolded images make one block: all in one launch."""
+    room = reference.DEVICE_BLOCK_ELEMENTS
+    for factors in layers:
+        if type(factors) is ConvFactors and not ranges.may_look(factors.plain):
+            size = len(factors) * factors.positions * factors.shape[2]
+            if size <= room:
+                room, factors = room - size, factors._unfolded_factors()
+        yield factors
 
 
 def _summed(squares: list[Tensor]) -> Tensor:
