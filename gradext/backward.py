@@ -28,6 +28,7 @@ from .rows import Rows, Shared, Structure, Unproved
 from .rules import Entry, Share, cut
 
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
+_ADDED = {"add", "__add__", "__radd__"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
 _T, _MT, _H = (getattr(Tensor, name).__get__ for name in ("T", "mT", "H"))
 
@@ -271,9 +272,7 @@ class Backward:
             if maker is None or len(maker.values) > 1:
                 break
             (source,) = maker.values.values()
-            moved: Gradient | None = None
-            if isinstance(gradient, GradFactors) and maker.args and maker.args[0] is source:
-                moved = _moved(maker, value, source, gradient)
+            moved = _moved(maker, value, source, gradient)
             if moved is None and not self.create_graph:
                 call = maker.call
                 if call is not None and call.rule == "embedding" and source.ndim == 2:
@@ -352,11 +351,18 @@ def _hooked(gradient: Gradient, hooks: dict | None) -> Gradient:
     return torch.stack(samples) if samples else written
 
 
-def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -> GradFactors | None:
-    """The factors for ``source`` of which ``maker`` made ``value``; None where they have no such form."""
-    name, func, shape = maker.name, maker.func, tuple(source.shape)
-    if name in _CASTS and value.shape == source.shape:
-        return gradient
+def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: Gradient) -> Gradient | None:
+    """The gradient for ``source`` of which ``maker`` made ``value``; None where it has no such form."""
+    name, func, shape, batch = maker.name, maker.func, tuple(source.shape), gradient.shape[0]
+    first = bool(maker.args) and maker.args[0] is source
+    added = name in _ADDED and len(maker.args) == 2 and not maker.kwargs
+    added = added and maker.args[0] is not maker.args[1]
+    if (added or (first and name in _CASTS)) and value.shape == source.shape and not source.is_complex():
+        return gradient.to(source.dtype) if isinstance(gradient, Tensor) else gradient
+    if not first:
+        return None
+    if isinstance(gradient, Tensor):
+        return gradient.reshape(batch, *shape) if name in _SAME_NUMBERS else None
     if gradient.weight_shape is None and tuple(gradient.shape[1:]) != tuple(value.shape):
         return None
     dims: list[int] | None = None

@@ -117,6 +117,13 @@ def checked(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor for loss={loss!r}, but got {type(target).__name__}")
     if loss == "cross_entropy":
+        classes, probabilities = output.shape[:1] + output.shape[2:], output.shape
+        if target.shape != (probabilities if target.is_floating_point() else classes):
+            raise ValueError(
+                f"target: expected class indices of shape {tuple(classes)} or probabilities of shape "
+                f"{tuple(probabilities)} for loss='cross_entropy', but got {target.dtype} of shape "
+                f"{tuple(target.shape)}; pass target=labels (without target= it is the model's input)"
+            )
         return loss, target
     if not output.is_floating_point():
         raise TypeError(f"output: expected a floating-point tensor for loss={loss!r}, but got {output.dtype}")

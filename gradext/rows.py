@@ -95,53 +95,52 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
         return found
     first = Rows(0)
     found.states[root.node] = {root.output_nr: first}
-    for node, inputs in _in_order(root.node, ends):
-        name = node.name()
+    below, uses = _graph(root.node, ends)
+    ready = [root.node]
+    while ready:  # each node after all that its function's outputs go to
+        node = ready.pop()
+        name, inputs, states = node.name(), below[node], None
         found.kinds.add(name)
         if name == _LEAF:
             found.leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
         elif inputs and node in found.states:
             # All that the loss of one sample depends on is that sample's.
             states = [first] * len(inputs) if batch == 1 else _input_states(node, name, inputs, found)
-            for (source, place), state in zip(inputs, states, strict=True):
-                if source is not None and state is not None:
-                    state = Unproved(name) if state is _LOST else state
-                    arrived = found.states.get(source)
-                    if arrived is None:
-                        found.states[source] = {place: state}
-                    else:
-                        arrived[place] = _merged(arrived.get(place), state, name)
+        for k, (source, place) in enumerate(inputs):
+            if source is None:
+                continue
+            uses[source] -= 1
+            if not uses[source]:
+                ready.append(source)
+            state = states[k] if states else None
+            if state is not None:
+                state = Unproved(name) if state is _LOST else state
+                arrived = found.states.setdefault(source, {})
+                arrived[place] = _merged(arrived[place], state, name) if place in arrived else state
     return found
 
 
-def _in_order(root: Node, ends: set[Node]) -> list[tuple[Node, tuple]]:
-    """The nodes and what their inputs come from, each after all that its function's outputs go to."""
+def _graph(root: Node, ends: set[Node]) -> tuple[dict[Node, tuple], dict[Node, int]]:
+    """Of each node, what its inputs come from, and how many inputs its outputs go to."""
     below: dict[Node, tuple] = {}
-    uses: dict[Node | None, int] = {None: 0}
+    uses: dict[Node, int] = {}
     stack = [root]
     while stack:
         node = stack.pop()
-        if node not in below:
-            below[node] = inputs = () if node in ends else node.next_functions
-            for source, _ in inputs:
-                uses[source] = uses.get(source, 0) + 1
-                if source is not None:
+        below[node] = inputs = () if node in ends else node.next_functions
+        for source, _ in inputs:
+            if source is not None:
+                if source not in uses:
+                    uses[source] = 0
                     stack.append(source)
-    order, ready = [], [root]
-    while ready:
-        node = ready.pop()
-        order.append((node, below[node]))
-        for source, _ in below[node]:
-            uses[source] -= 1
-            if not uses[source] and source is not None:
-                ready.append(source)
-    return order
+                uses[source] += 1
+    return below, uses
 
 
-def _merged(a: State | None, b: State, name: str) -> State:
+def _merged(a: State, b: State, name: str) -> State:
     """The state of a tensor with several uses."""
-    if a is None or a is b:
-        return b
+    if a is b:
+        return a
     if isinstance(a, Rows) and isinstance(b, Rows):
         if a[:3] == b[:3] and a.owners is b.owners:
             return a
@@ -204,7 +203,7 @@ States = Sequence[State | None]
 
 def _input_states(node: Node, name: str, inputs: tuple, found: Structure) -> States:
     """The states of a node's inputs, from those of its outputs."""
-    states: list[State | None] = []
+    states: States = []
     for k, state in found.states[node].items():
         if isinstance(state, Unproved):
             return [state._replace(hint=None)] * len(inputs)
@@ -213,8 +212,8 @@ def _input_states(node: Node, name: str, inputs: tuple, found: Structure) -> Sta
             here = _states_of(node, _kind_of(name), k, state, inputs, found)
         if here is None:
             return [Unproved(name, state if isinstance(state, Rows) else None)] * len(inputs)
-        former = states or [None] * len(inputs)
-        states = [a if b is None else _merged(a, b, name) for a, b in zip(former, here, strict=True)]
+        pairs = zip(states, here, strict=True) if states else ()
+        states = [b if a is None else a if b is None else _merged(a, b, name) for a, b in pairs] or here
     return states
 
 
@@ -541,7 +540,8 @@ def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> tu
     levels = 2 * most + 1
     mantissa = 1 + (order // levels) / (1 + (batch - 1) // levels)
     values = ((order % levels) - most).double().exp2() * mantissa
-    return values.to(device=like.device, dtype=like.dtype), 64 * eps if batch <= levels else eps**0.5
+    values = values.to(device=like.device, dtype=like.dtype, non_blocking=True)  # nothing waits for what is sent
+    return values, 64 * eps if batch <= levels else eps**0.5
 
 
 def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Tensor, tolerance: float) -> Tensor:

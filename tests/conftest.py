@@ -1,4 +1,4 @@
-"""Shared oracles: what a per-sample gradient is, written the two slow ways that nobody doubts."""
+"""Oracles and fixtures that all tests use: per-sample gradients by a loop and by `vmap(grad)`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext.backends import BACKENDS
+
+LONGER = ("medium", "slow", "peers", "zoo")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in LONGER):
+            item.add_marker("quick")
+
 
 # For the tests that set none of their own: the same examples in every run, or, by --hypothesis-profile, new ones.
 _COMMON = {

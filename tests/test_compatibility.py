@@ -1,4 +1,4 @@
-"""gradext where something is missing or warnings are errors."""
+"""gradext without its optional parts, and with warnings as errors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytestmark = pytest.mark.medium
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""gradext on a GPU: every kernel against fp64 torch, and manners: streams, graphs, devices, waiting."""
+"""gradext on a GPU: every kernel against fp64 torch; streams, graphs, devices, waits."""
 
 from __future__ import annotations
 

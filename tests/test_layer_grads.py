@@ -1,4 +1,4 @@
-"""batch_layer_grads and batch_layer_factors: exact on every model that they accept, and an error on every other."""
+"""batch_layer_grads and batch_layer_factors: exact on every accepted model, an error on every other."""
 
 from __future__ import annotations
 
@@ -1004,6 +1004,7 @@ def test_wrong_backends(monkeypatch):
     gradext.batch_layer_grads(model, x)
 
 
+@pytest.mark.medium
 def test_default_backend_comes_from_the_environment():
     code = "import gradext.backends as b; print(b.DEFAULT)"
     for value, expected in (("reference", "reference"), ("", "None")):

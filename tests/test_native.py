@@ -1,5 +1,6 @@
 """The compiled module: the CPU kernel against fp64 torch, the workspace, the build, the stale-binary rule."""
 
+import importlib.metadata
 import itertools
 import os
 import shutil
@@ -319,6 +320,7 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.medium
 def test_workspace_limit_from_the_environment():
     code = (
         "from gradext.native import C\n"
@@ -348,6 +350,7 @@ def test_calls_from_many_threads():
     assert not wrong
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_kernel_and_workspace_work_after_fork():
     code = (
@@ -393,6 +396,28 @@ def test_stale_binaries_are_refused(tmp_path):
     (tmp_path / "csrc" / "outer.h").open("a").write("\n")
     assert "other sources" in native._stale(config, config["version"], tmp_path / "csrc")
     assert native._stale(config, config["version"], tmp_path / "none") is None
+
+
+@pytest.mark.medium
+def test_a_stale_binary_warns_and_a_missing_one_does_not(tmp_path):
+    package = tmp_path / "gradext"
+    shutil.copytree(Path(native.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "import warnings; warnings.simplefilter('error'); import gradext; print(gradext.native.C)"
+    run = lambda: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    if not list(native._binaries(Path(native.__file__).parent)):
+        pytest.skip("the package in use has no binary of its own")
+    shutil.copy(C.__file__, package)
+    (package / "_version.py").write_text('__version__ = "0.0.0"\n')
+    stale = run()
+    assert stale.returncode != 0
+    assert "runs without its compiled kernels" in stale.stderr
+    assert "this is 0.0.0: run `pip install .`" in stale.stderr
+    (package / Path(C.__file__).name).unlink()
+    installed = list(importlib.metadata.distributions(name="gradext"))
+    if not installed:
+        assert run().stdout == "None\n"
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
@@ -483,9 +508,11 @@ def test_a_missing_compiler_fails_no_install(tmp_path):
     result = build(tmp_path, **MISSING, GRADEXT_CUDA="0")
     assert result.returncode == 0, result.stderr
     assert "installed without them and runs on plain torch" in result.stderr
+    assert "install one (apt install g++" in result.stderr
     assert not list(tmp_path.rglob("_C*"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("answer", "targets"), [("echo 9.0; echo 7.5; echo 9.0", ["75", "90"]), ("echo 12.0", ["120"]), ("exit 9", None)]
 )

@@ -1,4 +1,4 @@
-"""The C++ of the CPU backend under the compiler's warnings, its sanitizers, and clang-tidy where it is installed."""
+"""The C++ of the CPU backend under compiler warnings, sanitizers, and clang-tidy if it is installed."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def run(*command: object) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_no_warnings(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
     includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]

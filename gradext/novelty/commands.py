@@ -85,7 +85,7 @@ def fit(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoint(arguments: argparse.Namespace, source: Source, rows: np.ndarray) -> Checkpoint:
-    """``MODEL.partial``, where a training that is stopped goes on when the same command is run again."""
+    """``MODEL.partial``, from which a stopped training resumes when the same command is run again."""
     out = Path(arguments.out)
     told = {name: value for name, value in vars(arguments).items() if name not in ("run", "json", "quiet", "out")}
     versions = [__version__, torch.__version__, np.__version__, torch.get_num_threads()]
@@ -239,7 +239,7 @@ def images(arguments: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: expected a new or empty folder")
     for row, label in enumerate(image_set.labels.tolist()):
-        # A set without parts of its own: each fifth image is for testing.
+        # A set without a test part: every fifth image is for testing.
         test = row % 5 == 4 if image_set.train is None else row >= image_set.train
         folder = out / ("test" if test else "train") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,7 @@ def _check_memory(source: Source, arguments: argparse.Namespace) -> None:
 
 
 def _memory() -> int:
-    """Bytes of the machine's memory; where nobody tells, a terabyte."""
+    """Bytes of the machine's memory; a terabyte if it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -296,7 +296,7 @@ def _memory() -> int:
 
 
 def _check_maps(arguments: argparse.Namespace, detector: NoveltyDetector) -> None:
-    """Raise ValueError for ``--maps`` where there are no images, or where maps would lie among the data."""
+    """Raise ValueError for ``--maps`` if there are no images, or if maps would be written among the data."""
     if arguments.maps is None:
         return
     if not is_image(detector.input_shape_):
@@ -309,7 +309,7 @@ def _check_maps(arguments: argparse.Namespace, detector: NoveltyDetector) -> Non
 
 
 def _warn_of_calibration(detector: NoveltyDetector, target_fpr: float | None) -> None:
-    """Few held-out samples are told wherever their threshold is used."""
+    """Warn of few held-out samples in every command that uses their threshold."""
     if detector.contamination is None or target_fpr is not None:
         rate = detector.fitted_fpr_ if target_fpr is None else target_fpr
         for message in guards.of_calibration(len(detector.calibration_.scores), rate):
@@ -317,7 +317,7 @@ def _warn_of_calibration(detector: NoveltyDetector, target_fpr: float | None) ->
 
 
 def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple[Source, np.ndarray]:
-    """The samples of ``--training``, and the rows of the normal ones; all, where labels do not tell them apart."""
+    """The samples of ``--training``, and the rows of the normal ones; all rows if there are no labels."""
     options = {
         "data_dir": arguments.data_dir,
         "image_format": detector.image_format_,
@@ -329,7 +329,7 @@ def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple
     }
     try:
         source = open_source(arguments.training, labels=_label_name(arguments), **options)
-    except DatasetError:  # normal samples alone need no labels; whatever else is wrong is told by the second try
+    except DatasetError:  # normal samples need no labels; the second try raises any other error
         source = open_source(arguments.training, **options)
     labels = np.full(len(source), "") if source.labels is None else source.labels
     wanted = arguments.normal or source.normal or (["0"] if set(labels) <= {"0", "1"} else [])
@@ -338,7 +338,7 @@ def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple
 
 
 def _label_name(arguments: argparse.Namespace) -> str | None:
-    """The column or array that ``--labels`` names; None where it is a file, which is of one set of samples alone."""
+    """The column or array that ``--labels`` names; None for a file, which has the labels of one set of samples only."""
     return None if arguments.labels is not None and Path(arguments.labels).is_file() else arguments.labels
 
 
@@ -394,7 +394,7 @@ INPUTS = {"data": "the data", "model": "the model", "labels": "the file of label
 
 @contextlib.contextmanager
 def _output(arguments: argparse.Namespace) -> Iterator[None]:
-    """Hold ``--out`` for this command; refused where it is one of the inputs, or another process writes it."""
+    """Lock ``--out`` for this command; raises if it is one of the inputs, or if another process writes it."""
     inputs = {what: getattr(arguments, name, None) for name, what in INPUTS.items()}
     name = str(getattr(arguments, "data", "")).partition(":")[0]
     if name in datasets.NAMES:
@@ -406,7 +406,7 @@ def _output(arguments: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept_told(partial: Path) -> Iterator[None]:
-    """Say where what is done is kept, if a command is stopped or cannot write."""
+    """Print where the finished part is kept, if a command is stopped or cannot write."""
     try:
         yield
     except (KeyboardInterrupt, OSError):
@@ -436,9 +436,9 @@ def _tell(text: str) -> None:
 
 @contextlib.contextmanager
 def _processes(arguments: argparse.Namespace):
-    """The processes that `torchrun` started together, if it did, each with a GPU of its own; else this one.
+    """The processes that `torchrun` started, each with its own GPU; without torchrun this process alone.
 
-    They exchange statistics and scores, a few megabytes, for which gloo is enough on any device.
+    They exchange statistics and scores, a few megabytes, for which gloo suffices on any device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
@@ -455,9 +455,9 @@ def _processes(arguments: argparse.Namespace):
 
 @contextlib.contextmanager
 def _warnings_told(by_me: bool = True):
-    """Warnings as one line each on standard error, one of a kind, without file and line of the code.
+    """Print warnings as one line each on standard error, one of each kind, without file and line of the code.
 
-    by_me: False where another process tells the same.
+    by_me: False if another process prints the same.
     """
     told = set()
 

@@ -1,4 +1,4 @@
-"""The HTML report: one file with everything in it, no script, nothing loaded from elsewhere."""
+"""The HTML report: one file that contains everything, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def page(
     title: str,
     progress: bool = True,
 ) -> str:
-    """The report on a source's samples. normal: [N], which rows are normal; None: not known.
+    """The report on the samples of a source. normal: [N], which rows are normal; None: unknown.
 
-    ``training``: samples, and the rows of them among which those nearest to the most novel are shown. Raises ValueError
-    where no sample could be read.
+    ``training``: samples, and their rows among which the nearest to the most novel ones are shown. Raises ValueError if
+    no sample can be read.
     """
     parts = list(novelties(detector, source, progress=progress))
     index, novelty = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
@@ -138,7 +138,7 @@ def _facts(detector, novelty, outlier, both: bool, source: Source, pixels: float
 
 
 def _told(detector) -> str:
-    """What `fit` warned of, and what few held-out samples promise."""
+    """The warnings of `fit`, and what few held-out samples guarantee."""
     told = list(detector.warnings_)
     if detector.contamination is None:
         told += [
@@ -150,7 +150,7 @@ def _told(detector) -> str:
 
 
 def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
-    """Each plot a picture of its own: beside each other on a wide screen, one below the other on a phone."""
+    """Each plot is a separate picture: side by side on a wide screen, one below the other on a phone."""
     unit = detector.score_.name.replace("_", " ")
     known = p_values[~outlier] if outlier is not None and not outlier.all() else p_values
     n, m = len(detector.calibration_.scores), len(known)
@@ -189,7 +189,7 @@ def _plots_note(outlier, both: bool) -> str:
         )
     if outlier is None:
         return "No labels: these are all samples' p-values. Normal ones follow the diagonal, novel ones rise above it."
-    return "All samples are of one kind, so that nothing can be said of how well kinds are told apart."
+    return "All samples are of one kind, so the separation of normal and novel samples is unknown."
 
 
 def _most_novel(detector, source, rows, novelty, p_values, outlier) -> str:

@@ -1,4 +1,4 @@
-"""Cases of model libraries: complete and exact, or refused by name. Each is skipped where its library is missing."""
+"""Models of libraries: complete and exact, or refused by name. Skipped if the library is missing."""
 
 from __future__ import annotations
 

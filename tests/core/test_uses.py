@@ -1,4 +1,4 @@
-"""Uses of parameters that once gave a wrong number: each sample alone, or ∂ losses[b] by plain autograd, judges."""
+"""Uses of parameters that once gave a wrong number, against each sample alone or ∂ losses[b] by autograd."""
 
 import warnings
 
@@ -9,15 +9,7 @@ from torch import nn
 
 import gradext
 
-B = 4
-
-
-def own_gradients(model: nn.Module, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-    """∂ losses[b] / ∂ parameter of a graph, one backward a sample."""
-    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
-    return {
-        name: torch.stack(g) for (name, _), g in zip(model.named_parameters(), zip(*rows, strict=True), strict=True)
-    }
+from .common import B, Product, own_gradients
 
 
 def assert_right(found, expected):
@@ -183,18 +175,6 @@ def test_deltas_that_are_parts_of_one_another_are_undone_once():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        return g @ weight.mT, x.mT @ g
-
-
 @pytest.mark.parametrize("unseen", [False, True])
 @pytest.mark.parametrize("form", [lambda w: w, torch.exp])
 def test_a_hook_on_a_parameter_is_applied_once(form, unseen):
@@ -219,3 +199,36 @@ def test_a_hook_on_a_parameter_is_applied_once(form, unseen):
         linear.weight.grad = None
         model(x[b : b + 1]).square().sum().backward()
         torch.testing.assert_close(found[b], linear.weight.grad, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: 1 + w,
+        lambda w: w + 1,
+        lambda w: w.double().float().add(torch.arange(4.0)),
+        lambda w: w + w,
+        lambda w: torch.add(w, torch.ones(4), alpha=2),
+        lambda w: torch.add(torch.ones(4), w, alpha=2),
+        lambda w: w.view(2, 2).reshape(4) + 1,
+        lambda w: w + torch.ones(3, 4),
+        lambda w: 1 - w,
+    ],
+    ids=["1 + w", "w + 1", "casts", "w + w", "alpha", "alpha of w", "views", "broadcast", "1 - w"],
+)
+def test_values_that_differ_from_a_parameter_by_a_constant(change):
+    """As the norms of Gemma have it."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.rand(4))
+
+        def forward(self, x):
+            return (x.unsqueeze(1) * change(self.w)).tanh()
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.rand(3, 4)
+    expected = torch.stack([torch.autograd.grad(model(x[b : b + 1]).square().sum(), model.w)[0] for b in range(3)])
+    found = gradext.batch_layer_grads(model, x, loss=lambda output, target: output.square().flatten(1).sum(1))
+    torch.testing.assert_close(found["w"], expected)

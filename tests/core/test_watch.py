@@ -17,28 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 
-B, T, D, V = 4, 3, 6, 11
-
-
-class Net(nn.Module):
-    """Members by name, and a forward over them."""
-
-    def __init__(self, forward, **members):
-        super().__init__()
-        for name, member in members.items():
-            setattr(self, name, member)
-        self._run = forward
-
-    def forward(self, *args, **kwargs):
-        return self._run(self, *args, **kwargs)
-
-
-def linear(into: int = D, out: int = D) -> nn.Linear:
-    return nn.Linear(into, out)
-
-
-def x_of(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (B, D)))
+from .common import B, D, Net, Product, T, V, linear, own_gradients, squared, x_of
 
 
 def autoencoder() -> Net:
@@ -47,19 +26,6 @@ def autoencoder() -> Net:
         "decoder": nn.Sequential(linear(3, D), nn.LayerNorm(D)),
     }
     return Net(lambda m, x: m.decoder(m.encoder(x)), **layers)
-
-
-def squared(output: Tensor) -> Tensor:
-    return output.square().flatten(1).sum(1)
-
-
-def own_gradients(model: nn.Module, losses: Tensor) -> dict[str, Tensor]:
-    """∂ losses[b] / ∂ parameter by B backwards of plain torch."""
-    named = dict(model.named_parameters())
-    rows = [
-        torch.autograd.grad(loss, list(named.values()), retain_graph=True, materialize_grads=True) for loss in losses
-    ]
-    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(named)}
 
 
 # --- any forward -----------------------------------------------------------------------------------------------------
@@ -263,18 +229,6 @@ def test_second_derivatives(right):
 
 
 # --- training --------------------------------------------------------------------------------------------------------
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
 
 
 def transformer():
