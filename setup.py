@@ -117,6 +117,13 @@ def told(message: str) -> None:
     print(f"gradext: {message}", file=sys.stderr, flush=True)
 
 
+# Instruction sets that the CPU kernel is compiled for, beside the one that all machines have.
+X86_ISAS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512bf16": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+}
+
+
 class CudaError(Exception):
     """nvcc failed; its own message is on the screen."""
 
@@ -167,11 +174,11 @@ class BuildNative(build_ext):
         jobs.append(lambda: self.compile_cpp("csrc/bindings.cpp", macros))
         jobs.append(lambda: self.compile_cpp("csrc/cpu/outer_kernel.cpp", [("GRADEXT_ISA", "baseline")]))
         if platform.machine() in ("x86_64", "AMD64"):
-            jobs.append(
-                lambda: self.compile_cpp(
-                    "csrc/cpu/outer_kernel.cpp", [("GRADEXT_ISA", "avx2")], ["-mavx2", "-mfma", "-mf16c"]
+            for isa, flags in X86_ISAS.items():
+                macro = [("GRADEXT_ISA", isa)]
+                jobs.append(
+                    lambda macro=macro, flags=flags: self.compile_cpp("csrc/cpu/outer_kernel.cpp", macro, flags)
                 )
-            )
         for name in ("outer", "threads", "workspace"):
             jobs.append(lambda name=name: self.compile_cpp(f"csrc/cpu/{name}.cpp", []))
         with ThreadPoolExecutor(os.cpu_count()) as pool:

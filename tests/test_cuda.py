@@ -96,7 +96,10 @@ def compile_emulator(folder: Path, includes: list[str]) -> Path:
     jobs |= {name: [CSRC / "cpu" / f"{name}.cpp"] for name in ("outer", "threads", "workspace")}
     kernel = [CSRC / "cpu" / "outer_kernel.cpp", "-Wno-psabi"]
     jobs["baseline"] = [*kernel, "-DGRADEXT_ISA=baseline"]
-    jobs["avx2"] = [*kernel, "-DGRADEXT_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    jobs["avx2"] = [*kernel, "-DGRADEXT_ISA=avx2", *avx2]
+    avx512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
+    jobs["avx512bf16"] = [*kernel, "-DGRADEXT_ISA=avx512bf16", *avx2, *avx512]
 
     def compile_one(name: str) -> Path:
         target = folder / f"{name}.o"

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.medium
 INTERPRETED = triton.interpreting()
 # The compiled kernel is chosen by the machine and the size: "streaming" and "baseline" make it stream past the cache
 # at every size, and use no instruction that some machine lacks.
-VARIANTS = {"cpu": {}, "cpu, streaming": {"stream_from": 0}, "cpu, baseline": {"stream_from": 0, "baseline": True}}
+VARIANTS = {"cpu": {}, "cpu, streaming": {"stream_from": 0}, "cpu, baseline": {"stream_from": 0, "isa": "baseline"}}
 BACKEND_NAMES = ["triton"] if INTERPRETED else [*VARIANTS, "reference", None]
 # A program of the interpreter takes milliseconds, and it cuts what hardware rounds to bf16.
 ELEMENTS = 1 << (10 if INTERPRETED else 17)  # of all gradients, all positions counted
