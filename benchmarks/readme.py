@@ -72,19 +72,12 @@ def models() -> str:
     return f"{_zoo()}\n{title}\n\n{markdown(columns(read_table(path, 'model'), *kept)[:6])}"
 
 
-def situations() -> str:
-    """What each library does in ordinary situations."""
-    return markdown(read_table(RESULTS / "peers.md", "situation"))
-
-
 def libraries() -> str:
-    """How often each library gives what: the table of `situations`, counted."""
-    head, *rows = read_table(RESULTS / "peers.md", "situation")
-    table = [[f"of {len(rows)} situations", *head[1:]]]
-    for outcome in ("right", "**wrong**", "wrong shape", "error"):
-        counts = [sum(row[k] == outcome for row in rows) for k in range(1, len(head))]
-        table.append([outcome, *map(str, counts)])
-    return markdown(table)
+    """In how many situations each library is right."""
+    table = read_table(ROOT / "docs" / "conformance.md", "")
+    counts = [row for row in table[1:] if all(cell.isdigit() for cell in row[1:])]
+    situations = sum(int(row[1]) for row in counts)
+    return markdown([[f"of {situations} situations", *table[0][1:]], *counts])
 
 
 def detectors() -> str:
@@ -136,7 +129,7 @@ def outer() -> str:
     return markdown(table)
 
 
-FIGURES = {f.__name__: f for f in (models, situations, libraries, detectors, paper, pytorch_ood, peers, outer)}
+FIGURES = {f.__name__: f for f in (models, libraries, detectors, paper, pytorch_ood, peers, outer)}
 
 
 def filled(page: Path) -> str:

@@ -512,24 +512,28 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
 
 def _sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]], backend: str | None) -> Tensor:
     groups: dict[tuple[ModuleType, torch.dtype, torch.device], list[int]] = {}
+    chosen: dict[tuple, tuple] = {}
     for place, (delta, activation) in enumerate(layers):
         check_factors(delta, activation)
-        module = backends.choose("sq_norm", backend, delta.device.type, backends.Call(delta))
-        groups.setdefault((module, delta.dtype, delta.device), []).append(place)
+        kind = delta.ndim, delta.dtype, delta.device  # all that the table asks of a layer
+        if kind not in chosen:
+            module = backends.choose("sq_norm", backend, delta.device.type, backends.Call(delta))
+            chosen[kind] = module, delta.dtype, delta.device
+        groups.setdefault(chosen[kind], []).append(place)
     if len({device for _, _, device in groups}) > 1:
         raise ValueError(
             "layers: expected all on one device, but got " + ", ".join(sorted({str(d) for *_, d in groups}))
         )
     rows: dict[int, Tensor] = {}
     for (module, _, device), places in groups.items():
-        chosen = [layers[place] for place in places]
+        own = [layers[place] for place in places]
         if hasattr(module, "sq_norm_group"):
-            found = without_autocast(device.type, module.sq_norm_group, chosen)
+            found = without_autocast(device.type, module.sq_norm_group, own)
             if len(groups) == 1:
                 return found
         else:
             function = getattr(module, "sq_norm", None) or backends.reference.sq_norm
-            found = [without_autocast(device.type, function, *layer) for layer in chosen]
+            found = [without_autocast(device.type, function, *layer) for layer in own]
         rows |= zip(places, found, strict=True)
     return _stacked([rows[place] for place in range(len(layers))])
 

@@ -134,6 +134,7 @@ class watch:
         self._mode: WatchMode | None = None
         self._context: contextlib.AbstractContextManager[None] | None = None
         self.coverage = Coverage(left_out=dict(self._selection.left_out))
+        self.one_sample = False  # the run is one sample's, whose graph itself gives written gradients in one backward
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -160,6 +161,7 @@ class watch:
             self._mode = mode = WatchMode(self._model, self._selection, attached=attached, train=self._train)
             if self._inputs is not None:
                 mode.mark_inputs(rules.tensors_of(self._inputs))
+            mode.opaque = self.one_sample
             before = RemovableHandle.next_id - WatchMode.handles
             with whole_layers(mode), mode:
                 yield

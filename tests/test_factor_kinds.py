@@ -22,7 +22,6 @@ from gradext.factors import (
     SumFactors,
     Windows,
     WrittenFactors,
-    numerics,
 )
 from gradext.factors.products import flat_form
 
@@ -223,9 +222,7 @@ NAMES = list(methods(1, (1,), (1, 1)))
 @pytest.fixture(params=[False, True], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(numerics, "BLOCK_ELEMENTS", 20)
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 20)
-        monkeypatch.setattr("gradext.factors.convolutions.UNFOLDED_ELEMENTS", {"cpu": 30})
 
 
 def check(case: Case, name: str) -> None:

@@ -153,7 +153,7 @@ def _positions(factor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device.index)  # without the object around it, which takes 2 µs
 
 
 def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:

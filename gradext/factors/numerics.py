@@ -17,11 +17,9 @@ from torch import Tensor
 
 from .. import ops, ranges
 from ..backends import reference
-from ..backends.reference import widen
+from ..backends.reference import accumulation_type, widen
 
-__all__ = ["BLOCK_ELEMENTS", "clipping", "cosine", "is_eager", "root", "row_norms", "row_sq_norms", "total", "widen"]
-
-BLOCK_ELEMENTS = reference.BLOCK_ELEMENTS
+__all__ = ["clipping", "cosine", "is_eager", "root", "row_norms", "row_sq_norms", "total", "widen"]
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -31,14 +29,13 @@ def is_eager(*tensors: Tensor) -> bool:
 
 def row_norms(x: Tensor, p: float = 2) -> Tensor:
     """``‖x[b]‖_p`` of x [B, n] -> [B]."""
+    eager = is_eager(x)
+    if p == 2 and eager and not ranges.may_look(x) and x.dtype != torch.float64 and x.device.type != "mps":
+        wide = torch.float64  # which that device lacks
+        return torch.linalg.vector_norm(x, p, dim=1, dtype=wide).to(accumulation_type(x.dtype))
     (x,) = widen(x)
-    if p in (1, float("inf")) or not x.shape[1]:
+    if p in (1, float("inf")) or not x.shape[1] or (eager and ranges.may_look(x)):
         return reference.row_norms(x, p)
-    if is_eager(x):
-        if x.device.type == "cpu":
-            return reference.row_norms(x, p)
-        if x.device.type == "cuda" and p == 2 and x.dtype == torch.float32:
-            return torch.linalg.vector_norm(x, p, dim=1, dtype=torch.float64).to(x.dtype)
     return reference.scaled_row_norms(x, p)
 
 
@@ -54,7 +51,7 @@ def row_sq_norms(x: Tensor) -> Tensor:
 def root(squares: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
     """The roots of squared norms [B] of eager factors; ``again(rows)`` gives those that the squares cannot."""
     norms = squares.sqrt()
-    if squares.device.type == "cpu":
+    if ranges.may_look(squares):
         rows = ranges.outside(squares, ranges.least_power(1, squares.dtype))
         if rows is not None:
             norms[rows] = again(rows)

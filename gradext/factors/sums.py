@@ -85,9 +85,6 @@ class SumFactors(GradFactors):
     def _tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.parts for tensor in part._tensors())
 
-    def _is_eager(self) -> bool:
-        return all(part._is_eager() for part in self.parts)
-
     def _each(self, function: Callable[[GradFactors], GradFactors]) -> GradFactors:
         return add([function(part) for part in self.parts])
 
