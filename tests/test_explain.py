@@ -11,6 +11,8 @@ from gradext.novelty.detector import CLASSIFIER_SCORES
 from gradext.novelty.explain import expected, heat, layer_shares, nearest_training, reasons, residual, saliency
 from gradext.novelty.scores import SCORES
 
+pytestmark = pytest.mark.medium
+
 FAST = {"hidden_dim": 16, "latent_dim": 4, "epochs": 20, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
 
 

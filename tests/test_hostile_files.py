@@ -31,7 +31,9 @@ from gradext.datasets import DatasetError, load, load_cifar10, load_idx
 from gradext.novelty import ModelFileError, NoveltyDetector, persistence
 from gradext.novelty.training import Checkpoint
 
-pytestmark = [  # of Pillow, NumPy and torch, about the damaged files
+pytestmark = [
+    pytest.mark.medium,
+    # of Pillow, NumPy and torch, about the damaged files
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
     pytest.mark.filterwarnings("ignore:overflow encountered in scalar multiply"),
     pytest.mark.filterwarnings("ignore:Detected pickle protocol"),

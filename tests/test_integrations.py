@@ -17,7 +17,7 @@ from torch import nn
 
 import gradext
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the libraries
+pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore")]  # those of the libraries
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 

@@ -39,11 +39,11 @@ from .training import Checkpoint
 def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     writing.check_writable(out)
-    with _output(arguments), _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
+    with _output(arguments), _processes(arguments) as processes, _printed_warnings(by_me=processes.rank == 0):
         source = _source(
             arguments, size=_size(arguments.size), mode=arguments.mode, pad=arguments.pad, auto_size=True, part="train",
         )  # fmt: skip
-        _tell_notes(source, processes)
+        _print_notes(source, processes)
         chosen = arguments.normal or source.normal
         rows = np.flatnonzero(_normal(source, arguments)) if chosen else np.arange(len(source))
         _check_memory(source, arguments)
@@ -55,7 +55,7 @@ def fit(arguments: argparse.Namespace) -> int:
             verbose=not arguments.quiet and processes.rank == 0,
         )  # fmt: skip
         checkpoint = _checkpoint(arguments, source, rows)
-        with _kept_told(checkpoint.path):
+        with _partial_named(checkpoint.path):
             detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
             if processes.rank > 0:
                 return 0
@@ -95,12 +95,12 @@ def _checkpoint(arguments: argparse.Namespace, source: Source, rows: np.ndarray)
 
 def score(arguments: argparse.Namespace) -> int:
     scoring.check_out(arguments.out)
-    with _output(arguments), _processes(arguments) as processes, _warnings_told():
+    with _output(arguments), _processes(arguments) as processes, _printed_warnings():
         rank, world = processes.rank, processes.world
         detector, source = _open(arguments)
         _check_maps(arguments, detector)
         model_id = hashlib.sha256(Path(arguments.model).read_bytes() + repr(detector.offset_).encode()).hexdigest()
-        with _kept_told(scoring.partial_path(arguments.out, rank, world)):
+        with _partial_named(scoring.partial_path(arguments.out, rank, world)):
             scoring.score_to_file(
                 detector, source, arguments.out, model_id=model_id, rank=rank, world=world,
                 progress=not arguments.quiet and rank == 0, maps=arguments.maps,
@@ -122,7 +122,7 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    with _processes(arguments) as processes, _warnings_told():
+    with _processes(arguments) as processes, _printed_warnings():
         detector, source = _open(arguments)
         normal = _normal(source, arguments)
         rows = scoring.shared_rows(detector, len(source), processes.rank, processes.world)
@@ -188,7 +188,7 @@ def report(arguments: argparse.Namespace) -> int:
     writing.check_writable(arguments.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a report is made by one process: run it without torchrun")
-    with _output(arguments), _warnings_told():
+    with _output(arguments), _printed_warnings():
         detector, source = _open(arguments)
         told = arguments.normal is not None or source.normal is not None
         labelled = source.labels is not None and (told or set(source.labels) <= {"0", "1"})
@@ -261,11 +261,11 @@ def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
         arguments, image_format=detector.image_format_, part="test",
         fitted_columns=getattr(detector, "feature_names_in_", None),
     )  # fmt: skip
-    _tell_notes(source, Processes())
+    _print_notes(source, Processes())
     return detector, source
 
 
-def _tell_notes(source: Source, processes: Processes) -> None:
+def _print_notes(source: Source, processes: Processes) -> None:
     if processes.rank == 0 and int(os.environ.get("RANK", "0")) == 0:
         for note in source.notes:
             _tell(f"note: {note}")
@@ -405,7 +405,7 @@ def _output(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept_told(partial: Path) -> Iterator[None]:
+def _partial_named(partial: Path) -> Iterator[None]:
     """Print where the finished part is kept, if a command is stopped or cannot write."""
     try:
         yield
@@ -454,7 +454,7 @@ def _processes(arguments: argparse.Namespace):
 
 
 @contextlib.contextmanager
-def _warnings_told(by_me: bool = True):
+def _printed_warnings(by_me: bool = True):
     """Print warnings as one line each on standard error, one of each kind, without file and line of the code.
 
     by_me: False if another process prints the same.

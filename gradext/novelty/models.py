@@ -163,8 +163,8 @@ class RotationNet(nn.Module):
     is known when scoring too, so that each sample has a loss with a gradient: of the last layer, over all rotations.
     Source: Golan and El-Yaniv, "Deep anomaly detection using geometric transformations", NeurIPS 2018.
 
-    forward: images [B, C, H, W] in [0, 1], H = W a multiple of 4 -> logits [B, true turn, predicted turn], [B, 4, 4].
-    In training the images are flipped and shifted by up to 3 pixels, all of a batch in the same way.
+    forward: images [B, C, H, W] in [0, 1], H = W a multiple of 4 -> logits [B, 4, 4], of the turns by the turns that
+    were made. In training the images are flipped and shifted by up to 3 pixels, all of a batch alike.
 
     >>> import torch
     >>> RotationNet((3, 8, 8), channels=4)(torch.rand(5, 3, 8, 8)).shape
@@ -195,7 +195,7 @@ class RotationNet(nn.Module):
         self.head = nn.Linear(4 * channels, self.TURNS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, true turn, predicted turn]."""
+        """Logits [B, turn made, turn told]."""
         x = 4 * (x.reshape(-1, *self.sample_shape) - 0.5)
         turned = torch.stack([torch.rot90(x, turn, (2, 3)) for turn in range(self.TURNS)], dim=1)
         return self.head(self.body(turned.flatten(0, 1)).unflatten(0, (len(x), self.TURNS)))

@@ -186,7 +186,7 @@ def _through_convolution(layer: Any, delta: Tensor, shape: torch.Size) -> Tensor
 
 
 class _PlainFactors(GradFactors):
-    """Gradients of one position each, with the methods that scores call, in torch's own operators."""
+    """Gradients of one position each, with what scores ask of them in torch's own operators."""
 
     def norm(self, p: float = 2) -> Tensor:
         return torch.linalg.vector_norm(self.delta, p, dim=1) * torch.linalg.vector_norm(self.activation, p, dim=1)

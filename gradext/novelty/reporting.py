@@ -84,7 +84,7 @@ def page(
     pixels = evaluation.pixel_auroc(detector, source) if source.masks else None
     blocks = [
         _facts(detector, ranked, outlier, both, source, pixels),
-        _told(detector),
+        _warnings_of_the_fit(detector),
         _section("Scores", _plots(detector, ranked, p_values, outlier, both), _plots_note(outlier, both)),
         _most_novel(
             detector, source, index[top], novelty[top], p_values[top], None if outlier is None else outlier[top]
@@ -137,7 +137,7 @@ def _facts(detector, novelty, outlier, both: bool, source: Source, pixels: float
     return f'<div class="facts">{cells}</div>'
 
 
-def _told(detector) -> str:
+def _warnings_of_the_fit(detector) -> str:
     """The warnings of `fit`, and what few held-out samples guarantee."""
     told = list(detector.warnings_)
     if detector.contamination is None:
@@ -146,7 +146,7 @@ def _told(detector) -> str:
         ]
     if not told:
         return ""
-    return _section("Told in the fit", f"<ul>{''.join(f'<li>{_e(message)}</li>' for message in told)}</ul>")
+    return _section("Warnings of the fit", f"<ul>{''.join(f'<li>{_e(message)}</li>' for message in told)}</ul>")
 
 
 def _plots(detector, novelty, p_values, outlier, both: bool) -> str:

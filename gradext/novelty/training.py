@@ -164,11 +164,11 @@ def train(
 
     Tensors are moved to the model's device once, other `Samples` batch by batch.
     Adam on the mean over the batch of ``loss(x) -> [B]`` (default ``model.loss``) plus ``penalty(model, batch)``, such
-    as a `GradientAlignment`, which does not enter the history and the choice of the epoch. ``epochs`` None:
-    `auto_epochs`. ``patience``: end after this many epochs without a better validation loss; None: run all.
-    The same seed, data, machine and thread count give the same weights, with a ``checkpoint`` also after a stop and a
-    resumption; the caller removes the file. The global random state is unchanged. The bar is shown on terminals only,
-    elsewhere a line each tenth. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
+    as a `GradientAlignment`, which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`.
+    ``patience``: end after so many epochs without a better validation loss; None: run all.
+    The same seed, data, machine and thread count give the same weights, with a ``checkpoint`` even if the run was
+    stopped and goes on; the file stays for its owner to remove. The global random state is left as it was. The bar is
+    shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
     """
     for name, data in (("x", x), ("x_validation", x_validation)):
         if len(data) == 0:
