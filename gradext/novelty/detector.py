@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE, "rotation": RotationNet}
 # Training of an `Autoencoder` without epochs=: steps at least, epochs at least, and steps without progress at its end.
 STEPS, WIDE_STEPS, EPOCHS, PATIENCE = 300, 500, 5, 100
-TURN_STEPS = 600  # of a `RotationNet`
+TURN_STEPS = 1200  # of a `RotationNet`, with batches of 64
 
 
 class Rows(Protocol):
@@ -82,7 +82,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
-        novelty_score: a label-free score of the gradient, ``"whitened_gradient"``, ``"gradient_norm"``,
+        novelty_score: ``"auto"``: ``"whitened_gradient"`` for tables, ``"local_gradient"`` for an `Autoencoder` of images
+            (from 196 values on); a label-free score of the gradient, these, ``"gradient_norm"``,
             ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``, ``"kronecker_fisher"``,
             ``"whitened_delta_norm"``; of several layers' gradients,
             ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of these and both losses,
@@ -90,7 +91,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
-            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); None: an `Autoencoder`,
+            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); ``"auto"``: an `Autoencoder`,
             or a `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x ->
             reconstruction`` or ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
             ``loss(x) -> [B]``, that is what is trained.
@@ -98,7 +99,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             [N, H, W, C] become [N, C, H, W], unless it says otherwise.
         layer: the decoder layer, ``"first"`` (the paper's for novel classes), ``"last"`` (for novel conditions, and of
             the `Autoencoder` for all), or a module's name; or several, such as ``("first", "last")``: scores of one
-            layer take the first of them. ``"auto"``: the last of an `Autoencoder`, the first of all others.
+            layer take the first of them. ``"auto"``: the last of an `Autoencoder`, for ``"local_gradient"`` the first
+            of its encoder; the first of all others.
         loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce where the output ends in a sigmoid
             and ``X`` lies in [0, 1].
         scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"robust"``: by each
@@ -126,7 +128,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         verbose: whether to show a progress bar (on terminals).
 
     Attributes:
-        model_: the trained autoencoder, in ``dtype`` on ``device``.
+        kind_: what ``model`` came to, one of its names, or ``"own"``.
+        model_: the trained model, in ``dtype`` on ``device``.
         history_: the `History` of its losses; None with ``epochs=0``.
         layers_: the names of the layers that ``layer`` came to, in its order.
         score_: the `FittedScore`, with its statistics or its classifier.
@@ -161,9 +164,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        novelty_score: str = "whitened_gradient",
+        novelty_score: str = "auto",
         *,
-        model: nn.Module | str | None = None,
+        model: nn.Module | str = "auto",
         input_shape: Sequence[int] | None = None,
         layer: str | Sequence[str] | None = "auto",
         loss: str = "auto",
@@ -252,6 +255,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
         self.image_format_: ImageFormat | None = None
         self.warnings_: list[str] = []
+        self.kind_ = self._choose_kind()
         self.scaling_ = self._fit_scaling(X, training)
         training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
         parts = _cut(training, X.shape[1])
@@ -284,7 +288,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         choices = {
-            "novelty_score": [*SCORES, *CLASSIFIER_SCORES],
+            "novelty_score": ["auto", *SCORES, *CLASSIFIER_SCORES],
             "loss": ["auto", *RECONSTRUCTION_LOSSES],
             "scaling": list(CHOICES),
             "dtype": list(DTYPES),
@@ -301,11 +305,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             raise ValueError("validation_fraction, calibration_fraction: expected a sum below 1, to train on the rest")
         if self.contamination is not None and not 0 < self.contamination <= 0.5:
             raise ValueError(f"contamination: expected None or a number in (0, 0.5], but got {self.contamination!r}")
-        if isinstance(self.model, str) and self.model not in MODELS:
-            raise ValueError(f"model: expected one of {sorted(MODELS)} or a torch.nn.Module, but got {self.model!r}")
-        if self.model is not None and not isinstance(self.model, (nn.Module, str)):
+        if isinstance(self.model, str) and self.model not in ("auto", *MODELS):
+            raise ValueError(
+                f"model: expected one of {sorted(['auto', *MODELS])} or a torch.nn.Module, but got {self.model!r}"
+            )
+        if not isinstance(self.model, (nn.Module, str)):
             raise TypeError(
-                f"model: expected a torch.nn.Module, one of {sorted(MODELS)} or None, but got "
+                f"model: expected a torch.nn.Module or one of {sorted(['auto', *MODELS])}, but got "
                 f"{type(self.model).__name__}"
             )
         working_device(self.device)
@@ -330,18 +336,32 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         validation, calibration, training = np.split(order, np.cumsum(held_out))
         return training, validation, calibration
 
-    @property
-    def _kind(self) -> str:
+    def _choose_kind(self) -> str:
         """The model's name in `MODELS`; "own" for a module."""
         if isinstance(self.model, nn.Module):
             return "own"
-        if isinstance(self.model, str):
+        if self.model != "auto":
             return self.model
         return "vae" if "latent" in self.novelty_score or NEEDS_LATENT & {self.novelty_score} else "autoencoder"
 
+    @property
+    def _score(self) -> str:
+        """The score's name in `SCORES` or `CLASSIFIER_SCORES`."""
+        if self.novelty_score != "auto":
+            return self.novelty_score
+        wide = self.kind_ == "autoencoder" and self.n_features_in_ >= WIDE_INPUT
+        return "local_gradient" if wide else "whitened_gradient"
+
+    def _chosen_layer(self) -> str | Sequence[str] | None:
+        if self.layer != "auto":
+            return self.layer
+        if self.kind_ != "autoencoder":
+            return "first"
+        return "encoder.0" if self._score == "local_gradient" else "last"
+
     def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> Scaling:
         parts = list(_cut(rows, X.shape[1]))
-        scaling = fit_scaling(X, parts, self.input_shape_, self.scaling, centred=self._kind == "autoencoder")
+        scaling = fit_scaling(X, parts, self.input_shape_, self.scaling, centred=self.kind_ == "autoencoder")
         _warn(guards.of_features(scaling.low, scaling.high, alone=not is_image(self.input_shape_)), self.warnings_)
         return scaling
 
@@ -367,7 +387,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _make_model(self, first: Tensor, seed: int, *, in_unit_range: bool) -> None:
         """``model_`` and ``loss_``, tried on the ``first`` samples."""
-        device, kind = working_device(self.device), self._kind
+        device, kind = working_device(self.device), self.kind_
         if isinstance(self.model, nn.Module):
             model: nn.Module = copy.deepcopy(self.model).float()
         else:
@@ -397,8 +417,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             self.loss_ = "mse"
             if in_unit_range and kind != "autoencoder":
                 self.loss_ = resolve("auto", reconstruction, first.detach())
-        layer = ("last" if kind == "autoencoder" else "first") if self.layer == "auto" else self.layer
-        self.layers_ = layer_names(self.model_, first[:1].detach(), layer, self.loss_)
+        self.layers_ = layer_names(self.model_, first[:1].detach(), self._chosen_layer(), self.loss_)
 
     def _new_model(self, kind: str) -> nn.Module:
         sizes = {"hidden_dim": self.hidden_dim, "latent_dim": self.latent_dim}
@@ -436,21 +455,23 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.history_ = None
         if self.epochs == 0:
             return
-        plain, wide = self._kind == "autoencoder", self.n_features_in_ >= WIDE_INPUT
-        rate = self.learning_rate or (2e-3 if plain and not wide else 1e-3)
-        batch = self.batch_size or (min(128, max(16, len(training) // 4)) if plain else 128)
+        plain, wide = self.kind_ == "autoencoder", self.n_features_in_ >= WIDE_INPUT
+        turned = self.kind_ == "rotation"
+        rate = self.learning_rate or (0.1 if turned else 2e-3 if plain and not wide else 1e-3)
+        batch = self.batch_size or (min(64 if turned else 128, max(16, len(training) // 4)) if plain or turned else 128)
         epochs, patience = self.epochs, None
         if epochs is None:
             steps = {"steps": WIDE_STEPS if wide else STEPS, "least": EPOCHS} if plain else {}
-            steps = {"steps": TURN_STEPS, "least": EPOCHS} if self._kind == "rotation" else steps
+            steps = {"steps": TURN_STEPS, "least": EPOCHS} if turned else steps
             epochs = auto_epochs(len(training), batch, **steps)
-            patience = max(2, math.ceil((PATIENCE if plain else 4 * PATIENCE) / math.ceil(len(training) / batch)))
+            if not turned:  # whose rate falls to the end
+                patience = max(2, math.ceil((PATIENCE if plain else 4 * PATIENCE) / math.ceil(len(training) / batch)))
 
         def trained() -> tuple[History, dict[str, Tensor]]:
             history = train(
                 self.model_, training.held_where_small(), validation.held_where_small(), epochs=epochs,
                 batch_size=batch, learning_rate=rate, loss=self._objective(), seed=seed,
-                progress=self.verbose, checkpoint=checkpoint, patience=patience,
+                progress=self.verbose, checkpoint=checkpoint, patience=patience, one_cycle=turned,
             )  # fmt: skip
             return history, {name: value.cpu() for name, value in self.model_.state_dict().items()}
 
@@ -463,10 +484,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         """training, inliers: rows to train a classifier on, and to take statistics of."""
         blocks = self._characterized(X, training, processes)
         device = blocks.like.device
-        if self.novelty_score in CLASSIFIER_SCORES:
+        if self._score in CLASSIFIER_SCORES:
             score = processes.by_first(lambda: self._fit_classifier(X, training, seed).to("cpu")).to(device)
         else:
-            score = fit_score(self.novelty_score, self._characterized(X, inliers, processes), None, seed=seed)
+            score = fit_score(self._score, self._characterized(X, inliers, processes), None, seed=seed)
 
         dead, latent = 0, torch.zeros((), device="cpu")
 
@@ -481,7 +502,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             self.ceiling_ = float(finite.max()), float(np.median(finite))
         counts, sums = zip(*processes.gather((dead, latent)), strict=True)
         dead, latent = sum(counts), reduce(torch.add, sums)
-        _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer), self.warnings_)
+        _warn(guards.of_representations(N, dead, latent / N, self._score, self.layer), self.warnings_)
         if self.contamination is None:
             _warn(guards.of_training_scores(novelty, training), self.warnings_)
         return score
@@ -493,7 +514,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             samples = _Samples(self, X, training[: max(1, HELD_BYTES // (2 * each))], DTYPES[self.dtype])
         held = samples.held()
         distorted = distort(held, std=self.noise_std, clip=self.noise_clip, seed=seed)
-        return fit_score(self.novelty_score, self._characterize(held), self._characterize(distorted), seed=seed)
+        return fit_score(self._score, self._characterize(held), self._characterize(distorted), seed=seed)
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
