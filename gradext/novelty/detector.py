@@ -83,9 +83,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     Parameters:
         novelty_score: ``"auto"``: ``"whitened_gradient"`` for tables, ``"local_gradient"`` for an `Autoencoder` of images
-            (from 196 values on); a label-free score of the gradient, these, ``"gradient_norm"``,
+            (from 196 values on), ``"gradient_mahalanobis"`` for a `RotationNet`; a label-free score of the gradient, these, ``"gradient_norm"``,
             ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``, ``"kronecker_fisher"``,
-            ``"whitened_delta_norm"``; of several layers' gradients,
+            ``"whitened_delta_norm"``, ``"gradient_mahalanobis"``, ``"local_gradient"``; of several layers' gradients,
             ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of these and both losses,
             ``"joint_density"``, ``"combined_evidence"``; of the losses alone, ``"reconstruction_error"``,
             ``"latent_loss"``; or the paper's classifiers trained against noise,
@@ -349,6 +349,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         """The score's name in `SCORES` or `CLASSIFIER_SCORES`."""
         if self.novelty_score != "auto":
             return self.novelty_score
+        if self.kind_ == "rotation":
+            return "gradient_mahalanobis"
         wide = self.kind_ == "autoencoder" and self.n_features_in_ >= WIDE_INPUT
         return "local_gradient" if wide else "whitened_gradient"
 

@@ -173,8 +173,6 @@ class RotationNet(nn.Module):
     torch.Size([5, 8, 4])
     """
 
-    TURNS = 4
-
     def __init__(self, image_shape: Sequence[int] = (3, 32, 32), channels: int = 16) -> None:
         super().__init__()
         C, H, W = image_shape
@@ -194,15 +192,19 @@ class RotationNet(nn.Module):
             convolution(C, channels), convolution(channels, 2 * channels, 2), _Residual(2 * channels),
             convolution(2 * channels, 4 * channels, 2), _Residual(4 * channels), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         )  # fmt: skip
-        self.head = nn.Linear(4 * channels, self.TURNS)
+        self.head = nn.Linear(4 * channels, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, V, turn told]."""
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees of every view, [B, V, 4 · channels]."""
         x = 4 * (x.reshape(-1, *self.sample_shape) - 0.5)
         faces = [x] if self.training else [x, x.flip(3)]
-        views = torch.stack([torch.rot90(face, turn, (2, 3)) for face in faces for turn in range(self.TURNS)], dim=1)
-        flat = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        return self.head(self.body(flat).unflatten(0, views.shape[:2]))
+        views = [view for face in faces for view in _turns(face)]
+        flat = torch.stack(views, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return self.body(flat).reshape(-1, len(views), self.head.in_features)
 
     def loss(self, x: Tensor) -> Tensor:
         """The training objective, the mean cross entropy of the views -> [B]; nats."""
@@ -219,6 +221,12 @@ class RotationNet(nn.Module):
         """What makes one of the same architecture."""
         body: Any = self.body
         return {"image_shape": list(self.sample_shape), "channels": body[0][0].out_channels}
+
+
+def _turns(x: Tensor) -> list[Tensor]:
+    """[B, C, H, W] turned by no, one, two and three quarters, as `torch.rot90` does."""
+    across = x.transpose(2, 3)
+    return [x, across.flip(2), x.flip((2, 3)), across.flip(3)]
 
 
 def _shifted(x: Tensor, most: int) -> Tensor:
@@ -245,10 +253,14 @@ class _Residual(nn.Module):
         return torch.relu(x + self.norm_b(self.b(inner)))
 
 
+def turns_made(logits: Tensor) -> Tensor:
+    """Of logits [B, V, 4] the turns that were made, as rows of a unit matrix: [V, 4]."""
+    return torch.eye(4, dtype=logits.dtype, device=logits.device).repeat(logits.shape[1] // 4, 1)
+
+
 def rotation_loss(logits: Tensor) -> Tensor:
     """``-log softmax(logits)[b, v, v mod 4]``: the cross entropy of every view, [B, V, 4] -> [B, V]; nats."""
-    made = torch.arange(logits.shape[1], device=logits.device) % logits.shape[2]
-    return -logits.log_softmax(2).gather(2, made.expand(len(logits), -1)[:, :, None])[:, :, 0]
+    return -(logits.log_softmax(2) * turns_made(logits)).sum(2)
 
 
 def latent_loss(mu: Tensor, logvar: Tensor) -> Tensor:

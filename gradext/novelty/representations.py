@@ -192,7 +192,12 @@ def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> 
 def with_constant(gradient: GradFactors) -> GradFactors:
     """The factors of a layer's weight and bias together: the activations [B, (T,) I] with a 1 after them."""
     activation = gradient.activation
-    return GradFactors(torch.cat([activation, torch.ones_like(activation[..., :1])], dim=-1), gradient.delta)
+    return product(gradient, torch.cat([activation, torch.ones_like(activation[..., :1])], dim=-1), gradient.delta)
+
+
+def product(like: GradFactors, activation: Tensor, delta: Tensor) -> GradFactors:
+    """Gradients of these two factors, in the operators of ``like``: ONNX knows torch's own alone."""
+    return type(like)(activation, delta) if getattr(like, "in_torchs_operators", False) else GradFactors(activation, delta)
 
 
 def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:

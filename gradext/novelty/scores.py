@@ -16,13 +16,14 @@ from torch import Tensor
 from ..factors import GradFactors
 from ..statistics import GradStatistics
 from .passes import Blocks
-from .representations import Characterization, with_constant
+from .representations import Characterization, product, with_constant
 
 RIDGE = 0.1  # added to every second moment, times their mean: a few thousand samples leave most directions unknown
 BASIS = 256  # directions of a delta that are whitened one by one; what lies in the others is by one number
 WRITTEN = 1024  # length of a delta up to which its second moments are written out; of longer ones some rows are kept
 KEPT_NUMBERS, KEPT_ROWS = 1 << 23, 2048  # of them at most, over all inliers
 NEIGHBOURS = 2048  # inliers that `local_gradient` compares with, at most
+WHOLE = 4096  # numbers of a gradient up to which `gradient_mahalanobis` takes all their correlations
 NEAREST, LOCAL = 5, 20  # which neighbour's distance counts of gradients; of how many the activations' density is
 
 
@@ -37,6 +38,7 @@ class Statistics:
     activation_whitener [I + 1, I + 1], the transposed inverse Cholesky factor of the activations with a constant 1, the
     input of a bias; delta_basis [O, K], the K leading eigenvectors of ``Σ δ δᵀ / N``, and delta_gains [K + 1], one over
     the roots of their eigenvalues and of the mean of all others.
+    gradient_whitener [O I, O I], the transposed inverse Cholesky factor of the gradients' covariance, about mean_gradient.
     neighbour_activation [M, (T,) I] and neighbour_delta [M, (T,) O], in single precision, of up to `NEIGHBOURS`
     inliers; neighbour_reach [M] and neighbour_density [M], the distance of each one's activation to its 20th neighbour
     and its local density; local_moments [2, 2] of the two logarithms that `local_gradient` adds up.
@@ -60,6 +62,7 @@ class Statistics:
     activation_whitener: Tensor | None = None
     delta_basis: Tensor | None = None
     delta_gains: Tensor | None = None
+    gradient_whitener: Tensor | None = None
     neighbour_activation: Tensor | None = None
     neighbour_delta: Tensor | None = None
     neighbour_reach: Tensor | None = None
@@ -83,6 +86,8 @@ class Statistics:
             kept |= _whiteners(blocks)
         if "neighbour_delta" in needed:
             kept |= _neighbours(blocks)
+        if "gradient_whitener" in needed:
+            kept["gradient_whitener"] = _whole_whitener(blocks, kept["mean_gradient"])
         return Statistics(**kept).with_moments_of_numbers(blocks, needed)
 
     def with_moments_of_numbers(self, blocks: Blocks[Characterization], needed: Container[str]) -> Statistics:
@@ -252,6 +257,22 @@ def _neighbours(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
     }
 
 
+def _whole_whitener(blocks: Blocks[Characterization], mean: Tensor) -> Tensor:
+    if mean.numel() > WHOLE:
+        raise ValueError(
+            f"score 'gradient_mahalanobis': expected a layer of at most {WHOLE} weights, but got {list(mean.shape)}; "
+            "choose another layer= or kronecker_fisher"
+        )
+
+    def sums_of(seen: Characterization) -> tuple[Tensor, int]:
+        centred = (seen.gradient.materialize() - mean).flatten(1).double()
+        centred = centred[centred.square().sum(1).isfinite()]
+        return centred.mT @ centred, len(centred)
+
+    square, count = blocks.total(sums_of, lambda left, right: (left[0] + right[0], left[1] + right[1]))
+    return whitener(square / max(1, count)).to(blocks.like).contiguous()
+
+
 def _distances(sample: GradFactors, others: GradFactors) -> tuple[Tensor, Tensor]:
     """Between the activations of each two, and between their gradients, [N, M]."""
     a, b = sample.activation.flatten(1), others.activation.flatten(1)
@@ -310,6 +331,15 @@ def whitened_delta_norm(sample: Characterization, statistics: Statistics) -> Ten
     return _whitened_norm(sample.gradient.delta, statistics.delta_inverses[0])
 
 
+def gradient_mahalanobis(sample: Characterization, statistics: Statistics) -> Tensor:
+    """``((g - m)ᵀ C⁻¹ (g - m))^½``: the Mahalanobis distance of the whole gradient from the inliers' mean.
+
+    C is their covariance with all correlations, for small layers: the last one of a `RotationNet`.
+    """
+    centred = sample.gradient.materialize() - _kept(statistics.mean_gradient)
+    return torch.linalg.vector_norm(centred.flatten(1) @ _kept(statistics.gradient_whitener), dim=1)
+
+
 def whitened_gradient(sample: Characterization, statistics: Statistics) -> Tensor:
     """``(‖δ̃‖ ‖δ̃ ãᵀ‖)^½``: the geometric mean of the whitened delta's norm and the whitened gradient's.
 
@@ -329,7 +359,7 @@ def whitened_gradient(sample: Characterization, statistics: Statistics) -> Tenso
         delta = others * gradient.delta + (within * (own - others)) @ basis.mT
     activation = gradient.activation @ whitener
     of_delta = delta.square().flatten(1).sum(1)
-    whole = of_delta * activation.square().sum(1) if delta.ndim == 2 else GradFactors(activation, delta).sq_norm()
+    whole = of_delta * activation.square().sum(1) if delta.ndim == 2 else product(gradient, activation, delta).sq_norm()
     least = torch.finfo(delta.dtype).tiny  # the root's derivative is infinite at zero
     return (of_delta.clamp_min(least).sqrt() * whole.clamp_min(least).sqrt()).sqrt()
 
@@ -343,7 +373,7 @@ def local_gradient(sample: Characterization, statistics: Statistics) -> Tensor:
     """
     kept = (statistics.neighbour_activation, statistics.neighbour_delta)
     activation, delta = (_kept(value).to(sample.gradient.dtype) for value in kept)
-    distances = _distances(sample.gradient, type(sample.gradient)(activation, delta))
+    distances = _distances(sample.gradient, product(sample.gradient, activation, delta))
     logs = _local_logs(*distances, _kept(statistics.neighbour_reach), _kept(statistics.neighbour_density))
     return _standardise(logs, _kept(statistics.local_moments)).sum(1)
 
@@ -409,7 +439,7 @@ SCORES: dict[str, Callable[[Characterization, Statistics], Tensor]] = {
     score.__name__: score
     for score in (
         *(whitened_gradient, gradient_norm, delta_norm, gradient_cosine, diagonal_fisher, kronecker_fisher),
-        *(whitened_delta_norm, local_gradient),
+        *(whitened_delta_norm, gradient_mahalanobis, local_gradient),
         *(log_norm_density, combined_delta_norm, combined_whitened_norm, joint_density, combined_evidence),
         *(reconstruction_error, latent_loss),
     )
@@ -422,6 +452,7 @@ NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
         "neighbour_activation", "neighbour_delta", "neighbour_reach", "neighbour_density", "local_moments",
     ),
     "gradient_cosine": ("mean_gradient",),
+    "gradient_mahalanobis": ("mean_gradient", "gradient_whitener"),
     "diagonal_fisher": ("inverse_fisher",),
     "kronecker_fisher": ("activation_inverse", "delta_inverses"),
     "whitened_delta_norm": ("delta_inverses",),
