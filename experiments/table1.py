@@ -190,6 +190,9 @@ def draw(rows: Sequence[dict]) -> Figure:
             [*paper, paper.mean()], places - 0.3, places + 0.3, color=INK, linewidth=2, label="the paper's gradient"
         )
         ax.axvline(len(classes) - 0.5, color=GREY, linewidth=0.8)
+        if ax.get_ylim()[0] < 0.5:
+            ax.axhline(0.5, color=INK, linewidth=0.9, linestyle=":")
+            ax.text(len(classes) + 0.45, 0.5, "chance", fontsize=8, va="bottom", ha="right")
         ax.set_xticks(places, [*map(str, classes), "average"])
         ax.set(xlabel="inlier class", ylabel="AUROC", title=f"{TITLES[dataset]}: each class against all others")
         ax.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
