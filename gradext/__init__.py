@@ -6,7 +6,7 @@ from .errors import BackendError, CaptureError, NonFiniteError, UnsupportedLayer
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, LayerFactors, LayerGrads
 from .graphs import make_graphed_layer_grads
 from .layer_grads import batch_layer_factors, batch_layer_grads
-from .rules import register_layer
+from .registered import register_layer
 from .statistics import GradStatistics
 from .streaming import iter_layer_grads
 from .watch import watch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,17 +19,16 @@ from torch import Tensor
 
 from . import fallback, rules
 from . import rows as row_rules
-from .errors import CaptureError
-from .factors import GradFactors
+from .errors import CaptureError, listed
+from .factors import Coverage, GradFactors, Gradient
+from .factors.layers import held_elsewhere, memory
 from .losses import Root
 from .mode import WatchMode
 from .rows import Rows, Shared, Structure, Unproved
 from .rules import Entry, Share, cut
-from .selection import Coverage, listed
-
-Gradient = GradFactors | Tensor
 
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "type", "alias", "view_as"}
+_ADDED = {"add", "__add__", "__radd__"}
 _SAME_NUMBERS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
 _T, _MT, _H = (getattr(Tensor, name).__get__ for name in ("T", "mT", "H"))
 
@@ -130,9 +129,7 @@ class Backward:
                 entry.spent = True
         else:
             keep = self.keep_graph or unseen or self.create_graph or self.mode.differentiated > 0
-            keep = keep or not all(
-                rules.bind(entry) and all(isinstance(state, Rows) for state in entry.states) for entry in work
-            )
+            keep = keep or not all(entry.call and all(isinstance(s, Rows) for s in entry.states) for entry in work)
             found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, self.create_graph)
         for entry, deltas in zip(work, _by_entry(work, found), strict=True):
             entry.deltas = deltas
@@ -148,27 +145,22 @@ class Backward:
                 "watch.factors(losses) before the training step's backward"
             )
         scale, done = self.weights.reciprocal(), set()
-        places: dict[
-            int, set[tuple]
-        ] = {}  # by storage: deltas that are different parts of one cannot be changed in place
-        for entry in told:
-            for delta in entry.deltas:
-                places.setdefault(memory(delta), set()).add(_place(delta))
-        shared = held_elsewhere([*self.mode.captured.values(), *(delta for entry in told for delta in entry.deltas)])
+        deltas = [delta for entry in told for delta in entry.deltas]
+        parts = Counter(place[0] for place in set(map(_place, deltas)))  # different ones of one storage
+        shared = held_elsewhere([*self.mode.captured.values(), *deltas])
         for entry in told:
             for k, (delta, rows) in enumerate(zip(entry.deltas, entry.rows, strict=True)):
-                place = memory(delta), *_place(delta)
-                if place in done:
+                if _place(delta) in done:
                     continue
                 own = scale.to(delta.dtype)
                 if self.batch > 1:
                     own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
                     own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
-                if shared(delta) or 0 in delta.stride() or len(places[memory(delta)]) > 1:
+                if shared(delta) or 0 in delta.stride() or parts[memory(delta)] > 1:
                     entry.deltas[k] = delta * own
                 else:
                     delta.mul_(own)
-                    done.add(place)
+                    done.add(_place(delta))
 
     # --- whose rows are whose -----------------------------------------------------------------------------------------
 
@@ -202,8 +194,8 @@ class Backward:
                 f"{listed(entry.names)}: at {entry.name} the graph does not tell which rows are whose (at "
                 f"{entry.reason()}), and {advice}"
             )
-        weights = row_rules.proof_weights(self.batch, root.gradient, structure.dtypes)
-        own = root.gradient.detach() * weights.values.view(-1, *[1] * (root.gradient.ndim - 1))
+        weights, tolerance = row_rules.proof_weights(self.batch, root.gradient, structure.dtypes)
+        own = root.gradient.detach() * weights.view(-1, *[1] * (root.gradient.ndim - 1))
         edges = [edge for entry in doubtful for edge in entry.edges]
         weighted = _by_entry(doubtful, self.mode.differentiate(root, own, edges))
         ways, flags = [], []
@@ -211,7 +203,9 @@ class Backward:
             for delta, part, state in zip(entry.deltas, parts, entry.states, strict=True):
                 hint = state if isinstance(state, Rows) else state.hint if isinstance(state, Unproved) else None
                 ways.append(row_rules.candidates(delta.shape, self.batch, hint))
-                flags += [row_rules.weighs(delta.detach(), part.detach(), rows, weights) for rows in ways[-1]]
+                flags += [
+                    row_rules.weighs(delta.detach(), part.detach(), rows, weights, tolerance) for rows in ways[-1]
+                ]
         told = iter(row_rules.verdicts(flags))
         right = [[rows for rows in own if next(told)] for own in ways]
         left = []
@@ -278,11 +272,9 @@ class Backward:
             if maker is None or len(maker.values) > 1:
                 break
             (source,) = maker.values.values()
-            moved: Gradient | None = None
-            if isinstance(gradient, GradFactors) and maker.args and maker.args[0] is source:
-                moved = _moved(maker, value, source, gradient)
+            moved = _moved(maker, value, source, gradient)
             if moved is None and not self.create_graph:
-                call = rules.bind(maker)
+                call = maker.call
                 if call is not None and call.rule == "embedding" and source.ndim == 2:
                     index = call.input.expand(self.batch, *call.input.shape)
                     moved = call.gradient("weight", index, self._written(value, gradient))
@@ -315,8 +307,8 @@ class Backward:
 
 
 def _place(tensor: Tensor) -> tuple:
-    """Where in its storage a tensor lies, in whatever order its dimensions are."""
-    return tensor.storage_offset(), tuple(sorted(zip(tensor.shape, tensor.stride(), strict=True)))
+    """Where a tensor lies, in whatever order its dimensions are."""
+    return memory(tensor), tensor.storage_offset(), tuple(sorted(zip(tensor.shape, tensor.stride(), strict=True)))
 
 
 def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor]]:
@@ -359,11 +351,18 @@ def _hooked(gradient: Gradient, hooks: dict | None) -> Gradient:
     return torch.stack(samples) if samples else written
 
 
-def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: GradFactors) -> GradFactors | None:
-    """The factors for ``source`` of which ``maker`` made ``value``; None where they have no such form."""
-    name, func, shape = maker.name, maker.func, tuple(source.shape)
-    if name in _CASTS and value.shape == source.shape:
-        return gradient
+def _moved(maker: Entry, value: Tensor, source: Tensor, gradient: Gradient) -> Gradient | None:
+    """The gradient for ``source`` of which ``maker`` made ``value``; None where it has no such form."""
+    name, func, shape, batch = maker.name, maker.func, tuple(source.shape), gradient.shape[0]
+    first = bool(maker.args) and maker.args[0] is source
+    added = name in _ADDED and len(maker.args) == 2 and not maker.kwargs
+    added = added and maker.args[0] is not maker.args[1]
+    if (added or (first and name in _CASTS)) and value.shape == source.shape and not source.is_complex():
+        return gradient.to(source.dtype) if isinstance(gradient, Tensor) else gradient
+    if not first:
+        return None
+    if isinstance(gradient, Tensor):
+        return gradient.reshape(batch, *shape) if name in _SAME_NUMBERS else None
     if gradient.weight_shape is None and tuple(gradient.shape[1:]) != tuple(value.shape):
         return None
     dims: list[int] | None = None
@@ -396,22 +395,3 @@ def _sum(parts: list[Gradient]) -> Gradient:
     if len(written) == len(parts):
         return functools.reduce(torch.add, written)
     return GradFactors.add([GradFactors.of(p) if isinstance(p, Tensor) else p for p in parts])
-
-
-# --- who holds a tensor's memory --------------------------------------------------------------------------------------
-
-
-def memory(tensor: Tensor) -> int:
-    """The address of the tensor's storage, by which it is found out who shares it."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def held_elsewhere(known: Iterable[Tensor]) -> Callable[[Tensor], bool]:
-    """Tells of a tensor whether others than these hold its memory too."""
-    holders = Counter(map(memory, {id(t): t for t in known}.values()))
-
-    def shared(tensor: Tensor) -> bool:
-        storage = tensor.untyped_storage()
-        return torch._C._storage_Use_Count(storage._cdata) > holders[memory(tensor)] + 1
-
-    return shared

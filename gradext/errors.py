@@ -1,5 +1,7 @@
 """The errors that gradext raises on purpose. Each message names what was expected, what came, and what to do."""
 
+from collections.abc import Iterable
+
 
 class CaptureError(RuntimeError):
     """Per-sample gradients of this model, on this input, cannot be computed exactly."""
@@ -15,3 +17,9 @@ class NonFiniteError(CaptureError):
 
 class BackendError(RuntimeError):
     """The backend asked for does not work here; the message says why."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

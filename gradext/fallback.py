@@ -15,12 +15,11 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from .errors import CaptureError, UnsupportedLayerError
+from .errors import CaptureError, UnsupportedLayerError, listed
 from .losses import Root
 from .mode import WatchMode
 from .rows import Structure
 from .rules import Entry, Share, cut, dense
-from .selection import listed
 
 _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fallback=None for one backward a sample"
 
@@ -73,9 +72,6 @@ def _each_sample(
         if any(isinstance(count, Tensor) and count.numel() and int(count.max()) > 1 for count in counts):
             refuse_mixing(entry, mode.model)
     return found
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def refuse_mixing(entry: Entry, model: nn.Module) -> None:
@@ -139,9 +135,6 @@ def _refuse_one_for_all(root: Root, gradients: Mapping[str, Tensor]) -> None:
                 f"{name}: {node.name().removesuffix('Backward')} gives some samples no gradient at all: its backward "
                 "takes one number of the losses' gradient for all samples; write the losses by torch's own functions"
             )
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _explained(names: str, reason: str | None) -> str:

@@ -6,21 +6,21 @@ Nothing here knows how a gradient is found.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backward import Gradient
 from .errors import CaptureError, NonFiniteError
-from .factors import LayerFactors, LayerGrads
+from .factors import Gradient, LayerFactors, LayerGrads
 from .losses import PerSampleLoss, backward_root
 from .rules import tensors_of
 from .selection import LayerChoice
-from .watch import kept_apart, layer_factors, layer_grads, lock_of, watch
+from .watch import lock_of, watch
 
 
 def batch_layer_grads(
@@ -83,8 +83,7 @@ def batch_layer_grads(
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
     choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
     found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
-    given = _check_outs(out, found, watched.parameters, dtype)
-    return layer_grads(found, watched.parameters, watched.coverage, out=given, dtype=dtype, backend=backend)
+    return LayerGrads.of(found, watched.parameters, watched.coverage, out=out, dtype=dtype, backend=backend)
 
 
 def batch_layer_factors(
@@ -116,9 +115,9 @@ def batch_layer_factors(
     """
     choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
     found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
-    result = layer_factors(found, watched.coverage)
+    result = LayerFactors.of(found, watched.coverage)
     del found, watched  # with the graph
-    return kept_apart(result)
+    return result.kept_apart()
 
 
 def _gradients(
@@ -143,7 +142,12 @@ def _gradients(
     if not tensors:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
     watched = watch(model, inputs=[args, kwargs, target], create_graph=create_graph, **choice)
-    _check_device(watched.parameters, tensors[0])
+    devices = {parameter.device for parameter in watched.parameters.values()}
+    if len(devices) == 1 and tensors[0].device not in devices:
+        raise ValueError(
+            f"x: expected a tensor on the model's device {devices.pop()}, but got one on {tensors[0].device}; use "
+            "x.to(...)"
+        )
     target = tensors[0] if target is None else target
     versions = [(t, t._version) for t in tensors if not t.is_inference()]
     # Replicas exchange gradients in the backward of a wrapped model, and wait for each other: there is nothing to wait
@@ -161,7 +165,7 @@ def _gradients(
         found = watched.gradients(root, keep_graph=False)
     if check_finite:
         for name, gradient in found.items():
-            for tensor in _parts(gradient):
+            for tensor in [gradient] if isinstance(gradient, Tensor) else gradient._tensors():
                 _refuse_non_finite(name, tensor, root.gradient.shape[0])
     return found, watched
 
@@ -169,25 +173,26 @@ def _gradients(
 def as_call(x: Any, model: nn.Module | None = None) -> tuple[tuple, dict]:
     """A model's input as positional and keyword arguments."""
     if isinstance(x, Mapping):
-        if model is not None and not _takes(model, x):
+        forward = None if model is None else model.forward
+        function = getattr(forward, "__func__", forward)
+        if function is not None and not _takes(function, function is not forward, tuple(x)):
             return (x,), {}
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
 
 
-def _takes(model: nn.Module, keywords: Mapping) -> bool:
-    """Whether forward takes these keywords; where it cannot be told, it does."""
+@functools.lru_cache(256)
+def _takes(forward: Callable, is_method: bool, keywords: tuple[str, ...]) -> bool:
+    """Whether a model's forward takes these keywords; where it cannot be told, it does."""
     try:
-        signature = inspect.signature(model.forward)
-    except (ValueError, TypeError, AttributeError):
+        parameters = list(inspect.signature(forward).parameters.values())[is_method:]
+    except (ValueError, TypeError):
         return True
-    try:
-        signature.bind(**keywords)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if named.issuperset(keywords) or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return True
-    except TypeError:
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in positional]
-        return len(required) != 1 or required[0] in keywords
+    required = [p.name for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return len(required) != 1 or required[0] in keywords
 
 
 def as_constant(value: Any) -> Any:
@@ -221,11 +226,9 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
     """What the loss takes of the model's output."""
     if callable(loss):
         return output
-    logits = getattr(output, "logits", None)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         output = logits
-    elif isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
     elif isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim == 0:
@@ -234,40 +237,6 @@ def output_of(output: Any, loss: str | PerSampleLoss) -> Any:
             f"but got {type(output).__name__}; pass a loss that takes the output as it is"
         )
     return output
-
-
-def _check_device(parameters: Mapping[str, nn.Parameter], x: Tensor) -> None:
-    devices = {parameter.device for parameter in parameters.values()}
-    if len(devices) == 1 and x.device not in devices:
-        raise ValueError(
-            f"x: expected a tensor on the model's device {devices.pop()}, but got one on {x.device}; use x.to(...)"
-        )
-
-
-def _check_outs(
-    out: Mapping[str, Tensor] | None,
-    found: dict[str, Gradient],
-    parameters: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    if out is None:
-        return {}
-    if not isinstance(out, Mapping):
-        raise TypeError(f"out: expected a mapping from names to tensors, but got {type(out).__name__}")
-    if set(out) != set(found):
-        raise ValueError(f"out: expected one tensor for each of {sorted(found)}, but got {sorted(out)}")
-    for name, tensor in out.items():
-        shape = (found[name].shape[0], *parameters[name].shape)
-        ops.check_out(tensor, shape, found[name].device, f"out[{name!r}]")
-        if dtype is not None and tensor.dtype != dtype:
-            raise TypeError(f"out[{name!r}]: expected type {dtype} (the dtype argument), but got {tensor.dtype}")
-    ops.check_apart(out.values(), [tensor for gradient in found.values() for tensor in _parts(gradient)])
-    return dict(out)
-
-
-def _parts(gradient: Gradient) -> tuple[Tensor, ...]:
-    """What a gradient is made of."""
-    return (gradient,) if isinstance(gradient, Tensor) else gradient._tensors()
 
 
 def _refuse_non_finite(name: str, tensor: Tensor, batch: int) -> None:

@@ -18,14 +18,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 # Nodes that move values without changing them: looked through when asking what an output ends in.
-_LAYOUT_NODES = {"BackwardHookFunctionBackward"} | frozenset(
-    f"{name}Backward{k}"
-    for name in (
-        "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias", "Clone", "ToCopy", "Transpose",
-        "Permute", "T", "Unflatten",
-    )
-    for k in (0, 1, 2)
-)  # fmt: skip
+_MOVES = {
+    "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias", "Clone", "ToCopy", "Transpose", "Permute",
+    "T", "Unflatten", "BackwardHookFunction",
+}  # fmt: skip
 
 
 def bce(output: Tensor, target: Tensor) -> Tensor:
@@ -55,13 +51,8 @@ def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -
     """The value of ``loss``, as `backward_root` understands it -> [B]."""
     if callable(loss):
         return _checked_values(loss(output, target))
-    loss, target = _checked_target(loss, output, target)
+    loss, target = checked(loss, output, target)
     return _in_full_precision(LOSSES[loss], output, target)
-
-
-def resolve(loss: str, output: Tensor, target: Tensor) -> str:
-    """The name of the loss that ``"auto"`` stands for; every other name as it is, checked against both tensors."""
-    return _checked_target(loss, output, target)[0]
 
 
 class Root(NamedTuple):
@@ -90,7 +81,7 @@ def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, 
     """
     if callable(loss):
         return root_of(per_sample_loss(loss, output, target))
-    loss, target = _checked_target(loss, output, target)
+    loss, target = checked(loss, output, target)
     node = output.grad_fn
     if loss != "bce" or node is None or not _is_sigmoid(node) or output._backward_hooks:
         return root_of(_in_full_precision(LOSSES[loss], output, target))
@@ -119,8 +110,8 @@ def _checked_values(values: Tensor) -> Tensor:
     return values
 
 
-def _checked_target(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
-    """The name of the loss with "auto" resolved, and the target in the output's shape."""
+def checked(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
+    """The name of the loss with "auto" resolved, and the target in the output's shape; raises where they do not fit."""
     if loss != "auto" and loss not in LOSSES:
         raise ValueError(f"loss: expected 'auto', one of {sorted(LOSSES)} or a callable, but got {loss!r}")
     if not isinstance(target, Tensor):
@@ -178,7 +169,7 @@ def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> T
 
 def _ends_in_sigmoid(output: Tensor) -> bool:
     node = output.grad_fn
-    while node is not None and node.name() in _LAYOUT_NODES:
+    while node is not None and node.name().rstrip("012").removesuffix("Backward") in _MOVES:
         node = node.next_functions[0][0]
     return _is_sigmoid(node)
 

@@ -39,8 +39,9 @@ _PASSED = {
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
 # Functions that take of other tensors their type or shape alone: how many of the tensors they take whole.
-_WHOLE = dict.fromkeys(("to", "type_as", "view_as", "reshape_as", "expand_as"), 1)
-_WHOLE |= dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"), 0)
+_WHOLE = dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as), 1) | (
+    dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor), 0)
+)
 
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -71,6 +72,8 @@ class WatchMode(TorchFunctionMode):
     backward that the user runs are captured.
     """
 
+    handles = 0  # of hooks that modes have registered, in all threads
+
     def __init__(self, model: nn.Module, selection: Selection, *, attached: bool, train: bool) -> None:
         super().__init__()
         self.model, self.chosen, self.attached, self.train = model, selection.chosen, attached, train
@@ -87,7 +90,6 @@ class WatchMode(TorchFunctionMode):
         self.replay = False  # in a backward that runs a checkpointed forward again
         self.opaque = False  # inside a layer with a rule of its user's own
         self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
-        self.handles = 0  # of hooks of its own
         self.hooked = False  # whether the run has registered hooks
         self.captured: dict[tuple[Node, int], Tensor] = {}
         self.hidden: dict[str, str] = {}  # parameter -> the custom autograd function whose forward uses it
@@ -106,7 +108,8 @@ class WatchMode(TorchFunctionMode):
                 self._note_hidden(values)
                 self._mark(result, sampled, args)
             return result
-        if _inside_transform():
+        # Torch has no public way to ask; both names are the same in every version that the package supports.
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if func in _COMPOSED:
             return self._look_inside(func, args, kwargs)
@@ -114,7 +117,7 @@ class WatchMode(TorchFunctionMode):
         if values:
             if self.opaque:
                 return func(*args, **kwargs)
-            if not sampled or getattr(func, "__name__", "") in _WHOLE:
+            if not sampled or func in _WHOLE:
                 return self._derive(func, args, kwargs, values)
             if any(value.names for value in values):
                 return self._enter(func, args, kwargs, values, others)
@@ -160,8 +163,9 @@ class WatchMode(TorchFunctionMode):
                     continue
             others.append(tensor)
             sampled = sampled or self._is_sample(tensor)
-        whole = _WHOLE.get(getattr(func, "__name__", ""))
-        return values, others, sampled if whole is None else any(map(self._is_sample, others[:whole]))
+        if func in _WHOLE:
+            sampled = any(map(self._is_sample, others[: _WHOLE[func]]))
+        return values, others, sampled
 
     def _adopted(self, tensor: Tensor) -> Value | None:
         """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
@@ -272,18 +276,14 @@ class WatchMode(TorchFunctionMode):
         if stand_ins is None:
             return tensor
         if id(tensor) not in stand_ins:
-            stand_ins[id(tensor)] = self.stand_in(tensor)
+            if self.attached:
+                new = tensor.view_as(tensor)
+                self.ends.add(get_gradient_edge(new).node)
+            else:
+                new = tensor.detach().requires_grad_()
+            self.given.add(id(new))
+            stand_ins[id(tensor)] = new
         return stand_ins[id(tensor)]
-
-    def stand_in(self, value: Tensor) -> Tensor:
-        """What one call gets in place of a value."""
-        if self.attached:
-            new = value.view_as(value)
-            self.ends.add(get_gradient_edge(new).node)
-        else:
-            new = value.detach().requires_grad_()
-        self.given.add(id(new))
-        return new
 
     def _derive(self, func, args, kwargs, values: list[Value]):
         """A function of values and constants gives a value."""
@@ -331,30 +331,23 @@ class WatchMode(TorchFunctionMode):
             self._mark(result, True, args)
         elif not self.replay:
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
-            used = (*others, *(value.tensor for value in found if not value.names))
-            versions = [] if is_in_place(func) else [(t, t._version) for t in used]
-            self.record(func, args, kwargs, values, outputs, inner, versions=versions)
+            named = [self.values[i].names for i in stand_ins]
+            # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
+            bases = outputs if inner else [t if (base := base_of(t)) is None else base for t in outputs]
+            edges, ends = list(map(get_gradient_edge, bases)), list(map(get_gradient_edge, inner or outputs))
+            entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None)
+            if not entry.in_place:
+                used = (*others, *(value.tensor for value in found if not value.names))
+                entry.versions = [(t, t._version) for t in used]
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    entry.autocast = (kind, torch.get_autocast_dtype(kind))
+            self.entries.append(entry)
             if self.train:
+                for edge in edges:
+                    self._capture(edge)
                 self._note_losses(result)
         return result
-
-    def record(
-        self, func, args, kwargs, values: dict[int, Tensor], outputs: list[Tensor], inner=None, **options
-    ) -> None:
-        """Keep an entry. inner: the call's own outputs, of which ``outputs`` are views; options: further fields."""
-        named = [self.values[id(value)].names for value in values.values()]
-        # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
-        bases = [base_of(t) if inner is None else None for t in outputs]
-        edges = [get_gradient_edge(t if base is None else base) for t, base in zip(outputs, bases, strict=True)]
-        same = inner is None and not any(base is not None for base in bases)
-        ends = edges if same else [get_gradient_edge(t) for t in inner or outputs]
-        entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None, **options)
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                entry.autocast = (kind, torch.get_autocast_dtype(kind))
-        self.entries.append(entry)
-        for edge in edges if self.train else ():
-            self._capture(edge)
 
     def _capture(self, edge: GradientEdge) -> None:
         def keep(grads, key=(edge.node, edge.output_nr)):
@@ -362,7 +355,7 @@ class WatchMode(TorchFunctionMode):
                 self.captured[key] = grads[key[1]].detach()
 
         edge.node.register_prehook(keep)
-        self.handles += 1
+        WatchMode.handles += 1
 
     def _note_losses(self, result) -> None:
         if isinstance(result, Tensor) and result.ndim == 1 and result.requires_grad and not self.replay:
@@ -376,17 +369,14 @@ class WatchMode(TorchFunctionMode):
         found = [t for entry in self.entries for t in (*tensors_of([entry.args, entry.kwargs]), *entry.outputs)]
         return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
 
-    def differentiate(
-        self, root: Root, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False
-    ) -> list[Tensor | None]:
+    def differentiate(self, root: Root, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False) -> list:
         """The gradients at ``inputs`` for one at the root; a checkpointed forward meets the same stand-ins again."""
         assert root.edge is not None  # as the losses depend on something
         self.replay = True
         try:
             with self:
-                return list(
-                    torch.autograd.grad((root.edge,), inputs, (gradient,), retain, create_graph, allow_unused=True)
-                )
+                options = retain, create_graph
+                return list(torch.autograd.grad((root.edge,), inputs, (gradient,), *options, allow_unused=True))
         finally:
             self.replay = False
 
@@ -399,8 +389,3 @@ def _custom_function() -> str | None:
             return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")
         frame = frame.f_back
     return None
-
-
-def _inside_transform() -> bool:
-    # Torch has no public way to ask; both names are the same in every version that the package supports.
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -95,49 +95,52 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
         return found
     first = Rows(0)
     found.states[root.node] = {root.output_nr: first}
-    for node, inputs in _in_order(root.node, ends):
-        name = node.name()
+    below, uses = _graph(root.node, ends)
+    ready = [root.node]
+    while ready:  # each node after all that its function's outputs go to
+        node = ready.pop()
+        name, inputs, states = node.name(), below[node], None
         found.kinds.add(name)
         if name == _LEAF:
             found.leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
-        elif node in found.states:
+        elif inputs and node in found.states:
             # All that the loss of one sample depends on is that sample's.
             states = [first] * len(inputs) if batch == 1 else _input_states(node, name, inputs, found)
-            for (source, place), state in zip(inputs, states, strict=True):
-                if source is not None and state is not None:
-                    arrived = found.states.setdefault(source, {})
-                    arrived[place] = _merged(arrived.get(place), state, name)
+        for k, (source, place) in enumerate(inputs):
+            if source is None:
+                continue
+            uses[source] -= 1
+            if not uses[source]:
+                ready.append(source)
+            state = states[k] if states else None
+            if state is not None:
+                state = Unproved(name) if state is _LOST else state
+                arrived = found.states.setdefault(source, {})
+                arrived[place] = _merged(arrived[place], state, name) if place in arrived else state
     return found
 
 
-def _in_order(root: Node, ends: set[Node]) -> list[tuple[Node, tuple]]:
-    """The nodes and what their inputs come from, each after all that its function's outputs go to."""
+def _graph(root: Node, ends: set[Node]) -> tuple[dict[Node, tuple], dict[Node, int]]:
+    """Of each node, what its inputs come from, and how many inputs its outputs go to."""
     below: dict[Node, tuple] = {}
-    uses: dict[Node | None, int] = {None: 0}
+    uses: dict[Node, int] = {}
     stack = [root]
     while stack:
         node = stack.pop()
-        if node not in below:
-            below[node] = inputs = () if node in ends else node.next_functions
-            for source, _ in inputs:
-                uses[source] = uses.get(source, 0) + 1
-                if source is not None:
+        below[node] = inputs = () if node in ends else node.next_functions
+        for source, _ in inputs:
+            if source is not None:
+                if source not in uses:
+                    uses[source] = 0
                     stack.append(source)
-    order, ready = [], [root]
-    while ready:
-        node = ready.pop()
-        order.append((node, below[node]))
-        for source, _ in below[node]:
-            uses[source] -= 1
-            if not uses[source] and source is not None:
-                ready.append(source)
-    return order
+                uses[source] += 1
+    return below, uses
 
 
-def _merged(a: State | None, b: State, name: str) -> State:
+def _merged(a: State, b: State, name: str) -> State:
     """The state of a tensor with several uses."""
-    if a is None or a is b:
-        return b
+    if a is b:
+        return a
     if isinstance(a, Rows) and isinstance(b, Rows):
         if a[:3] == b[:3] and a.owners is b.owners:
             return a
@@ -200,20 +203,17 @@ States = Sequence[State | None]
 
 def _input_states(node: Node, name: str, inputs: tuple, found: Structure) -> States:
     """The states of a node's inputs, from those of its outputs."""
-    arrived = found.states[node]
-    for state in arrived.values():
+    states: States = []
+    for k, state in found.states[node].items():
         if isinstance(state, Unproved):
             return [state._replace(hint=None)] * len(inputs)
-    states: list[State | None] = [None] * len(inputs)
-    for k, state in arrived.items():
         here: States | None = [SHARED] * len(inputs)
         if isinstance(state, Rows):
             here = _states_of(node, _kind_of(name), k, state, inputs, found)
         if here is None:
             return [Unproved(name, state if isinstance(state, Rows) else None)] * len(inputs)
-        for j, new in enumerate(here):
-            if new is not None:
-                states[j] = _merged(states[j], Unproved(name) if new is _LOST else new, name)
+        pairs = zip(states, here, strict=True) if states else ()
+        states = [b if a is None else a if b is None else _merged(a, b, name) for a, b in pairs] or here
     return states
 
 
@@ -221,23 +221,27 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
     """The states of the inputs where output ``k`` has ``rows``; None where the kind is not known."""
     if kind == "pointwise" and len(inputs) == 1:
         return [rows]
-    shape, n = tuple(node._input_metadata[k].shape), len(inputs)
-    shapes = [None if below is None else tuple(below._input_metadata[place].shape) for below, place in inputs]
-    d, rank, batch, before = rows.dim, len(shape), found.batch, shapes[0] if shapes else None
+    d, n, batch, shape = rows.dim, len(inputs), found.batch, node._input_metadata[k].shape
+    rank = len(shape)
     first_alone: States = [rows, *[SHARED] * (n - 1)]
-    match kind:
-        case "pointwise" | "Expand":
-            return [_aligned(rows, shape, s) for s in shapes]
+    match kind:  # what needs no shapes of the inputs
         case "Mm" | "Bmm":
             return _of_product(rows, rank)
-        case "Addmm" | "Baddbmm":
-            return [_aligned(rows, shape, before), *_of_product(rows, rank)]
+        case "T" | "Numpy_T":
+            return [rows.at(rank - 1 - d)]
+        case "Transpose":
+            a, b = _signed(node._saved_dim0, rank), _signed(node._saved_dim1, rank)
+            return [rows.at(b if d == a else a if d == b else d)]
+        case "Permute":
+            return [rows.at(_signed(node._saved_dims[d], rank))]
         case "Mv":
             return [rows, SHARED]
         case "NllLoss" | "NllLoss2D" | "NllLoss2d":
             return [rows if d == 0 or kind == "NllLoss" else rows.at(d + 1), *[None] * (n - 1)]
         case "Embedding" | "EmbeddingDenseBackward":
             return [SHARED]
+        case "Select" | "Unbind":
+            return [rows.at(d if d < _signed(node._saved_dim, rank + 1) else d + 1)]
         case "NativeLayerNorm" | "FusedRmsNorm" | "RmsNorm":
             return first_alone if k == 0 and d < rank - len(node._saved_normalized_shape) else None
         case "Convolution":
@@ -246,6 +250,13 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
             if getattr(node, "_saved_training", True):
                 return [rows, *[rows.at(0)] * (n - 1)] if d == 1 else None
             return first_alone if d == 0 else None
+    shapes = [None if below is None else below._input_metadata[place].shape for below, place in inputs]
+    before = shapes[0]
+    match kind:
+        case "pointwise" | "Expand":
+            return [_aligned(rows, shape, s) for s in shapes]
+        case "Addmm" | "Baddbmm":
+            return [_aligned(rows, shape, before), *_of_product(rows, rank)]
         case "ScaledDotProduct":
             if d > 1 or rank != 4 or (d == 1 and len({s[1] for s in shapes[:3] if s}) > 1):
                 return None
@@ -258,20 +269,11 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
             if d < rank - 2:
                 return [rows if s and len(s) == rank else _LOST for s in shapes]
             return first_alone if d == rank - 2 else [SHARED, rows.at(rank - 2)]
-        case "Select" | "Unbind":
-            return [rows.at(d if d < _signed(node._saved_dim, rank + 1) else d + 1)]
     if before is None:
         return _along_one(node, kind, k, rows, shape, shapes, found)
     match kind:
         case "same order":
             return [_reshaped(rows, shape, before, batch)]
-        case "T" | "Numpy_T":
-            return [rows.at(rank - 1 - d)]
-        case "Transpose":
-            a, b = _signed(node._saved_dim0, rank), _signed(node._saved_dim1, rank)
-            return [rows.at(b if d == a else a if d == b else d)]
-        case "Permute":
-            return [rows.at(_signed(node._saved_dims[d], rank))]
         case "reduction" if len(before) == rank:  # keepdim
             return [rows] if before[d] == shape[d] else None
         case "reduction":
@@ -303,7 +305,7 @@ def _states_of(node: Any, kind: str, k: int, rows: Rows, inputs: tuple, found: S
     return _along_one(node, kind, k, rows, shape, shapes, found)
 
 
-def _along_one(node: Any, kind: str, k: int, rows: Rows, shape, shapes: list, found: Structure) -> States | None:
+def _along_one(node: Any, kind: str, k: int, rows: Rows, shape, shapes: list[Any], found: Structure) -> States | None:
     """Of what takes or places parts of a tensor along one dimension."""
     saved = getattr(node, "_saved_dim", None)
     if not isinstance(saved, int):
@@ -363,7 +365,7 @@ def _repeated(state: Rows, times: int, shape, before) -> State | None:
     return Rows(inner, state.pre // times, state.post) if regular else _LOST
 
 
-def _aligned(state: Rows, shape: tuple[int, ...], other: tuple[int, ...] | None) -> State | None:
+def _aligned(state: Rows, shape: Sequence[int], other: Sequence[int] | None) -> State | None:
     """Of an operand that is broadcast to ``shape``."""
     if other is None:
         return None
@@ -373,7 +375,7 @@ def _aligned(state: Rows, shape: tuple[int, ...], other: tuple[int, ...] | None)
     return state.at(dim)
 
 
-def _reshaped(state: Rows, shape: tuple[int, ...], before: tuple[int, ...], batch: int) -> State:
+def _reshaped(state: Rows, shape: Sequence[int], before: Sequence[int], batch: int) -> State:
     """Where the samples lie in a tensor of the same elements in the same order."""
     outer, inner = math.prod(shape[: state.dim]), math.prod(shape[state.dim + 1 :])
     if state.owners is not None:
@@ -464,7 +466,7 @@ def state_of_view(output: Tensor, state: State, batch: int) -> State:
         hint = None if state.hint is None else state_of_view(output, state.hint, batch)
         return state._replace(hint=hint if isinstance(hint, Rows) else None)
     if _as_base(output, base):
-        return _reshaped(state, tuple(base.shape), tuple(output.shape), batch)
+        return _reshaped(state, base.shape, output.shape, batch)
     same = base.stride(state.dim), base.shape[state.dim]
     dims = [d for d in range(output.ndim) if (output.stride(d), output.shape[d]) == same]
     return state.at(dims[0]) if len(dims) == 1 else Unproved("a view")
@@ -525,17 +527,11 @@ def candidates(shape: Sequence[int], batch: int, hint: Rows | None = None) -> li
     return list(dict.fromkeys(found)) if all(rows.owners is None for rows in found) else found
 
 
-class Weights(NamedTuple):
-    """Weights of the losses for a proof, and how far a right delta may be from its multiple, in proportion."""
-
-    values: Tensor  # [B]
-    tolerance: float
-
-
-def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> Weights:
+def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> tuple[Tensor, float]:
     """[B] different positive weights, in no order that a model might have; ``dtypes`` are those of the graph.
 
-    Powers of two, by which even rounding errors are multiplied exactly, as long as there are enough of them.
+    Powers of two, by which even rounding errors are multiplied exactly, as long as there are enough of them. With them
+    comes how far a right delta may be from its multiple, in proportion.
     """
     kinds = {like.dtype, *(dtype for dtype in dtypes if dtype.is_floating_point)}
     eps = max(torch.finfo(dtype).eps for dtype in kinds)
@@ -544,22 +540,21 @@ def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> We
     levels = 2 * most + 1
     mantissa = 1 + (order // levels) / (1 + (batch - 1) // levels)
     values = ((order % levels) - most).double().exp2() * mantissa
-    return Weights(values.to(device=like.device, dtype=like.dtype), 64 * eps if batch <= levels else eps**0.5)
+    return values.to(device=like.device, dtype=like.dtype), 64 * eps if batch <= levels else eps**0.5
 
 
-def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Weights) -> Tensor:
-    """Whether each sample's rows of ``part`` are those of ``delta`` times its weight: a boolean on the device.
+def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Tensor, tolerance: float) -> Tensor:
+    """Whether each sample's rows of ``part`` are those of ``delta`` times its weight [B]: a boolean on the device.
 
     Each sample is judged by its own largest number; NaN tells nothing.
     """
-    batch = len(weights.values)
+    batch = len(weights)
     owners = rows.owners_of(delta.shape[rows.dim], batch, delta.device)
     delta, part = (t.movedim(rows.dim, 0).reshape(t.shape[rows.dim], -1) for t in (delta, part))
-    own = weights.values.to(delta.dtype)
-    difference = (part - delta * own[owners].unsqueeze(1)).abs()
+    difference = (part - delta * weights.to(delta.dtype)[owners].unsqueeze(1)).abs()
     largest = delta.abs().nan_to_num(0, 0).amax(1) if delta.shape[1] else delta.real.new_zeros(len(delta))
-    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax") * weights.values.to(largest.dtype)
-    return ~(difference > scale[owners].unsqueeze(1) * weights.tolerance).any()
+    scale = largest.new_zeros(batch).scatter_reduce(0, owners, largest, "amax") * weights.to(largest.dtype)
+    return ~(difference > scale[owners].unsqueeze(1) * tolerance).any()
 
 
 def verdicts(flags: Iterable[Tensor]) -> list[bool]:

@@ -2,7 +2,7 @@
 
 An `Entry` is a call of a torch function where values of parameters meet samples. Its gradient comes from
 
-1. a fast rule, where the function has one: `bind` reads the call, and gives `GradFactors` or one reduction;
+1. a fast rule, where the function has one: a `Call`, which gives `GradFactors` or one reduction;
 2. the general rule: a vmapped vjp of that one call, each sample with its own slices of the arguments;
 3. where nothing can be sliced: the graph that the call itself has left, by cotangents of one sample's rows at a time.
 
@@ -13,28 +13,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import rows as row_rules
-from .errors import CaptureError
-from .factors import ConvFactors, EmbeddingFactors, GradFactors, Windows
+from .errors import CaptureError, listed
+from .factors import ConvFactors, EmbeddingFactors, GradFactors, Gradient, Windows
 from .rows import Rows, Shared, State, Structure, Unproved, by_sample, own_rows, state_of_view
-from .selection import listed
 
 # Elements of cotangents, for masked rows, at a time.
 _MASKED_ELEMENTS = 1 << 24
 # What a call raises under `vmap`, or on slices that it cannot take.
 _NOT_VECTORISED = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
 
 
 def is_in_place(func: Callable) -> bool:
@@ -57,14 +60,17 @@ class Entry:
     ends: list[GradientEdge] = field(default_factory=list)  # their own, from before anything is done to them in place
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
     autocast: tuple | None = None
-    call: Call | None = None  # as `bind` reads it, where it has
-    bound: bool = False
     direct: bool = False  # the edges are the outputs' own, not their bases'
     spent: bool = False  # its graph is freed
     # Of each output that the losses depend on, see `live`:
     states: list[State] = field(default_factory=list)  # where the samples lie, as the graph tells
     rows: list[Rows] = field(default_factory=list)  # the same, where it is settled
     deltas: list[Tensor] = field(default_factory=list)
+
+    @functools.cached_property
+    def call(self) -> Call | None:
+        """The call as a fast rule reads it; None where there is none."""
+        return _bound(self)
 
     @property
     def name(self) -> str:
@@ -111,13 +117,7 @@ class Entry:
         return any(t.requires_grad or any(size and size % batch == 0 for size in t.shape) for t in tensors)
 
 
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")}
-
-
-T = TypeVar("T")
-
-
-def cut(flat: Iterable[T], sizes: Iterable[int]) -> Iterator[list[T]]:
+def cut(flat: Iterable, sizes: Iterable[int]) -> Iterator[list]:
     """A flat list in consecutive parts."""
     rest = iter(flat)
     return (list(itertools.islice(rest, size)) for size in sizes)
@@ -145,7 +145,7 @@ class Call(NamedTuple):
     input: Tensor
     parameters: dict[str, Tensor]  # by role, the rule's own name of an argument
     rows: int  # leading dimensions of input and output that can hold samples and their positions
-    gradient: Callable[[str, Tensor, Tensor], GradFactors | Tensor]  # (role, input, delta) [B, ...]; see `positions`
+    gradient: Callable[[str, Tensor, Tensor], Gradient]  # (role, input, delta) [B, ...]; see `positions`
     positions: bool = True  # whether any number of dimensions of positions may follow the samples; else none may
 
 
@@ -153,7 +153,7 @@ class Share(NamedTuple):
     """The gradient of one value: of every sample [B, *shape]; with ``rows``, the value's own rows are the samples'."""
 
     value: Tensor
-    gradient: GradFactors | Tensor
+    gradient: Gradient
     rows: Rows | None = None
 
 
@@ -168,7 +168,7 @@ def _linear(entry, input, weight, bias=None) -> Call | None:
     return Call("linear", input, parameters, input.ndim - 1, _linear_gradient)
 
 
-def _linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+def _linear_gradient(role: str, input: Tensor, delta: Tensor) -> Gradient:
     """x [B, ..., I], δ [B, ..., O]."""
     if role == "bias":
         return _sum_to(delta, (delta.shape[-1],))
@@ -176,7 +176,7 @@ def _linear_gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | T
     return GradFactors(_positions(input), _positions(delta))
 
 
-def _turned(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+def _turned(role: str, input: Tensor, delta: Tensor) -> Gradient:
     found = _linear_gradient(role, input, delta)
     return found.transposed() if isinstance(found, GradFactors) else found
 
@@ -190,7 +190,7 @@ def _matmul(entry: Entry, first, second) -> Call | None:
     if first.ndim != 2 or second.ndim < 3:
         return None
 
-    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
+    def gradient(role: str, input: Tensor, delta: Tensor) -> Gradient:
         return _linear_gradient("weight", input.mT, delta.mT)
 
     return Call("linear", second, {"weight": first}, second.ndim - 2, gradient)
@@ -245,32 +245,21 @@ def _embedding(
     if scale_grad_by_freq:  # by what is in the whole batch
         return None
     rows = weight.shape[0]
-    if entry.func is torch.embedding and padding_idx == -1:
-        padding_idx = None
     padding = None if padding_idx is None else padding_idx % rows
 
     def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
+        B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
+        index = index.long() % max(rows, 1)  # negative ones count from the end
         delta = delta if padding is None else delta * (index != padding).unsqueeze(-1)
-        return _embedding_gradient(index, delta, rows)
+        return EmbeddingFactors(index.reshape(B, T), delta.reshape(B, T, delta.shape[-1]), rows)
 
     return Call("embedding", input, {"weight": weight}, input.ndim, gradient)
 
 
-def _embedding_gradient(index: Tensor, delta: Tensor, rows: int) -> EmbeddingFactors:
-    B, T = index.shape[0], math.prod(index.shape[1:])  # -1 says nothing of an empty batch
-    return EmbeddingFactors(index.reshape(B, T).long(), delta.reshape(B, T, delta.shape[-1]), rows)
-
-
 def _rows_of_table(entry, table, index) -> Call | None:
     """``W[index]`` with an integer index: an embedding."""
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or table.ndim != 2:
-        return None
-    rows = table.shape[0]
-
-    def gradient(role: str, index: Tensor, delta: Tensor) -> EmbeddingFactors:
-        return _embedding_gradient(torch.where(index < 0, index + rows, index), delta, rows)
-
-    return Call("embedding", index, {"weight": table}, index.ndim, gradient)
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and table.ndim == 2
+    return _embedding(entry, index, table) if whole else None
 
 
 # The names of the arguments, in order.
@@ -333,18 +322,11 @@ _FAST: dict[Callable, Callable[..., Call | None]] = {
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution(True)),
     F.embedding: _embedding,
     torch.embedding: lambda entry, weight, indices, padding_idx=-1, by_frequency=False, sparse=False: _embedding(
-        entry, indices, weight, padding_idx, scale_grad_by_freq=by_frequency
+        entry, indices, weight, None if padding_idx == -1 else padding_idx, scale_grad_by_freq=by_frequency
     ),
     Tensor.__getitem__: _rows_of_table,
     **dict.fromkeys(_NORMS, _norm),
 }
-
-
-def bind(entry: Entry) -> Call | None:
-    """The call as a fast rule reads it; None where there is none."""
-    if not entry.bound:
-        entry.call, entry.bound = _bound(entry), True
-    return entry.call
 
 
 def _bound(entry: Entry) -> Call | None:
@@ -411,10 +393,10 @@ def _reduced(delta: Tensor, operand: Tensor, entry: Entry, rows: Rows, batch: in
 
 
 def shares(
-    entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool = False
+    entry: Entry, deltas: list[Tensor], rows: list[Rows], batch: int, create_graph: bool = False
 ) -> tuple[str, list[Share]]:
     """The name of the rule, and the gradients of an entry's values: ``deltas`` [*output.shape] of each output."""
-    call = bind(entry)
+    call = entry.call
     if entry.overwritten() and (call is not None or entry.name in _MUL):
         raise CaptureError(
             f"{listed(entry.names)}: the input of {entry.name} was modified in place after the call had used "
@@ -463,9 +445,7 @@ def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) ->
     return found
 
 
-def _general(
-    entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch: int, create_graph: bool
-) -> list[Share]:
+def _general(entry: Entry, deltas: list[Tensor], rows: list[Rows], batch: int, create_graph: bool) -> list[Share]:
     sliceable = batch > 1 and not (create_graph or entry.in_place or entry.overwritten())
     sliceable = sliceable and all(r.owners is None for r in rows)
     # Slices are compared with what the call gave, by a look at them. A gradient that is scaled by what is in the whole
@@ -531,12 +511,9 @@ def _masked(outputs, given, cotangents, rows, batch: int, create_graph: bool) ->
     """By the graph that the call has left, from cotangents that are zero but for one sample's rows."""
     step = max(1, _MASKED_ELEMENTS // max(1, sum(c.numel() for c in cotangents) + sum(x.numel() for x in given)))
     masks = [own_rows(c, r, batch) for c, r in zip(cotangents, rows, strict=True)]
-    parts = [
-        batched_grad(outputs, given, [mask[b : b + step] for mask in masks], create_graph)
-        for b in range(0, batch, step)
-    ]
-    joined = ([g for part in parts if (g := part[k]) is not None] for k in range(len(given)))
-    return [torch.cat(found) if found else None for found in joined]
+    steps = [[mask[b : b + step] for mask in masks] for b in range(0, batch, step)]
+    parts = zip(*(batched_grad(outputs, given, some, create_graph) for some in steps), strict=True)
+    return [None if all(g is None for g in found) else torch.cat(found) for found in parts]
 
 
 def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
@@ -555,11 +532,10 @@ def batched_grad(outputs, inputs, cotangents: Sequence[Tensor], create_graph: bo
         for b in range(n)
     ]
     stacked: list[Tensor | None] = []
-    for k in range(len(inputs)):
-        known = [dense(row[k]) for row in rows if row[k] is not None]
-        zeros = [torch.zeros_like(g) for g in known[:1]]
-        rest = iter(known)
-        stacked.append(torch.stack([zeros[0] if row[k] is None else next(rest) for row in rows]) if known else None)
+    for found in zip(*rows, strict=True) if rows else [[]] * len(inputs):
+        known = [None if g is None else dense(g) for g in found]
+        zero = next((torch.zeros_like(g) for g in known if g is not None), None)
+        stacked.append(None if zero is None else torch.stack([zero if g is None else g for g in known]))
     return stacked
 
 
@@ -594,9 +570,7 @@ def _sliced(entry: Entry, deltas: Sequence[Tensor], rows: Sequence[Rows], batch:
     return None
 
 
-def _vmapped(
-    entry: Entry, leaves: list, structure, dims: dict[int, int], deltas, rows, batch: int
-) -> list[Share] | None:
+def _vmapped(entry: Entry, leaves, structure, dims: dict[int, int], deltas, rows, batch: int) -> list[Share] | None:
     """``dims``: of those of the arguments ``leaves`` that are cut, the samples' dimension."""
     pre, post = rows[0].pre, rows[0].post
 
@@ -649,86 +623,3 @@ def _close(got: Tensor, expected: Tensor) -> bool:
     got, expected = got.flatten(1), expected.flatten(1)
     bound = expected.abs().nan_to_num(0, 0).amax(1, keepdim=True) * torch.finfo(expected.dtype).eps ** 0.5
     return not ((got - expected).abs() > bound).any().item()
-
-
-# --- layers of the user's own ----------------------------------------------------------------------------------------
-
-LayerGradients = Callable[[nn.Module, Tensor, Tensor], "dict[str, GradFactors | Tensor]"]
-_registered: dict[type[nn.Module], LayerGradients] = {}
-
-
-def register_layer(*types: type[nn.Module]) -> Callable[[LayerGradients], LayerGradients]:
-    """Give a layer type of your own a faster rule: decorates ``(layer, input, delta) -> {parameter name: gradient}``.
-
-    Every layer is covered without it, by the general rule; a rule of your own may use what only you know of it.
-    ``input`` [B, ...] is the layer's first argument, ``delta`` [B, ...] the gradient of Σ_b loss_b with respect to its
-    output (one tensor). The gradient of each parameter, by its name in the layer, is a tensor [B, *parameter.shape] or
-    a `GradFactors`. The rule holds for the types themselves, not for those derived from them, and stands for all that
-    happens inside such a layer. Raises TypeError for what is no module type.
-
-    >>> import torch, gradext
-    >>> class Scale(torch.nn.Module):
-    ...     def __init__(self, features):
-    ...         super().__init__()
-    ...         self.scale = torch.nn.Parameter(torch.ones(features))
-    ...     def forward(self, x):
-    ...         return x * self.scale
-    >>> @gradext.register_layer(Scale)
-    ... def scale_gradients(layer, input, delta):
-    ...     return {"scale": input * delta}
-    >>> model = torch.nn.Sequential(Scale(6), torch.nn.Linear(6, 6, bias=False))
-    >>> {name: tuple(g.shape) for name, g in gradext.batch_layer_grads(model, torch.rand(5, 6)).items()}
-    {'0.scale': (5, 6), '1.weight': (5, 6, 6)}
-    """
-    for kind in types:
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"register_layer: expected types derived from torch.nn.Module, but got {kind!r}")
-
-    def register(gradients: LayerGradients) -> LayerGradients:
-        _registered.update(dict.fromkeys(types, gradients))
-        return gradients
-
-    return register
-
-
-def registered_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost modules with a rule of their user's own, by name."""
-    inside: set[int] = set()
-    found = []
-    for name, module in model.named_modules() if _registered else ():
-        if type(module) in _registered and id(module) not in inside:
-            inside.update(map(id, module.modules()))
-            found.append((name, module))
-    return found
-
-
-def registered_call(
-    name: str, module: nn.Module, entry: Entry, given: dict[str, Tensor], args: tuple, kwargs: dict
-) -> Call:
-    """``given``: by their names in the module, what stands for its parameters."""
-    rule, input = _registered[type(module)], tensors_of([args, kwargs])[0]
-    if len(entry.outputs) != 1:
-        raise CaptureError(
-            f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters, as the "
-            f"layer has a rule of its own, but it returned {len(entry.outputs)}"
-        )
-    last: list[Any] = [None, None]  # a delta, and what the rule gives for it: of all parameters at once
-
-    def gradient(role: str, input: Tensor, delta: Tensor) -> GradFactors | Tensor:
-        if last[0] is not delta:
-            last[:] = delta, rule(module, input, delta)
-        gradients = last[1]
-        result = gradients.get(role) if isinstance(gradients, dict) else None
-        shape, came = (delta.shape[0], *given[role].shape), None
-        if isinstance(result, GradFactors):
-            came = (len(result), *(result.weight_shape or result.shape[1:]))
-        elif isinstance(result, Tensor):
-            came = tuple(result.shape)
-        if came != shape or result is None:
-            raise ValueError(
-                f"layer {name!r}: expected the rule registered for {type(module).__name__} to give the gradient of "
-                f"{role!r} as a tensor or GradFactors of shape {shape}, but got {came or type(gradients).__name__}"
-            )
-        return result
-
-    return Call("registered", input, given, 1, gradient, positions=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +16,6 @@ from .errors import CaptureError, UnsupportedLayerError
 LayerChoice = None | str | type | nn.Module | Tensor | Callable[[str, Tensor], bool] | Iterable[Any]
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The parameters of a model that were chosen, and of the others why not."""
@@ -29,29 +23,6 @@ class Selection:
     chosen: dict[str, nn.Parameter]
     others: dict[str, nn.Parameter]
     left_out: dict[str, str]  # name -> reason
-
-
-@dataclass
-class Coverage:
-    """What a result holds and what not.
-
-    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a
-    sample"``, ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it
-    is not there.
-    """
-
-    rules: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = []
-        for what, found in (("covered", self.rules), ("left out", self.left_out)):
-            reasons: dict[str, list[str]] = {}
-            for name, reason in found.items():
-                reasons.setdefault(reason, []).append(name)
-            for reason, names in reasons.items():
-                lines.append(f"{what} ({reason}): {listed(names)}")
-        return "\n".join(lines) or "no parameters"
 
 
 # Of each model, what it consisted of, and what was chosen by ``(layers, exclude)``: finding names takes longer than a

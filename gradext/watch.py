@@ -7,11 +7,10 @@ run, `backward` makes gradients of what it saw. Nothing is ever run again with o
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import ops, rules
-from .backward import Backward, Gradient, held_elsewhere, memory
-from .errors import CaptureError, UnsupportedLayerError
-from .factors import GradFactors, LayerFactors, LayerGrads
+from . import rules
+from .backward import Backward
+from .factors import Coverage, Gradient, LayerFactors, LayerGrads
 from .losses import Root, root_of
 from .mode import WatchMode
-from .selection import Coverage, LayerChoice, select
+from .registered import whole_layers
+from .selection import LayerChoice, select
 
 _locks = WeakIdKeyDictionary()
 _locks_guard = threading.Lock()
@@ -161,10 +160,10 @@ class watch:
             self._mode = mode = WatchMode(self._model, self._selection, attached=attached, train=self._train)
             if self._inputs is not None:
                 mode.mark_inputs(rules.tensors_of(self._inputs))
-            handles = RemovableHandle.next_id
-            with _registered_layers(mode), mode:
+            before = RemovableHandle.next_id - WatchMode.handles
+            with whole_layers(mode), mode:
                 yield
-            mode.hooked = RemovableHandle.next_id - mode.handles != handles
+            mode.hooked = RemovableHandle.next_id - WatchMode.handles != before
 
     def factors(self, losses: Tensor | None = None) -> LayerFactors:
         """The gradients of every chosen parameter in factored form, by the parameter's name.
@@ -173,11 +172,11 @@ class watch:
         out: the last one-dimensional result of the block is taken.
         """
         mode = self._finished()
-        return kept_apart(layer_factors(self._gradients_of(losses), self.coverage), mode.held())
+        return LayerFactors.of(self._gradients_of(losses), self.coverage).kept_apart(mode.held())
 
     def grads(self, losses: Tensor | None = None) -> LayerGrads:
         """The gradients themselves, {parameter name: [B, *parameter.shape]}."""
-        return layer_grads(self._gradients_of(losses), self.parameters, self.coverage)
+        return LayerGrads.of(self._gradients_of(losses), self.parameters, self.coverage)
 
     def gradients(self, root: Root, weights: Tensor | None = None, *, keep_graph: bool = True) -> dict[str, Gradient]:
         """From where the backward begins; ``weights`` [B] are those of a backward that has run, by ``train``.
@@ -224,135 +223,3 @@ def _checked_losses(losses: Any) -> Tensor:
         f"losses: expected a floating-point tensor of shape (B,), one value for each sample, but got {came}; use "
         "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
     )
-
-
-# --- layers with a rule of their user's own ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _registered_layers(mode: WatchMode) -> Iterator[None]:
-    """Record layers that have a rule of their user's own as wholes."""
-    former: list[tuple[nn.Module, Callable | None]] = []
-    try:
-        for name, module in rules.registered_modules(mode.model):
-            own = {role: p for role, p in module.named_parameters() if any(p is q for q in mode.chosen.values())}
-            if own:
-                former.append((module, module.__dict__.get("forward")))
-                module.forward = _as_whole(mode, name, module, own)
-        yield
-    finally:
-        for module, forward in former:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
-def _as_whole(mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> Callable:
-    """A forward that is one function of its arguments and of the parameters ``own``, by their names in the module."""
-    forward, thread = module.forward, threading.get_ident()
-
-    def run(given: dict[str, Tensor], args: tuple, kwargs: dict):
-        parameters, versions = _exchange(module, given), [(t, t._version) for t in rules.tensors_of([args, kwargs])]
-        mode.opaque = True
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            mode.opaque = False
-            _exchange(module, parameters)
-        if any(t._version != version for t, version in versions):
-            raise CaptureError(
-                f"{', '.join(f'{name}.{role}' for role in own)}: the layer modifies its input in place, so that "
-                "its rule cannot be applied; make that operation out of place"
-            )
-        return output
-
-    @functools.wraps(forward)
-    def whole(*args, **kwargs):
-        if mode.opaque or threading.get_ident() != thread or not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return mode.__torch_function__(run, (), (own, args, kwargs))
-
-    run.rule = functools.partial(rules.registered_call, name, module)  # type: ignore[attr-defined]
-    return whole
-
-
-def _exchange(module: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Put tensors in place of parameters, by their names in the module; returns what was there."""
-    former = {}
-    for role, tensor in tensors.items():
-        owner, _, name = role.rpartition(".")
-        parameters = module.get_submodule(owner)._parameters
-        former[role] = parameters[name]
-        parameters[name] = tensor
-    return former
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def layer_factors(found: dict[str, Gradient], coverage: Coverage) -> LayerFactors:
-    """The gradients of a run in factored form."""
-    result = LayerFactors(coverage=coverage)
-    for name, gradient in found.items():
-        if isinstance(gradient, GradFactors):
-            result[name] = gradient.compact()
-            continue
-        if gradient.is_complex():
-            raise UnsupportedLayerError(
-                f"{name}: expected a real parameter, as factors hold real numbers, but it is {gradient.dtype}; leave "
-                "it out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
-            )
-        result[name] = GradFactors.of(gradient)
-    return result
-
-
-def kept_apart(factors: LayerFactors, held: Iterable[Tensor] = ()) -> LayerFactors:
-    """Factors outlive the call: what somebody else holds too (an input, a buffer, a model's memory) is copied.
-
-    ``held``: other tensors that are known to share memory with them, and stay as they are.
-    """
-    shared = held_elsewhere([*(t for f in factors.values() for t in f._tensors()), *held])
-    copies: dict[int, Tensor] = {}
-
-    def own(t: Tensor) -> Tensor:
-        if id(t) not in copies:
-            copies[id(t)] = t.clone() if shared(t) else t
-        return copies[id(t)]
-
-    return factors._map(lambda f: f._map(own))
-
-
-def layer_grads(
-    found: dict[str, Gradient],
-    parameters: Mapping[str, Tensor],
-    coverage: Coverage,
-    *,
-    out: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> LayerGrads:
-    """The gradients of a run themselves, written into ``out`` where it has a tensor for them."""
-    out = out or {}
-    kinds = {name: None if name in out else dtype or parameters[name].dtype for name in found}
-    products = {
-        name: ops.Product(gradient.delta, gradient.activation, out.get(name), kinds[name])
-        for name, gradient in found.items()
-        if type(gradient) is GradFactors and gradient.weight_shape is None
-    }
-    grads = LayerGrads(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
-    # A bias's gradient is a delta, which autograd may have given others too: each result has memory of its own.
-    taken = {memory(t) for f in found.values() if isinstance(f, GradFactors) for t in f._tensors()}
-    for name, gradient in found.items():
-        if name in grads:
-            continue
-        if isinstance(gradient, GradFactors):
-            grads[name] = gradient.materialize(out=out.get(name), dtype=kinds[name], backend=backend)
-        elif name in out:
-            grads[name] = out[name].copy_(gradient)
-        else:
-            gradient = gradient.to(kinds[name])
-            if memory(gradient) in taken or 0 in gradient.stride():
-                gradient = gradient.clone(memory_format=torch.contiguous_format)
-            taken.add(memory(gradient))
-            grads[name] = gradient
-    return LayerGrads({name: grads[name] for name in found}, coverage=coverage)

@@ -23,7 +23,9 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_examples_run_one_after_the_other(page, monkeypatch):
-    monkeypatch.setattr(gradext.rules, "_registered", dict(gradext.rules._registered))  # their layers are theirs alone
+    monkeypatch.setattr(
+        gradext.registered, "_registered", dict(gradext.registered._registered)
+    )  # their layers are theirs alone
     names = {"__name__": page.stem}
     for source in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(compile(source, str(page), "exec"), names)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gradext
-from gradext import CaptureError, GradFactors, UnsupportedLayerError, rules
+from gradext import CaptureError, GradFactors, UnsupportedLayerError, registered
 
 B = 4
 
@@ -232,7 +232,7 @@ def rule():
 
 def forget(kind):
     """Take a rule back."""
-    rules._registered.pop(kind, None)
+    registered._registered.pop(kind, None)
 
 
 class Doubled(nn.Linear):

@@ -18,15 +18,17 @@ gradient of sample b. Costs are counted in multiply-adds. Nothing here knows abo
 
 from .convolutions import ConvFactors, Windows
 from .embeddings import EmbeddingFactors
-from .layers import LayerFactors, LayerGrads
-from .products import GradFactors
+from .layers import Coverage, LayerFactors, LayerGrads
+from .products import GradFactors, Gradient
 from .sums import SumFactors
 from .written import WrittenFactors
 
 __all__ = [
     "ConvFactors",
+    "Coverage",
     "EmbeddingFactors",
     "GradFactors",
+    "Gradient",
     "LayerFactors",
     "LayerGrads",
     "SumFactors",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,20 +14,43 @@ from torch import Tensor
 
 from .. import ops, ranges
 from ..backends import reference
+from ..errors import UnsupportedLayerError, listed
 from . import numerics
 from .numerics import total
-from .products import GradFactors
+from .products import GradFactors, Gradient
 from .written import WrittenFactors
 
 # Gradients of at most so many numbers a sample are laid side by side for their norms: one pass instead of many calls.
 SMALL = 1 << 14
 
 
+@dataclass
+class Coverage:
+    """What a result holds and what not.
+
+    rules: by parameter, how its gradient was found (``"linear"``, ``"embedding"``, ``"general"``, ``"backward a
+    sample"``, ``"unused"`` where the losses do not depend on it: its gradient is zero). left_out: by parameter, why it
+    is not there.
+    """
+
+    rules: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        for what, found in (("covered", self.rules), ("left out", self.left_out)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in found.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, names in reasons.items():
+                lines.append(f"{what} ({reason}): {listed(names)}")
+        return "\n".join(lines) or "no parameters"
+
+
 class LayerFactors(dict[str, GradFactors]):
     """The factors of several parameters by name: a dict of `GradFactors`, with what sums over all of them.
 
-    coverage tells, where the factors come from a model, by which rule each was found and what was left out; it may be
-    None.
+    coverage tells, where the factors come from a model, by which rule each was found and what was left out.
 
     >>> import torch, gradext
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6))
@@ -36,9 +61,9 @@ class LayerFactors(dict[str, GradFactors]):
     torch.Size([6, 3])
     """
 
-    def __init__(self, *factors: Any, coverage: Any = None, **named: GradFactors) -> None:
+    def __init__(self, *factors: Any, coverage: Coverage | None = None, **named: GradFactors) -> None:
         super().__init__(*factors, **named)
-        self.coverage = coverage
+        self.coverage = coverage or Coverage()
 
     def __getitem__(self, name: str) -> GradFactors:
         if name not in self:
@@ -56,6 +81,33 @@ class LayerFactors(dict[str, GradFactors]):
     def _map(self, function: Callable[[GradFactors], GradFactors]) -> LayerFactors:
         found = ((name, function(factors)) for name, factors in self.items())
         return LayerFactors(found, coverage=self.coverage)
+
+    @staticmethod
+    def of(found: Mapping[str, Gradient], coverage: Coverage | None = None) -> LayerFactors:
+        """Gradients of several parameters, in factored form or not, by name."""
+        for name, gradient in found.items():
+            if isinstance(gradient, Tensor) and gradient.is_complex():
+                raise UnsupportedLayerError(
+                    f"{name}: expected a real parameter, as factors hold real numbers, but it is {gradient.dtype}; "
+                    "leave it out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
+                )
+        factors = {name: GradFactors.of(g) if isinstance(g, Tensor) else g.compact() for name, g in found.items()}
+        return LayerFactors(factors, coverage=coverage)
+
+    def kept_apart(self, held: Iterable[Tensor] = ()) -> LayerFactors:
+        """The same in memory that nothing else holds: what it shares with others, who may overwrite it, is copied.
+
+        held: tensors that are known to share memory with it, and stay as they are.
+        """
+        shared = held_elsewhere([*(t for factors in self.values() for t in factors._tensors()), *held])
+        copies: dict[int, Tensor] = {}
+
+        def own(t: Tensor) -> Tensor:
+            if id(t) not in copies:
+                copies[id(t)] = t.clone() if shared(t) else t
+            return copies[id(t)]
+
+        return self._map(lambda factors: factors._map(own))
 
     def samples(self, index: Any) -> LayerFactors:
         """The factors of some samples in all layers: an integer (kept as a batch of one), a slice, a mask or a list."""
@@ -236,23 +288,93 @@ class LayerGrads(dict[str, Tensor]):
     )
     """
 
-    def __init__(self, *grads: Any, coverage: Any = None, **named: Tensor) -> None:
+    def __init__(self, *grads: Any, coverage: Coverage | None = None, **named: Tensor) -> None:
         super().__init__(*grads, **named)
-        self.coverage = coverage
+        self.coverage = coverage or Coverage()
 
     def __repr__(self) -> str:
         each = ((name, f"{list(g.shape)}, {g.dtype}, {g.device}") for name, g in self.items())
         return _listed(self, each)
 
+    @staticmethod
+    def of(
+        found: Mapping[str, Gradient],
+        parameters: Mapping[str, Tensor],
+        coverage: Coverage | None = None,
+        *,
+        out: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> LayerGrads:
+        """The gradients themselves, of the parameters' types or ``dtype``, in ``out`` where it has tensors for them."""
+        out = _checked_out(out, found, parameters, dtype)
+        kinds = {name: None if name in out else dtype or parameters[name].dtype for name in found}
+        products = {
+            name: ops.Product(gradient.delta, gradient.activation, out.get(name), kinds[name])
+            for name, gradient in found.items()
+            if type(gradient) is GradFactors and gradient.weight_shape is None
+        }
+        grads = dict(zip(products, ops.outer_group(list(products.values()), backend=backend), strict=True))
+        # A bias's gradient is a delta, which autograd may have given others too: each result has memory of its own.
+        taken = {memory(t) for f in found.values() if isinstance(f, GradFactors) for t in f._tensors()}
+        for name, gradient in found.items():
+            if name in grads:
+                continue
+            if isinstance(gradient, GradFactors):
+                grads[name] = gradient.materialize(out=out.get(name), dtype=kinds[name], backend=backend)
+            elif name in out:
+                grads[name] = out[name].copy_(gradient)
+            else:
+                gradient = gradient.to(kinds[name])
+                if memory(gradient) in taken or 0 in gradient.stride():
+                    gradient = gradient.clone(memory_format=torch.contiguous_format)
+                taken.add(memory(gradient))
+                grads[name] = gradient
+        return LayerGrads({name: grads[name] for name in found}, coverage=coverage)
+
+
+def _checked_out(
+    out: Mapping[str, Tensor] | None,
+    found: Mapping[str, Gradient],
+    parameters: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    if out is None:
+        return {}
+    if not isinstance(out, Mapping):
+        raise TypeError(f"out: expected a mapping from names to tensors, but got {type(out).__name__}")
+    if set(out) != set(found):
+        raise ValueError(f"out: expected one tensor for each of {sorted(found)}, but got {sorted(out)}")
+    for name, tensor in out.items():
+        shape = (found[name].shape[0], *parameters[name].shape)
+        ops.check_out(tensor, shape, found[name].device, f"out[{name!r}]")
+        if dtype is not None and tensor.dtype != dtype:
+            raise TypeError(f"out[{name!r}]: expected type {dtype} (the dtype argument), but got {tensor.dtype}")
+    inputs = [[g] if isinstance(g, Tensor) else g._tensors() for g in found.values()]
+    ops.check_apart(out.values(), [tensor for tensors in inputs for tensor in tensors])
+    return dict(out)
+
+
+def memory(tensor: Tensor) -> int:
+    """The address of the tensor's storage, by which it is found out who shares it."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def held_elsewhere(known: Iterable[Tensor]) -> Callable[[Tensor], bool]:
+    """Tells of a tensor whether others than these hold its memory too."""
+    holders = Counter(map(memory, {id(t): t for t in known}.values()))
+
+    def shared(tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        return torch._C._storage_Use_Count(storage._cdata) > holders[memory(tensor)] + 1
+
+    return shared
+
 
 def _listed(layers: LayerFactors | LayerGrads, described: Iterable[tuple[str, str]]) -> str:
     """One line a parameter, and what was left out."""
     lines = [f"  {name}: {text}" for name, text in described]
-    left_out = getattr(layers.coverage, "left_out", layers.coverage)
-    if isinstance(left_out, Mapping):
-        lines += [f"  left out: {name}: {reason}" for name, reason in left_out.items()]
-    elif left_out is not None:
-        lines.append(f"  {left_out!r}")
+    lines += [f"  left out: {name}: {reason}" for name, reason in layers.coverage.left_out.items()]
     return "\n".join([f"{type(layers).__name__}(", *lines, ")"]) if lines else f"{type(layers).__name__}()"
 
 

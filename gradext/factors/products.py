@@ -678,3 +678,7 @@ def add_matrices(x: Tensor, y: Tensor) -> Tensor:
     if x.ndim == y.ndim:
         return x + y
     return x + y.diag_embed() if x.ndim > y.ndim else x.diag_embed() + y
+
+
+# A parameter's gradients, in factored form or written.
+Gradient = GradFactors | Tensor

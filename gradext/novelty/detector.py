@@ -20,7 +20,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from ..losses import resolve
+from ..losses import checked
 from ..sources import ImageFormat
 from . import guards
 from .batches import BLOCK_ROWS, NO_SAMPLES, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
@@ -418,7 +418,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.loss == "auto":
             self.loss_ = "mse"
             if in_unit_range and kind != "autoencoder":
-                self.loss_ = resolve("auto", reconstruction, first.detach())
+                self.loss_, _ = checked("auto", reconstruction, first.detach())
         self.layers_ = layer_names(self.model_, first[:1].detach(), self._chosen_layer(), self.loss_)
 
     def _new_model(self, kind: str) -> nn.Module:

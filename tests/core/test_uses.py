@@ -219,3 +219,36 @@ def test_a_hook_on_a_parameter_is_applied_once(form, unseen):
         linear.weight.grad = None
         model(x[b : b + 1]).square().sum().backward()
         torch.testing.assert_close(found[b], linear.weight.grad, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: 1 + w,
+        lambda w: w + 1,
+        lambda w: w.double().float().add(torch.arange(4.0)),
+        lambda w: w + w,
+        lambda w: torch.add(w, torch.ones(4), alpha=2),
+        lambda w: torch.add(torch.ones(4), w, alpha=2),
+        lambda w: w.view(2, 2).reshape(4) + 1,
+        lambda w: w + torch.ones(3, 4),
+        lambda w: 1 - w,
+    ],
+    ids=["1 + w", "w + 1", "casts", "w + w", "alpha", "alpha of w", "views", "broadcast", "1 - w"],
+)
+def test_values_that_differ_from_a_parameter_by_a_constant(change):
+    """As the norms of Gemma have it."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.rand(4))
+
+        def forward(self, x):
+            return (x.unsqueeze(1) * change(self.w)).tanh()
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.rand(3, 4)
+    expected = torch.stack([torch.autograd.grad(model(x[b : b + 1]).square().sum(), model.w)[0] for b in range(3)])
+    found = gradext.batch_layer_grads(model, x, loss=lambda output, target: output.square().flatten(1).sum(1))
+    torch.testing.assert_close(found["w"], expected)
