@@ -41,7 +41,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE, "rotation": RotationNet}
 # Training of an `Autoencoder` without epochs=: steps at least, epochs at least, and steps without progress at its end.
 STEPS, WIDE_STEPS, EPOCHS, PATIENCE = 300, 500, 5, 100
-TURN_STEPS = 1200  # of a `RotationNet`, with batches of 64
+# Training steps of a `RotationNet`, with batches of 64: as asked for, and as ``model="auto"`` tries one.
+TURN_STEPS, TRIAL_STEPS, TRIAL_CHANNELS = 1200, 60, 12
+TRIAL_LEAST, TRIAL_SIDE = 100, 8  # images, pixels from which on it is tried
+TOLD_GREY, TOLD_COLOUR = 0.85, 0.5  # share of held-out turns that it must tell after that
 
 
 class Rows(Protocol):
@@ -256,15 +259,16 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.image_format_: ImageFormat | None = None
         self.warnings_: list[str] = []
         self.kind_ = self._choose_kind()
-        self.scaling_ = self._fit_scaling(X, training)
-        training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
+        if not self._tells_turns(X, training, validation, seed, processes):
+            self.scaling_ = self._fit_scaling(X, training)
+            training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
+            samples = _Samples(self, X, training, torch.float32)
+            self._make_model(samples[:2], seed, in_unit_range=self.scaling_.within_unit)
+            self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes, checkpoint)
         parts = _cut(training, X.shape[1])
         self.profile_: guards.Profile | None = guards.Profile.of(self._in_units(X[part]) for part in parts)
         self.ceiling_: tuple[float, float] | None = None
-        samples = _Samples(self, X, training, torch.float32)
-        self._make_model(samples[:2], seed, in_unit_range=self.scaling_.within_unit)
-        self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes, checkpoint)
-        self.model_.to(DTYPES[self.dtype])
+        self.model_.to(torch.float32 if self.kind_ == "rotation" else DTYPES[self.dtype])
         self.score_ = self._fit_score(X, training, np.concatenate([training, validation]), seed, processes)
         if X_calibration is None:
             novelty = self._novelty(X, calibration, processes)
@@ -343,6 +347,35 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.model != "auto":
             return self.model
         return "vae" if "latent" in self.novelty_score or NEEDS_LATENT & {self.novelty_score} else "autoencoder"
+
+    def _tells_turns(
+        self, X: np.ndarray, training: np.ndarray, validation: np.ndarray, seed: int, processes: Processes
+    ) -> bool:
+        """Of ``model="auto"`` and images: whether a `RotationNet`, trained for a few seconds, tells held-out turns well.
+
+        Then it is the model. What looks alike turned (digits 0 and 8) is left to the autoencoder.
+        """
+        shape = self.input_shape_
+        asked = (self.novelty_score, self.layer, self.loss, self.hidden_dim, self.latent_dim, self.epochs)
+        if self.model != "auto" or asked != ("auto", "auto", "auto", None, None, None) or not is_image(shape):
+            return False
+        side, colours = shape[-1], len(shape) == 3 and shape[0] >= 3
+        if shape[-2] != side or side % 4 or side < TRIAL_SIDE or len(training) < TRIAL_LEAST:
+            return False
+        kind, self.kind_ = self.kind_, "rotation"
+        parts = list(_cut(training, X.shape[1]))
+        self.scaling_ = fit_scaling(X, parts, shape, self.scaling, centred=False)
+        if self.scaling_.within_unit:
+            samples = _Samples(self, X, training[: 64 * TRIAL_STEPS], torch.float32)
+            held_out = _Samples(self, X, validation[: 64 * TRIAL_STEPS], torch.float32)
+            self._make_model(samples[:2], seed, in_unit_range=True)
+            self._train(samples, held_out, seed, processes, None, steps=TRIAL_STEPS)
+            told = processes.by_first(lambda: np.mean([self.model_.accuracy(block) for block in held_out.blocks()]))
+            if told >= (TOLD_COLOUR if colours else TOLD_GREY):
+                _warn(guards.of_features(self.scaling_.low, self.scaling_.high, alone=False), self.warnings_)
+                return True
+        self.kind_ = kind
+        return False
 
     @property
     def _score(self) -> str:
@@ -430,7 +463,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if kind == "rotation":
             if not is_image(self.input_shape_):
                 raise ValueError(f"model: 'rotation' is of images, but samples have shape {list(self.input_shape_)}")
-            return RotationNet((1, *self.input_shape_)[-3:])
+            return RotationNet((1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS}))
         return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
@@ -452,8 +485,10 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         seed: int,
         processes: Processes,
         checkpoint: Checkpoint | None,
+        *,
+        steps: int = TURN_STEPS,
     ) -> None:
-        """``history_``, and the weights of ``model_``: those of the first process."""
+        """``history_``, and the weights of ``model_``: those of the first process. steps: of a `RotationNet`."""
         self.history_ = None
         if self.epochs == 0:
             return
@@ -463,9 +498,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         batch = self.batch_size or (min(64 if turned else 128, max(16, len(training) // 4)) if plain or turned else 128)
         epochs, patience = self.epochs, None
         if epochs is None:
-            steps = {"steps": WIDE_STEPS if wide else STEPS, "least": EPOCHS} if plain else {}
-            steps = {"steps": TURN_STEPS, "least": EPOCHS} if turned else steps
-            epochs = auto_epochs(len(training), batch, **steps)
+            length = {"steps": WIDE_STEPS if wide else STEPS, "least": EPOCHS} if plain else {}
+            length = {"steps": steps, "least": 1} if turned else length
+            epochs = auto_epochs(len(training), batch, **length)
             if not turned:  # whose rate falls to the end
                 patience = max(2, math.ceil((PATIENCE if plain else 4 * PATIENCE) / math.ceil(len(training) / batch)))
 
@@ -483,13 +518,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _fit_score(
         self, X: np.ndarray, training: np.ndarray, inliers: np.ndarray, seed: int, processes: Processes
     ) -> FittedScore:
-        """training, inliers: rows to train a classifier on, and to take statistics of."""
-        blocks = self._characterized(X, training, processes)
+        """training, inliers: rows to train a classifier on, and to take statistics of; the latter begin with these."""
+        blocks = self._characterized(X, inliers, processes, held=True)
         device = blocks.like.device
         if self._score in CLASSIFIER_SCORES:
             score = processes.by_first(lambda: self._fit_classifier(X, training, seed).to("cpu")).to(device)
         else:
-            score = fit_score(self._score, self._characterized(X, inliers, processes), None, seed=seed)
+            score = fit_score(self._score, blocks, None, seed=seed)
 
         dead, latent = 0, torch.zeros((), device="cpu")
 
@@ -498,7 +533,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             dead, latent = dead + int((seen.gradient.norm() == 0).sum()), latent + seen.latent.sum(0).cpu()
             return score(seen).double()
 
-        novelty, N = blocks.concatenate(of_block).numpy(), len(training)
+        novelty, N = blocks.concatenate(of_block).numpy()[: len(training)], len(inliers)
         finite = novelty[np.isfinite(novelty)]
         if len(finite):
             self.ceiling_ = float(finite.max()), float(np.median(finite))
@@ -631,12 +666,19 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return characterize(self.model_, samples, layer=self.layers_, loss=self.loss_, batch_size=BLOCK_ROWS)
 
     def _characterized(
-        self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None
+        self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None, *, held: bool = False
     ) -> Blocks[Characterization]:
-        """The ``rows`` of ``X``, in their order, block by block."""
+        """The ``rows`` of ``X``, in their order, block by block. held: kept for further passes, if that is little."""
         like = next(self.model_.parameters()).detach().new_empty(0)
         samples, parts = _Samples(self, X, rows, like.dtype), list(_cut(np.arange(len(rows)), X.shape[1]))
-        return Blocks(lambda k: self._characterize(samples[parts[k]]), len(parts), like, processes or Processes())
+        processes = processes or Processes()
+
+        def read(k: int) -> Characterization:
+            return self._characterize(samples[parts[k]])
+
+        if held and self._characterize(samples[:1]).nbytes * len(rows) <= HELD_BYTES:
+            return Blocks(functools.cache(read), len(parts), like, processes)
+        return Blocks(read, len(parts), like, processes)
 
     def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:
         novelty = self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()

@@ -164,8 +164,8 @@ class RotationNet(nn.Module):
     Source: Golan and El-Yaniv, "Deep anomaly detection using geometric transformations", NeurIPS 2018.
 
     forward: images [B, C, H, W] in [0, 1], H = W a multiple of 4 -> logits [B, V, 4], of the views by the turns that
-    were made: view v is the image, mirrored where v is 4 and more, turned v mod 4 times. V = 4 in training, where each
-    image is mirrored or not and shifted by up to an eighth of its side, at random, and 8 in evaluation. Where the
+    were made: view v is the image, mirrored where v is 4 and more, turned v mod 4 times; V = 8. In training there are four
+    views of each image, which is mirrored or not and shifted by up to an eighth of its side, at random. Where the
     processor multiplies in bfloat16, training does.
 
     >>> import torch
@@ -198,23 +198,29 @@ class RotationNet(nn.Module):
         """Logits [B, V, turn told]."""
         return self.head(self.features(x))
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the last layer sees of every view, [B, V, 4 · channels]."""
+    def features(self, x: Tensor, *, mirrored: bool = True) -> Tensor:
+        """What the last layer sees of every view, [B, V, 4 · channels]; without those that are mirrored V = 4."""
         x = 4 * (x.reshape(-1, *self.sample_shape) - 0.5)
-        faces = [x] if self.training else [x, x.flip(3)]
-        views = [view for face in faces for view in _turns(face)]
+        views = [view for face in ([x, x.flip(3)] if mirrored else [x]) for view in _turns(face)]
         flat = torch.stack(views, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return self.body(flat).reshape(-1, len(views), self.head.in_features)
 
     def loss(self, x: Tensor) -> Tensor:
-        """The training objective, the mean cross entropy of the views -> [B]; nats."""
+        """The training objective, the mean cross entropy of four views -> [B]; nats."""
         x = x.reshape(-1, *self.sample_shape)
-        if not self.training:
-            return rotation_loss(self(x)).mean(1)
-        x = _shifted(torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x), x.shape[-1] // 8)
+        if self.training:
+            x = _shifted(torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x), x.shape[-1] // 8)
+        return rotation_loss(self._quick(x)).mean(1)
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor) -> float:
+        """The share of the views, four of each image, whose turn is told."""
+        logits = self._quick(x)
+        return float((logits.argmax(2) == turns_made(logits).argmax(1)).float().mean())
+
+    def _quick(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=x.device.type == "cpu" and _has_bfloat16()):
-            logits = self(x)
-        return rotation_loss(logits.to(x.dtype)).mean(1)
+            return self.head(self.features(x, mirrored=False)).to(x.dtype)
 
     @property
     def sizes(self) -> dict[str, Any]:
