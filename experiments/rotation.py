@@ -33,7 +33,8 @@ from .table1 import PAPER
 
 SOFTMAX = "reconstruction_error"
 SCORES = (
-    SOFTMAX, "gradient_norm", "whitened_gradient", "whitened_delta_norm", "kronecker_fisher", "gradient_cosine",
+    SOFTMAX, "gradient_mahalanobis", "gradient_norm", "whitened_gradient", "kronecker_fisher", "gradient_cosine",
+    "local_gradient",
 )  # fmt: skip
 NAMES = ("planes", "cars", "birds", "cats", "deer", "dogs", "frogs", "horses", "ships", "trucks")
 ORDER = (1, 3, 0, 5, 2, 4, 7, 6, 8, 9)
