@@ -256,12 +256,13 @@ def picture(parts: dict[str, list[dict]], path: Path) -> None:
                 colour = INK if name == "gradext" else OTHERS
                 ax.plot(of[name], [place] * len(of[name]), "o", color=colour, alpha=0.35, markersize=4, mew=0)
                 ax.plot([mean(of[name])] * 2, [place - 0.32, place + 0.32], color=colour, linewidth=3)
-                ax.annotate(f"{mean(of[name]):.3f}", (1.02, place), va="center", fontsize=9, color=colour)
-            ax.set(yticks=range(len(of)), yticklabels=sorted(of, key=lambda name: mean(of[name])), title=title)
+                ax.text(1.02, place, f"{mean(of[name]):.3f}", va="center", fontsize=9, color=colour)
+            ax.set(ylim=(-0.7, len(of) - 0.4), yticks=range(len(of)), yticklabels=sorted(of, key=lambda name: mean(of[name])), title=title)
             ax.set(
-                xlabel="AUROC: each task and seed, and the mean", xlim=(min(min(v) for v in of.values()) - 0.02, 1.01)
+                xlabel="AUROC: each task and seed, and the mean", xlim=(min(0.48, *map(min, of.values())) - 0.02, 1.01)
             )
             ax.axvline(0.5, color=OTHERS, linewidth=0.8, linestyle=":")
+            ax.text(0.505, -0.6, "chance", fontsize=8, color=OTHERS, va="bottom")
         figure.savefig(path)
 
 
@@ -282,6 +283,8 @@ def main() -> None:
     }
     file = arguments.out / "rows.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if arguments.read and not rows:
+        parser.error(f"--read: expected results in {file}, but there are none; run without it first")
     if not arguments.read:
         chosen = [arguments.only] if arguments.only else list(kinds)
         rows = [row for row in rows if row["kind"] not in chosen or row["name"] not in arguments.detectors]

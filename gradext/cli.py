@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit.add_argument("--out", required=True, metavar="MODEL", help="the model file to write")
     fit.add_argument(
         "--score",
-        default="whitened_gradient",
-        help="such as gradient_norm or combined_evidence (default whitened_gradient); another name lists them all",
+        default="auto",
+        help="such as gradient_norm or combined_evidence (default: by the data); another name lists them all",
     )
     fit.add_argument(
         "--layer",
@@ -100,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit.add_argument("--mode", choices=("L", "RGB"), help="grey or colour (default: as the first image)")
     fit.add_argument(
         "--model",
-        choices=("autoencoder", "vae", "conv", "rotation"),
-        help="autoencoder (default), vae (the paper's), conv (a convolutional vae, for images), rotation (a network "
+        default="auto",
+        choices=("auto", "autoencoder", "vae", "conv", "rotation"),
+        help="auto (default), autoencoder, vae (the paper's), conv (a convolutional vae, for images), rotation (a network "
         "that tells turned images apart, for natural ones)",
     )
     fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default: by the held-out loss)")

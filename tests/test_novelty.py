@@ -11,6 +11,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import LocalOutlierFactor
 
 from gradext.losses import bce
 from gradext.novelty import (
@@ -424,7 +425,18 @@ def test_scores_are_their_formulas(model, digits):
         torch.cat([seen.gradient.activation, torch.ones(len(seen), 1)], dim=1).double() for seen in (sample, inliers)
     )
     with_bias = torch.einsum("bi,ij,bj->b", constant, inverse(of_inliers), constant)
+    lof = LocalOutlierFactor(n_neighbors=20, novelty=True).fit(inliers.gradient.activation.double().numpy())
+    distances = (torch.cdist(gradient, inside).topk(5, largest=False).values[:, -1],
+                 torch.cdist(inside, inside).fill_diagonal_(torch.inf).topk(5, largest=False).values[:, -1])
+    factors = (torch.from_numpy(-lof.score_samples(activation.numpy())), torch.from_numpy(-lof.negative_outlier_factor_))
+    local = sum(
+        (of_sample.log() - of_inliers.log().mean()) / of_inliers.log().std(correction=0)
+        for of_sample, of_inliers in (distances, factors)
+    )
+    whole = torch.linalg.inv(damped(inside - mean))
     expected = {
+        "gradient_mahalanobis": torch.einsum("bi,ij,bj->b", gradient - mean, whole, gradient - mean).sqrt(),
+        "local_gradient": local,
         "whitened_gradient": whitened.sqrt() * with_bias.pow(0.25),
         "gradient_norm": gradient.norm(dim=1),
         "delta_norm": delta.norm(dim=1),

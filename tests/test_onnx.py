@@ -51,6 +51,21 @@ def test_onnxruntime_gives_the_detectors_scores(score, layer, digits, tmp_path):
     check(detector, 16 * digits[1], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "score", ["auto", "reconstruction_error", "gradient_norm", "gradient_cosine", "kronecker_fisher", "whitened_gradient",
+              "local_gradient"]
+)  # fmt: skip
+def test_rotation_networks(score, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    X = np.random.default_rng(0).random((60, 3, 8, 8))
+    detector = NoveltyDetector(score, model="rotation", epochs=2, random_state=0).fit(X)
+    assert default_dtype(detector) == "float32"
+    check(detector, X.reshape(60, -1), tmp_path, ["float32"])
+    told = {entry.key: entry.value for entry in onnx.load(tmp_path / "float32.onnx").metadata_props}
+    assert float(told["threshold"]) == -detector.offset_
+    assert told["gradext_version"] == gradext.__version__
+
+
 def test_fp32_detectors_have_fp32_graphs(digits, tmp_path):
     detector = NoveltyDetector(dtype="float32", **FAST).fit(digits[0])
     check(detector, digits[1], tmp_path, ["float32"])
@@ -146,7 +161,6 @@ REFUSED = {
         {"input_shape": (1, 8, 8)},
         r"model: expected layers of the kinds Linear, .* but got Conv2d",
     ),
-    "a rotation network": ("rotation", {"input_shape": (8, 8)}, "model: expected an nn.Sequential, or .* RotationNet"),
     "a latent layer of another kind": (
         OwnVAE(
             encoder=nn.Sequential(nn.Linear(64, 9)), mu=nn.Linear(9, 3), logvar=nn.Sequential(nn.Linear(9, 3)),

@@ -23,19 +23,20 @@ def upright(rng, n, turn=0):
 @pytest.fixture(scope="module")
 def detector():
     X = upright(np.random.default_rng(0), 200)
-    return NoveltyDetector(model="rotation", epochs=6, learning_rate=3e-3, random_state=0).fit(X)
+    return NoveltyDetector(model="rotation", epochs=6, random_state=0).fit(X)
 
 
 def test_the_gradient_is_that_of_the_summed_turns_losses():
     torch.manual_seed(0)
     model, x = RotationNet((3, 8, 8), channels=4).double().eval(), torch.rand(5, 3, 8, 8, dtype=torch.float64)
     seen = characterize(model, x, layer="head", loss="rotation")
-    assert seen.reconstruction.shape == (5, 4)
+    assert seen.reconstruction.shape == (5, 8)
     for k in range(5):
         losses = [
             torch.nn.functional.cross_entropy(
-                model.head(model.body(4 * (torch.rot90(x[k : k + 1], turn, (2, 3)) - 0.5))), torch.tensor([turn])
+                model.head(model.body(4 * (torch.rot90(face, turn, (2, 3)) - 0.5))), torch.tensor([turn])
             )
+            for face in (x[k : k + 1], x[k : k + 1].flip(3))
             for turn in range(4)
         ]
         torch.testing.assert_close(seen.reconstruction[k], torch.stack(losses).detach())
@@ -51,7 +52,7 @@ def test_what_is_turned_otherwise_is_novel(detector):
     assert detector.layers_ == ["head.weight"]
     assert roc_auc_score(y, -detector.score_samples(T)) > 0.9
     scores = detector.score_samples(T)
-    np.testing.assert_allclose(detector.score_samples(T[:7]), scores[:7], rtol=1e-9)
+    np.testing.assert_allclose(detector.score_samples(T[:7]), scores[:7], rtol=1e-4)
 
 
 @pytest.mark.parametrize("score", ["reconstruction_error", "gradient_norm", "kronecker_fisher"])

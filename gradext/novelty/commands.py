@@ -273,7 +273,7 @@ def _print_notes(source: Source, processes: Processes) -> None:
 
 def _check_memory(source: Source, arguments: argparse.Namespace) -> None:
     """Raise ValueError for images whose model would not fit into memory, with a size that would."""
-    if source.image_format is None or arguments.model not in (None, "autoencoder", "vae"):
+    if source.image_format is None or arguments.model not in ("auto", "autoencoder", "vae"):
         return
     shape = source.image_format.shape
     # Weights of both ends in single precision, with their gradients and Adam's two moments, and in double for scores.

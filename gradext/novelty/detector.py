@@ -41,7 +41,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE, "rotation": RotationNet}
 # Training of an `Autoencoder` without epochs=: steps at least, epochs at least, and steps without progress at its end.
 STEPS, WIDE_STEPS, EPOCHS, PATIENCE = 300, 500, 5, 100
-TURN_STEPS = 600  # of a `RotationNet`
+# Training steps of a `RotationNet`, with batches of 64: as asked for, and as ``model="auto"`` tries one.
+TURN_STEPS, TRIAL_STEPS, TRIAL_CHANNELS = 1200, 60, 12
+TRIAL_LEAST, TRIAL_SIDE = 100, 8  # images, pixels from which on it is tried
+TOLD_GREY, TOLD_COLOUR = 0.85, 0.5  # share of held-out turns that it must tell after that
 
 
 class Rows(Protocol):
@@ -82,15 +85,16 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     error with respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
-        novelty_score: a label-free score of the gradient, ``"whitened_gradient"``, ``"gradient_norm"``,
+        novelty_score: ``"auto"``: ``"whitened_gradient"`` for tables, ``"local_gradient"`` for an `Autoencoder` of images
+            (from 196 values on), ``"gradient_mahalanobis"`` for a `RotationNet`; a label-free score of the gradient, these, ``"gradient_norm"``,
             ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``, ``"kronecker_fisher"``,
-            ``"whitened_delta_norm"``; of several layers' gradients,
+            ``"whitened_delta_norm"``, ``"gradient_mahalanobis"``, ``"local_gradient"``; of several layers' gradients,
             ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of these and both losses,
             ``"joint_density"``, ``"combined_evidence"``; of the losses alone, ``"reconstruction_error"``,
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
-            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); None: an `Autoencoder`,
+            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); ``"auto"``: an `Autoencoder`,
             or a `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x ->
             reconstruction`` or ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
             ``loss(x) -> [B]``, that is what is trained.
@@ -98,7 +102,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             [N, H, W, C] become [N, C, H, W], unless it says otherwise.
         layer: the decoder layer, ``"first"`` (the paper's for novel classes), ``"last"`` (for novel conditions, and of
             the `Autoencoder` for all), or a module's name; or several, such as ``("first", "last")``: scores of one
-            layer take the first of them. ``"auto"``: the last of an `Autoencoder`, the first of all others.
+            layer take the first of them. ``"auto"``: the last of an `Autoencoder`, for ``"local_gradient"`` the first
+            of its encoder; the first of all others.
         loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce where the output ends in a sigmoid
             and ``X`` lies in [0, 1].
         scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"robust"``: by each
@@ -126,7 +131,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         verbose: whether to show a progress bar (on terminals).
 
     Attributes:
-        model_: the trained autoencoder, in ``dtype`` on ``device``.
+        kind_: what ``model`` came to, one of its names, or ``"own"``.
+        model_: the trained model, in ``dtype`` on ``device``.
         history_: the `History` of its losses; None with ``epochs=0``.
         layers_: the names of the layers that ``layer`` chose, in its order.
         score_: the `FittedScore`, with its statistics or its classifier.
@@ -160,9 +166,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        novelty_score: str = "whitened_gradient",
+        novelty_score: str = "auto",
         *,
-        model: nn.Module | str | None = None,
+        model: nn.Module | str = "auto",
         input_shape: Sequence[int] | None = None,
         layer: str | Sequence[str] | None = "auto",
         loss: str = "auto",
@@ -250,15 +256,17 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         training, validation, calibration = self._split(len(X), seed, X_calibration is not None)
         self.image_format_: ImageFormat | None = None
         self.warnings_: list[str] = []
-        self.scaling_ = self._fit_scaling(X, training)
-        training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
+        self.kind_ = self._choose_kind()
+        if not self._tells_turns(X, training, validation, seed, processes):
+            self.scaling_ = self._fit_scaling(X, training)
+            training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
+            samples = _Samples(self, X, training, torch.float32)
+            self._make_model(samples[:2], seed, in_unit_range=self.scaling_.within_unit)
+            self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes, checkpoint)
         parts = _cut(training, X.shape[1])
         self.profile_: guards.Profile | None = guards.Profile.of(self._in_units(X[part]) for part in parts)
         self.ceiling_: tuple[float, float] | None = None
-        samples = _Samples(self, X, training, torch.float32)
-        self._make_model(samples[:2], seed, in_unit_range=self.scaling_.within_unit)
-        self._train(samples, _Samples(self, X, validation, torch.float32), seed, processes, checkpoint)
-        self.model_.to(DTYPES[self.dtype])
+        self.model_.to(torch.float32 if self.kind_ == "rotation" else DTYPES[self.dtype])
         self.score_ = self._fit_score(X, training, np.concatenate([training, validation]), seed, processes)
         if X_calibration is None:
             novelty = self._novelty(X, calibration, processes)
@@ -282,7 +290,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         choices = {
-            "novelty_score": [*SCORES, *CLASSIFIER_SCORES],
+            "novelty_score": ["auto", *SCORES, *CLASSIFIER_SCORES],
             "loss": ["auto", *RECONSTRUCTION_LOSSES],
             "scaling": list(CHOICES),
             "dtype": list(DTYPES),
@@ -299,11 +307,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             raise ValueError("validation_fraction, calibration_fraction: expected a sum below 1, to train on the rest")
         if self.contamination is not None and not 0 < self.contamination <= 0.5:
             raise ValueError(f"contamination: expected None or a number in (0, 0.5], but got {self.contamination!r}")
-        if isinstance(self.model, str) and self.model not in MODELS:
-            raise ValueError(f"model: expected one of {sorted(MODELS)} or a torch.nn.Module, but got {self.model!r}")
-        if self.model is not None and not isinstance(self.model, (nn.Module, str)):
+        if isinstance(self.model, str) and self.model not in ("auto", *MODELS):
+            raise ValueError(
+                f"model: expected one of {sorted(['auto', *MODELS])} or a torch.nn.Module, but got {self.model!r}"
+            )
+        if not isinstance(self.model, (nn.Module, str)):
             raise TypeError(
-                f"model: expected a torch.nn.Module, one of {sorted(MODELS)} or None, but got "
+                f"model: expected a torch.nn.Module or one of {sorted(['auto', *MODELS])}, but got "
                 f"{type(self.model).__name__}"
             )
         working_device(self.device)
@@ -328,18 +338,63 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         validation, calibration, training = np.split(order, np.cumsum(held_out))
         return training, validation, calibration
 
-    @property
-    def _kind(self) -> str:
+    def _choose_kind(self) -> str:
         """The model's name in `MODELS`; "own" for a module."""
         if isinstance(self.model, nn.Module):
             return "own"
-        if isinstance(self.model, str):
+        if self.model != "auto":
             return self.model
         return "vae" if "latent" in self.novelty_score or NEEDS_LATENT & {self.novelty_score} else "autoencoder"
 
+    def _tells_turns(
+        self, X: np.ndarray, training: np.ndarray, validation: np.ndarray, seed: int, processes: Processes
+    ) -> bool:
+        """Of ``model="auto"`` and images: whether a `RotationNet`, trained for a few seconds, tells held-out turns well.
+
+        Then it is the model. What looks alike turned (digits 0 and 8) is left to the autoencoder.
+        """
+        shape = self.input_shape_
+        asked = (self.novelty_score, self.layer, self.loss, self.hidden_dim, self.latent_dim, self.epochs)
+        if self.model != "auto" or asked != ("auto", "auto", "auto", None, None, None) or not is_image(shape):
+            return False
+        side, colours = shape[-1], len(shape) == 3 and shape[0] >= 3
+        if shape[-2] != side or side % 4 or side < TRIAL_SIDE or len(training) < TRIAL_LEAST:
+            return False
+        kind, self.kind_ = self.kind_, "rotation"
+        parts = list(_cut(training, X.shape[1]))
+        self.scaling_ = fit_scaling(X, parts, shape, self.scaling, centred=False)
+        if self.scaling_.within_unit:
+            samples = _Samples(self, X, training[: 64 * TRIAL_STEPS], torch.float32)
+            held_out = _Samples(self, X, validation[: 64 * TRIAL_STEPS], torch.float32)
+            self._make_model(samples[:2], seed, in_unit_range=True)
+            self._train(samples, held_out, seed, processes, None, steps=TRIAL_STEPS)
+            told = processes.by_first(lambda: np.mean([self.model_.accuracy(block) for block in held_out.blocks()]))
+            if told >= (TOLD_COLOUR if colours else TOLD_GREY):
+                _warn(guards.of_features(self.scaling_.low, self.scaling_.high, alone=False), self.warnings_)
+                return True
+        self.kind_ = kind
+        return False
+
+    @property
+    def _score(self) -> str:
+        """The score's name in `SCORES` or `CLASSIFIER_SCORES`."""
+        if self.novelty_score != "auto":
+            return self.novelty_score
+        if self.kind_ == "rotation":
+            return "gradient_mahalanobis"
+        wide = self.kind_ == "autoencoder" and self.n_features_in_ >= WIDE_INPUT
+        return "local_gradient" if wide else "whitened_gradient"
+
+    def _chosen_layer(self) -> str | Sequence[str] | None:
+        if self.layer != "auto":
+            return self.layer
+        if self.kind_ != "autoencoder":
+            return "first"
+        return "encoder.0" if self._score == "local_gradient" else "last"
+
     def _fit_scaling(self, X: np.ndarray, rows: np.ndarray) -> Scaling:
         parts = list(_cut(rows, X.shape[1]))
-        scaling = fit_scaling(X, parts, self.input_shape_, self.scaling, centred=self._kind == "autoencoder")
+        scaling = fit_scaling(X, parts, self.input_shape_, self.scaling, centred=self.kind_ == "autoencoder")
         _warn(guards.of_features(scaling.low, scaling.high, alone=not is_image(self.input_shape_)), self.warnings_)
         return scaling
 
@@ -365,7 +420,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _make_model(self, first: Tensor, seed: int, *, in_unit_range: bool) -> None:
         """``model_`` and ``loss_``, tried on the ``first`` samples."""
-        device, kind = working_device(self.device), self._kind
+        device, kind = working_device(self.device), self.kind_
         if isinstance(self.model, nn.Module):
             model: nn.Module = copy.deepcopy(self.model).float()
         else:
@@ -395,8 +450,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             self.loss_ = "mse"
             if in_unit_range and kind != "autoencoder":
                 self.loss_, _ = checked("auto", reconstruction, first.detach())
-        layer = ("last" if kind == "autoencoder" else "first") if self.layer == "auto" else self.layer
-        self.layers_ = layer_names(self.model_, first[:1].detach(), layer, self.loss_)
+        self.layers_ = layer_names(self.model_, first[:1].detach(), self._chosen_layer(), self.loss_)
 
     def _new_model(self, kind: str) -> nn.Module:
         sizes = {"hidden_dim": self.hidden_dim, "latent_dim": self.latent_dim}
@@ -407,7 +461,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if kind == "rotation":
             if not is_image(self.input_shape_):
                 raise ValueError(f"model: 'rotation' is of images, but samples have shape {list(self.input_shape_)}")
-            return RotationNet((1, *self.input_shape_)[-3:])
+            return RotationNet((1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS}))
         return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
@@ -429,26 +483,30 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         seed: int,
         processes: Processes,
         checkpoint: Checkpoint | None,
+        *,
+        steps: int = TURN_STEPS,
     ) -> None:
-        """``history_``, and the weights of ``model_``: those of the first process."""
+        """``history_``, and the weights of ``model_``: those of the first process. steps: of a `RotationNet`."""
         self.history_ = None
         if self.epochs == 0:
             return
-        plain, wide = self._kind == "autoencoder", self.n_features_in_ >= WIDE_INPUT
-        rate = self.learning_rate or (2e-3 if plain and not wide else 1e-3)
-        batch = self.batch_size or (min(128, max(16, len(training) // 4)) if plain else 128)
+        plain, wide = self.kind_ == "autoencoder", self.n_features_in_ >= WIDE_INPUT
+        turned = self.kind_ == "rotation"
+        rate = self.learning_rate or (0.1 if turned else 2e-3 if plain and not wide else 1e-3)
+        batch = self.batch_size or (min(64 if turned else 128, max(16, len(training) // 4)) if plain or turned else 128)
         epochs, patience = self.epochs, None
         if epochs is None:
-            steps = {"steps": WIDE_STEPS if wide else STEPS, "least": EPOCHS} if plain else {}
-            steps = {"steps": TURN_STEPS, "least": EPOCHS} if self._kind == "rotation" else steps
-            epochs = auto_epochs(len(training), batch, **steps)
-            patience = max(2, math.ceil((PATIENCE if plain else 4 * PATIENCE) / math.ceil(len(training) / batch)))
+            length = {"steps": WIDE_STEPS if wide else STEPS, "least": EPOCHS} if plain else {}
+            length = {"steps": steps, "least": 1} if turned else length
+            epochs = auto_epochs(len(training), batch, **length)
+            if not turned:  # whose rate falls to the end
+                patience = max(2, math.ceil((PATIENCE if plain else 4 * PATIENCE) / math.ceil(len(training) / batch)))
 
         def trained() -> tuple[History, dict[str, Tensor]]:
             history = train(
                 self.model_, training.held_where_small(), validation.held_where_small(), epochs=epochs,
                 batch_size=batch, learning_rate=rate, loss=self._objective(), seed=seed,
-                progress=self.verbose, checkpoint=checkpoint, patience=patience,
+                progress=self.verbose, checkpoint=checkpoint, patience=patience, one_cycle=turned,
             )  # fmt: skip
             return history, {name: value.cpu() for name, value in self.model_.state_dict().items()}
 
@@ -458,13 +516,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _fit_score(
         self, X: np.ndarray, training: np.ndarray, inliers: np.ndarray, seed: int, processes: Processes
     ) -> FittedScore:
-        """training, inliers: rows to train a classifier on, and to take statistics of."""
-        blocks = self._characterized(X, training, processes)
+        """training, inliers: rows to train a classifier on, and to take statistics of; the latter begin with these."""
+        blocks = self._characterized(X, inliers, processes, held=True)
         device = blocks.like.device
-        if self.novelty_score in CLASSIFIER_SCORES:
+        if self._score in CLASSIFIER_SCORES:
             score = processes.by_first(lambda: self._fit_classifier(X, training, seed).to("cpu")).to(device)
         else:
-            score = fit_score(self.novelty_score, self._characterized(X, inliers, processes), None, seed=seed)
+            score = fit_score(self._score, blocks, None, seed=seed)
 
         dead, latent = 0, torch.zeros((), device="cpu")
 
@@ -473,13 +531,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             dead, latent = dead + int((seen.gradient.norm() == 0).sum()), latent + seen.latent.sum(0).cpu()
             return score(seen).double()
 
-        novelty, N = blocks.concatenate(of_block).numpy(), len(training)
+        novelty, N = blocks.concatenate(of_block).numpy()[: len(training)], len(inliers)
         finite = novelty[np.isfinite(novelty)]
         if len(finite):
             self.ceiling_ = float(finite.max()), float(np.median(finite))
         counts, sums = zip(*processes.gather((dead, latent)), strict=True)
         dead, latent = sum(counts), reduce(torch.add, sums)
-        _warn(guards.of_representations(N, dead, latent / N, self.novelty_score, self.layer), self.warnings_)
+        _warn(guards.of_representations(N, dead, latent / N, self._score, self.layer), self.warnings_)
         if self.contamination is None:
             _warn(guards.of_training_scores(novelty, training), self.warnings_)
         return score
@@ -491,7 +549,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             samples = _Samples(self, X, training[: max(1, HELD_BYTES // (2 * each))], DTYPES[self.dtype])
         held = samples.held()
         distorted = distort(held, std=self.noise_std, clip=self.noise_clip, seed=seed)
-        return fit_score(self.novelty_score, self._characterize(held), self._characterize(distorted), seed=seed)
+        return fit_score(self._score, self._characterize(held), self._characterize(distorted), seed=seed)
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
@@ -606,12 +664,19 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return characterize(self.model_, samples, layer=self.layers_, loss=self.loss_, batch_size=BLOCK_ROWS)
 
     def _characterized(
-        self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None
+        self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None, *, held: bool = False
     ) -> Blocks[Characterization]:
-        """The ``rows`` of ``X``, in their order, block by block."""
+        """The ``rows`` of ``X``, in their order, block by block. held: kept for further passes, if that is little."""
         like = next(self.model_.parameters()).detach().new_empty(0)
         samples, parts = _Samples(self, X, rows, like.dtype), list(_cut(np.arange(len(rows)), X.shape[1]))
-        return Blocks(lambda k: self._characterize(samples[parts[k]]), len(parts), like, processes or Processes())
+        processes = processes or Processes()
+
+        def read(k: int) -> Characterization:
+            return self._characterize(samples[parts[k]])
+
+        if held and self._characterize(samples[:1]).nbytes * len(rows) <= HELD_BYTES:
+            return Blocks(functools.cache(read), len(parts), like, processes)
+        return Blocks(read, len(parts), like, processes)
 
     def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:
         novelty = self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()

@@ -28,7 +28,7 @@ from .._version import __version__
 from ..factors import GradFactors, LayerFactors, numerics
 from .classifier import GradientFeatures
 from .detector import DTYPES, FittedScore, NoveltyDetector
-from .models import latent_loss
+from .models import RotationNet, latent_loss, rotation_loss, turns_made
 from .representations import RECONSTRUCTION_LOSSES, Characterization, characterize
 from .scaling import MARGIN, SOFT, VECTORS
 from .writing import atomic_write
@@ -57,8 +57,8 @@ class ScoringGraph(nn.Module):
     The model must be an `nn.Sequential`, or a module that calls its parts ``encoder`` and ``decoder``, or ``encoder``,
     ``mu`` (beside it ``logvar``) and ``decoder`` one after the other, as `VAE` does; each consists of linear
     layers on [N, features], convolutions of images (chosen layers are linear ones: of a `ConvVAE` the first), the
-    activations of `DERIVATIVES`, Flatten, Unflatten, Identity and Dropout. Under the binary cross entropy it ends in a
-    sigmoid. ``dtype``: of `DTYPES`; None: `default_dtype`.
+    activations of `DERIVATIVES`, Flatten, Unflatten, Identity and Dropout; or a `RotationNet`. Under the binary cross
+    entropy it ends in a sigmoid. ``dtype``: of `DTYPES`; None: `default_dtype`.
 
     onnxruntime computes ELU, GELU, Softplus and convolutions in fp32 only. Inputs outside of [0, 1] that saturate that
     sigmoid completely may get other scores. Raises NotFittedError; ValueError for other models, with the reason, and if
@@ -81,10 +81,11 @@ class ScoringGraph(nn.Module):
         fitted = next(detector.model_.parameters()).dtype
         self.dtype = DTYPES[dtype or default_dtype(detector)]
         self.loss = detector.loss_
-        layers, self.mu, logvar = _chain(detector.model_)
+        self.turns = copy.deepcopy(detector.model_) if isinstance(detector.model_, RotationNet) else None
+        layers, self.mu, logvar = ([], 0, None) if self.turns is not None else _chain(detector.model_)
         if self.loss == "bce" and type(layers[-1]) is not nn.Sigmoid:
             raise ValueError(f"model: expected a Sigmoid at its end for loss='bce' in ONNX, but got {layers[-1]}")
-        self.places = _places(detector, layers)
+        self.places = _places(detector, layers) if layers else {}
         self.layers, self.logvar = nn.ModuleList(copy.deepcopy(layers)), copy.deepcopy(logvar)
         scaling = detector.scaling_
         if detector.channels_last_:
@@ -107,6 +108,16 @@ class ScoringGraph(nn.Module):
         if self.bent:
             x = torch.where(x.abs() > SOFT, torch.sign(x) * (SOFT + torch.log(1 + (x.abs() - SOFT).clamp_min(0))), x)
         x = (x - self.floor) / self.span
+        novelty = self._novelty(self._of_chain(x) if self.turns is None else _of_turns(self.turns, x))
+        if self.ceiling is None:
+            return novelty
+        beyond = torch.maximum(X - self.high, self.low - X) / self.width - MARGIN
+        excess = beyond.max(1).values.clamp_min(0)
+        highest, median = self.ceiling
+        unit = max(highest - median, abs(highest), float(np.finfo(np.float32).tiny))
+        return torch.where(excess > 0, torch.maximum(novelty, highest + unit * torch.log(1 + excess)), novelty)
+
+    def _of_chain(self, x: Tensor) -> Characterization:
         values = [x.reshape(-1, *self.shapes[0])]
         for layer, shape in zip(self.layers, self.shapes[1:], strict=True):
             values.append(values[-1].reshape(-1, *shape) if type(layer) in RESHAPES else layer(values[-1]))
@@ -125,14 +136,7 @@ class ScoringGraph(nn.Module):
                 delta = self._backward(k, values[k], values[k + 1], delta)
         gradients = LayerFactors((name, factors[k]) for k, name in self.places.items())
         pixels = RECONSTRUCTION_LOSSES[self.loss](output, target).flatten(1)
-        novelty = self._novelty(Characterization(pixels, latent, gradients))
-        if self.ceiling is None:
-            return novelty
-        beyond = torch.maximum(X - self.high, self.low - X) / self.width - MARGIN
-        excess = beyond.max(1).values.clamp_min(0)
-        highest, median = self.ceiling
-        unit = max(highest - median, abs(highest), float(np.finfo(np.float32).tiny))
-        return torch.where(excess > 0, torch.maximum(novelty, highest + unit * torch.log(1 + excess)), novelty)
+        return Characterization(pixels, latent, gradients)
 
     def _backward(self, k: int, z: Tensor, y: Tensor, delta: Tensor) -> Tensor:
         """∂L/∂z from ``delta`` = ∂L/∂y, y = layer(z)."""
@@ -174,6 +178,14 @@ class ScoringGraph(nn.Module):
             )
 
 
+def _of_turns(model: RotationNet, x: Tensor) -> Characterization:
+    """The gradient of the views' summed cross entropy at the last layer: softmax minus the turn that was made."""
+    features = model.features(x)
+    logits = model.head(features)
+    gradient = _PlainFactors(features, logits.softmax(2) - turns_made(logits))
+    return Characterization(rotation_loss(logits), x[:, :0], LayerFactors({"head.weight": gradient}))
+
+
 def _through_convolution(layer: Any, delta: Tensor, shape: torch.Size) -> Tensor:
     """∂L/∂z [N, *shape] of a convolution or a transposed one: each is the other's transpose."""
     options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
@@ -186,27 +198,55 @@ def _through_convolution(layer: Any, delta: Tensor, shape: torch.Size) -> Tensor
 
 
 class _PlainFactors(GradFactors):
-    """Gradients of one position each, with what scores ask of them in torch's own operators."""
+    """Gradients, of one position or a few, with what scores ask of them in torch's own operators."""
+
+    in_torchs_operators = True
+
+    def materialize(self) -> Tensor:  # type: ignore[override]
+        if self.delta.ndim == 2:
+            return self.delta[:, :, None] * self.activation[:, None]
+        return self.delta.transpose(1, 2) @ self.activation
+
+    def sq_norm(self) -> Tensor:
+        if self.delta.ndim == 2:
+            return self.delta.square().sum(1) * self.activation.square().sum(1)
+        return self.materialize().square().flatten(1).sum(1)
 
     def norm(self, p: float = 2) -> Tensor:
-        return torch.linalg.vector_norm(self.delta, p, dim=1) * torch.linalg.vector_norm(self.activation, p, dim=1)
+        return self.sq_norm().sqrt()
 
     def dot(self, reference: Tensor) -> Tensor:
-        return ((self.delta @ reference) * self.activation).sum(1)
+        return ((self.delta @ reference) * self.activation).flatten(1).sum(1)
+
+    def gram(self, other: GradFactors | None = None) -> Tensor:
+        other = self if other is None else other
+        if self.delta.ndim == 2:
+            return (self.delta @ other.delta.transpose(0, 1)) * (self.activation @ other.activation.transpose(0, 1))
+        return self.materialize().flatten(1) @ other.materialize().flatten(1).transpose(0, 1)
 
     def cosine(self, reference: Tensor) -> Tensor:
         return numerics.cosine(self.dot(reference), self.norm(), reference.norm())
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        value = ((self.delta @ weight) * self.activation).sum(2).t()  # [H, N, I] -> [N, H]
+        if self.delta.ndim == 2:
+            value = ((self.delta @ weight) * self.activation).sum(2).t()  # [H, N, I] -> [N, H]
+        else:
+            value = self.materialize().flatten(1) @ weight.flatten(1).transpose(0, 1)
         return value if bias is None else value + bias
 
     def quadratic(self, diag: Tensor) -> Tensor:
-        return ((self.delta.square() @ diag) * self.activation.square()).sum(1)
+        if self.delta.ndim == 2:
+            return ((self.delta.square() @ diag) * self.activation.square()).sum(1)
+        return (self.materialize().square() * diag).flatten(1).sum(1)
 
     def quadratic_kron(self, A_inv: Tensor, D_inv: Tensor) -> Tensor:
-        of_delta, of_activation = (((v @ M) * v).sum(1) for v, M in ((self.delta, D_inv), (self.activation, A_inv)))
-        return of_delta * of_activation
+        if self.delta.ndim == 2:
+            of_delta, of_activation = (
+                ((v @ M) * v).sum(1) for v, M in ((self.delta, D_inv), (self.activation, A_inv))
+            )
+            return of_delta * of_activation
+        gradient = self.materialize()
+        return ((D_inv @ gradient @ A_inv) * gradient).flatten(1).sum(1)
 
 
 def default_dtype(detector: NoveltyDetector) -> str:

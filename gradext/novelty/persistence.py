@@ -47,6 +47,7 @@ from .writing import atomic_write
 
 FORMAT = "gradext.novelty"
 FORMAT_VERSION = 3  # earlier ones were never released
+NEIGHBOURS = ("neighbour_activation", "neighbour_delta", "neighbour_reach", "neighbour_density")
 NOT_SAVED = ("random_state", "device")
 
 
@@ -76,7 +77,7 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     model, score = detector.model_, detector.score_
     dtype = next(model.parameters()).dtype
     parameters = {name: value for name, value in detector.get_params(deep=False).items() if name not in NOT_SAVED}
-    own = detector._kind == "own"
+    own = detector.kind_ == "own"
     if own:
         del parameters["model"]
     # As fitted: `set_params` may have changed parameters since.
@@ -210,11 +211,12 @@ def _rebuild(
         )
     if not own and model is not None:
         raise ModelFileError(f"its model is gradext's {MODELS[kind].__name__}: leave model= out")
-    named = parameters.pop("model", None)
-    if named is not None and named != kind:
-        raise ModelFileError(f"model: expected {kind!r} as in the architecture, or none, but got {named!r}")
+    named = parameters.pop("model", "auto")
+    if named not in ("auto", None if own else kind):
+        raise ModelFileError(f"model: expected {kind!r} as in the architecture, or 'auto', but got {named!r}")
     detector = NoveltyDetector(**parameters, model=model if own else named, device=device)
     detector._check_parameters()
+    detector.kind_ = kind
     if not _is_named(detector.layer):
         raise ModelFileError(f"layer: expected a name, several or None, but got {detector.layer!r}")
     if isinstance(detector.layer, list):
@@ -295,6 +297,10 @@ def _rebuild(
             raise ModelFileError(f"score.delta_basis: expected 1 to {len(expected['delta_basis'])} directions, got {K}")
         expected |= {"delta_basis": expected["delta_basis"].new_zeros(len(expected["delta_basis"]), K)}
         expected |= {"delta_gains": expected["delta_gains"].new_ones(K + 1)}
+    if "neighbour_delta" in expected:  # as many as there were
+        found = {len(learned[name]) for name in NEIGHBOURS if name in learned and learned[name].ndim}
+        for name in NEIGHBOURS:
+            expected[name] = expected[name].new_zeros(max(found, default=0), *expected[name].shape[1:])
     _check_tensors(learned, expected, "score")
     if given:
         raise ModelFileError(f"tensors: unknown names {sorted(given)}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..factors import GradFactors, LayerFactors
 from ..layer_grads import batch_layer_factors
 from ..selection import LayerChoice, select
-from .models import latent_loss, rotation_loss
+from .models import latent_loss, rotation_loss, turns_made
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,7 @@ def continued_bce(output: Tensor | tuple, target: Tensor) -> Tensor:
     return reconstruction_loss(output, target).flatten(1).sum(1)
 
 
+TURNED = 16  # images whose views are in memory together: more of them leave the cache
 LayerChoices = LayerChoice | list[LayerChoice] | tuple[LayerChoice, ...]
 RECONSTRUCTION_LOSSES = {"bce": reconstruction_loss, "mse": squared_error}
 # By the name of a detector's loss: of `RotationNet` the turns' cross entropy stands for the reconstruction error.
@@ -127,6 +128,9 @@ def characterize(
         names = layer_names(model, x[:1].to(device), layer, loss)
         for batch in x.split(batch_size):
             batch = batch.to(device)
+            if loss == "rotation" and names == ["head.weight"]:
+                parts += [_of_turns(model, few) for few in batch.split(TURNED)]
+                continue
             gradients = in_order(factors_of(model, batch, loss, names), names)
             with torch.no_grad():
                 reconstruction, latent = parts_of(model(batch))
@@ -136,6 +140,15 @@ def characterize(
         for module, training in modes:
             module.training = training
     return Characterization.cat(parts)
+
+
+@torch.no_grad()
+def _of_turns(model: Any, x: Tensor) -> Characterization:
+    """Of a `RotationNet` and its last layer, by one forward: δ is softmax minus the turn that was made, for each view."""
+    features = model.features(x)
+    logits = model.head(features)
+    gradient = GradFactors(features, logits.softmax(2) - turns_made(logits))
+    return Characterization(rotation_loss(logits), features[:, 0, :0], LayerFactors({"head.weight": gradient}))
 
 
 def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) -> LayerFactors:
@@ -192,7 +205,12 @@ def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> 
 def with_constant(gradient: GradFactors) -> GradFactors:
     """The factors of a layer's weight and bias together: the activations [B, (T,) I] with a 1 after them."""
     activation = gradient.activation
-    return GradFactors(torch.cat([activation, torch.ones_like(activation[..., :1])], dim=-1), gradient.delta)
+    return product(gradient, torch.cat([activation, torch.ones_like(activation[..., :1])], dim=-1), gradient.delta)
+
+
+def product(like: GradFactors, activation: Tensor, delta: Tensor) -> GradFactors:
+    """Gradients of these two factors, in the operators of ``like``: ONNX knows torch's own alone."""
+    return type(like)(activation, delta) if getattr(like, "in_torchs_operators", False) else GradFactors(activation, delta)
 
 
 def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:

@@ -16,12 +16,15 @@ from torch import Tensor
 from ..factors import GradFactors
 from ..statistics import GradStatistics
 from .passes import Blocks
-from .representations import Characterization, with_constant
+from .representations import Characterization, product, with_constant
 
 RIDGE = 0.1  # times the mean, added to every second moment: a few thousand samples leave most directions unknown
 BASIS = 256  # directions of a delta that are whitened one by one; all others are scaled by one number
 WRITTEN = 1024  # second moments of deltas up to this length are computed; of longer ones, some rows are kept
 KEPT_NUMBERS, KEPT_ROWS = 1 << 23, 2048  # of them at most, over all inliers
+NEIGHBOURS = 2048  # inliers that `local_gradient` compares with, at most
+WHOLE = 4096  # numbers of a gradient up to which `gradient_mahalanobis` takes all their correlations
+NEAREST, LOCAL = 5, 20  # which neighbour's distance counts of gradients; of how many the activations' density is
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,10 @@ class Statistics:
     activation_whitener [I + 1, I + 1], the transposed inverse Cholesky factor of the activations with a constant 1, the
     input of a bias; delta_basis [O, K], the K leading eigenvectors of ``Σ δ δᵀ / N``, and delta_gains [K + 1], one over
     the roots of their eigenvalues and of the mean of all others.
+    gradient_whitener [O I, O I], the transposed inverse Cholesky factor of the gradients' covariance, about mean_gradient.
+    neighbour_activation [M, (T,) I] and neighbour_delta [M, (T,) O], in single precision, of up to `NEIGHBOURS`
+    inliers; neighbour_reach [M] and neighbour_density [M], the distance of each one's activation to its 20th neighbour
+    and its local density; local_moments [2, 2] of the two logarithms that `local_gradient` adds up.
 
     Mean and standard deviation of logarithms: gradient_moments [layers, 2] and delta_moments [layers, 2] of every
     chosen layer's gradient norm and delta norm, whitened_moments [len(delta_inverses), 2] of whitened delta norms;
@@ -55,6 +62,12 @@ class Statistics:
     activation_whitener: Tensor | None = None
     delta_basis: Tensor | None = None
     delta_gains: Tensor | None = None
+    gradient_whitener: Tensor | None = None
+    neighbour_activation: Tensor | None = None
+    neighbour_delta: Tensor | None = None
+    neighbour_reach: Tensor | None = None
+    neighbour_density: Tensor | None = None
+    local_moments: Tensor | None = None
 
     @staticmethod
     def of(inliers: Characterization | Blocks[Characterization], scores: Iterable[str] | None = None) -> Statistics:
@@ -71,6 +84,10 @@ class Statistics:
         kept = _second_moments(blocks, needed)
         if "delta_basis" in needed:
             kept |= _whiteners(blocks)
+        if "neighbour_delta" in needed:
+            kept |= _neighbours(blocks)
+        if "gradient_whitener" in needed:
+            kept["gradient_whitener"] = _whole_whitener(blocks, kept["mean_gradient"])
         return Statistics(**kept).with_moments_of_numbers(blocks, needed)
 
     def with_moments_of_numbers(self, blocks: Blocks[Characterization], needed: Container[str]) -> Statistics:
@@ -215,6 +232,64 @@ def _leading_directions(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return basis, values[:K].clamp_min(0), rest
 
 
+def _neighbours(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
+    """The fields of `local_gradient`; of the inliers themselves each is left out among its own neighbours."""
+    rows = max(1, -(-NEIGHBOURS // blocks.count))
+
+    def some(seen: Characterization, factor: str) -> Tensor:
+        usable = _is_finite(seen.gradient.delta) & _is_finite(seen.gradient.activation)
+        return getattr(seen.gradient, factor)[usable][:: max(1, int(usable.sum()) // rows)][:rows].float()
+
+    activation, delta = (blocks.concatenate(lambda seen, f=f: some(seen, f)) for f in ("activation", "delta"))
+    own = GradFactors(activation.double(), delta.double())
+    of_activations, of_gradients = _distances(own, own)
+    for distances in (of_activations, of_gradients):
+        if len(distances) > 1:
+            distances.fill_diagonal_(torch.inf)
+    least = torch.finfo(torch.float32).tiny
+    near = of_activations.topk(min(LOCAL, max(1, len(delta) - 1)), dim=1, largest=False)
+    reach = near.values[:, -1]
+    density = 1 / torch.maximum(near.values, reach[near.indices]).mean(1).clamp_min(least)
+    logs = _local_logs(of_activations, of_gradients, reach, density)
+    return {"neighbour_activation": activation.to(blocks.like.device), "neighbour_delta": delta.to(blocks.like.device)} | {
+        name: value.to(blocks.like)
+        for name, value in (("neighbour_reach", reach), ("neighbour_density", density), ("local_moments", _moments(logs)))
+    }
+
+
+def _whole_whitener(blocks: Blocks[Characterization], mean: Tensor) -> Tensor:
+    if mean.numel() > WHOLE:
+        raise ValueError(
+            f"score 'gradient_mahalanobis': expected a layer of at most {WHOLE} weights, but got {list(mean.shape)}; "
+            "choose another layer= or kronecker_fisher"
+        )
+
+    def sums_of(seen: Characterization) -> tuple[Tensor, int]:
+        centred = (seen.gradient.materialize() - mean).flatten(1).double()
+        centred = centred[centred.square().sum(1).isfinite()]
+        return centred.mT @ centred, len(centred)
+
+    square, count = blocks.total(sums_of, lambda left, right: (left[0] + right[0], left[1] + right[1]))
+    return whitener(square / max(1, count)).to(blocks.like).contiguous()
+
+
+def _distances(sample: GradFactors, others: GradFactors) -> tuple[Tensor, Tensor]:
+    """Between the activations of each two, and between their gradients, [N, M]."""
+    a, b = sample.activation.flatten(1), others.activation.flatten(1)
+    of_activations = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * (a @ b.mT)
+    of_gradients = sample.sq_norm()[:, None] + others.sq_norm() - 2 * sample.gram(others)
+    return of_activations.clamp_min(0).sqrt(), of_gradients.clamp_min(0).sqrt()
+
+
+def _local_logs(of_activations: Tensor, of_gradients: Tensor, reach: Tensor, density: Tensor) -> Tensor:
+    """Of each sample the logarithms of the gradient's distance and of the activation's local outlier factor, [N, 2]."""
+    most = len(reach) - 1 or 1
+    distance = of_gradients.topk(min(NEAREST, most), dim=1, largest=False).values[:, -1]
+    near = of_activations.topk(min(LOCAL, most), dim=1, largest=False)
+    factor = torch.maximum(near.values, reach[near.indices]).mean(1) * density[near.indices].mean(1)
+    return _log(torch.stack([distance, factor], dim=1))
+
+
 def gradient_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``‖∇_W L‖``, how far the sample would move the weights (the paper's Fig. 2c)."""
     return sample.gradient.norm()
@@ -256,6 +331,15 @@ def whitened_delta_norm(sample: Characterization, statistics: Statistics) -> Ten
     return _whitened_norm(sample.gradient.delta, statistics.delta_inverses[0])
 
 
+def gradient_mahalanobis(sample: Characterization, statistics: Statistics) -> Tensor:
+    """``((g - m)ᵀ C⁻¹ (g - m))^½``: the Mahalanobis distance of the whole gradient from the inliers' mean.
+
+    C is their covariance with all correlations, for small layers: the last one of a `RotationNet`.
+    """
+    centred = sample.gradient.materialize() - _kept(statistics.mean_gradient)
+    return torch.linalg.vector_norm(centred.flatten(1) @ _kept(statistics.gradient_whitener), dim=1)
+
+
 def whitened_gradient(sample: Characterization, statistics: Statistics) -> Tensor:
     """``(‖δ̃‖ ‖δ̃ ãᵀ‖)^½``: the geometric mean of the whitened delta's norm and the whitened gradient's.
 
@@ -275,9 +359,23 @@ def whitened_gradient(sample: Characterization, statistics: Statistics) -> Tenso
         delta = others * gradient.delta + (within * (own - others)) @ basis.mT
     activation = gradient.activation @ whitener
     of_delta = delta.square().flatten(1).sum(1)
-    whole = of_delta * activation.square().sum(1) if delta.ndim == 2 else GradFactors(activation, delta).sq_norm()
+    whole = of_delta * activation.square().sum(1) if delta.ndim == 2 else product(gradient, activation, delta).sq_norm()
     least = torch.finfo(delta.dtype).tiny  # the root's derivative is infinite at zero
     return (of_delta.clamp_min(least).sqrt() * whole.clamp_min(least).sqrt()).sqrt()
+
+
+def local_gradient(sample: Characterization, statistics: Statistics) -> Tensor:
+    """``z(log ‖g - g_5‖) + z(log LOF(a))``: how far off the sample's gradient is, and how thinly its surroundings lie.
+
+    g_5 is the fifth nearest of the inliers' gradients, by the factored Gram matrix: none is written. LOF is the local
+    outlier factor of the layer's input among theirs (Breunig et al., SIGMOD 2000; 20 neighbours), which for the first
+    layer of an encoder is the sample itself. Made for images, on the first layer of an `Autoencoder`'s encoder.
+    """
+    kept = (statistics.neighbour_activation, statistics.neighbour_delta)
+    activation, delta = (_kept(value).to(sample.gradient.dtype) for value in kept)
+    distances = _distances(sample.gradient, product(sample.gradient, activation, delta))
+    logs = _local_logs(*distances, _kept(statistics.neighbour_reach), _kept(statistics.neighbour_density))
+    return _standardise(logs, _kept(statistics.local_moments)).sum(1)
 
 
 def log_norm_density(sample: Characterization, statistics: Statistics) -> Tensor:
@@ -341,7 +439,7 @@ SCORES: dict[str, Callable[[Characterization, Statistics], Tensor]] = {
     score.__name__: score
     for score in (
         *(whitened_gradient, gradient_norm, delta_norm, gradient_cosine, diagonal_fisher, kronecker_fisher),
-        whitened_delta_norm,
+        *(whitened_delta_norm, gradient_mahalanobis, local_gradient),
         *(log_norm_density, combined_delta_norm, combined_whitened_norm, joint_density, combined_evidence),
         *(reconstruction_error, latent_loss),
     )
@@ -350,7 +448,11 @@ JOINT = ("joint_moments", "joint_inverse")
 # The fields of `Statistics` that each score reads.
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "whitened_gradient": ("activation_whitener", "delta_basis", "delta_gains"),
+    "local_gradient": (
+        "neighbour_activation", "neighbour_delta", "neighbour_reach", "neighbour_density", "local_moments",
+    ),
     "gradient_cosine": ("mean_gradient",),
+    "gradient_mahalanobis": ("mean_gradient", "gradient_whitener"),
     "diagonal_fisher": ("inverse_fisher",),
     "kronecker_fisher": ("activation_inverse", "delta_inverses"),
     "whitened_delta_norm": ("delta_inverses",),

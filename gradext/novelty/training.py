@@ -136,6 +136,40 @@ class PlainAdam:
                 own.copy_(kept)
 
 
+class OneCycle:
+    """Stochastic gradient descent with Nesterov's momentum 0.9, whose rate rises and falls once in ``steps`` steps.
+
+    From ``lr / 25`` by a cosine to ``lr`` in the first third, then to nearly zero; weights decay by 5e-4. Source: Smith
+    and Topin, "Super-convergence", 2019. What convolutions with batch normalisation are trained best by in few epochs.
+    """
+
+    MOMENTUM, DECAY, RISE, START = 0.9, 5e-4, 0.3, 1 / 25
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, steps: int) -> None:
+        self.lr, self.total, self.steps = lr, steps, 0
+        self.descent = torch.optim.SGD(
+            parameters, lr, momentum=self.MOMENTUM, weight_decay=self.DECAY, nesterov=True, foreach=False
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.descent.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        peak = max(1.0, self.RISE * self.total)
+        part = min(1.0, self.steps / peak) if self.steps < peak else 1 - (self.steps - peak) / max(1, self.total - peak)
+        least = self.START if self.steps < peak else 0.0
+        self.descent.param_groups[0]["lr"] = self.lr * (least + (1 - least) * (1 - math.cos(math.pi * part)) / 2)
+        self.descent.step()
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "descent": self.descent.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.descent.load_state_dict(state["descent"])
+
+
 class Samples(Protocol):
     """N samples, in memory or not: ``samples[index] -> [n, ...]`` for an index or a slice."""
 
@@ -159,13 +193,15 @@ def train(
     description: str = "training",
     checkpoint: Checkpoint | None = None,
     patience: int | None = None,
+    one_cycle: bool = False,
 ) -> History:
     """Train ``model`` in place on ``x`` [N, ...] in [0, 1] and load the weights of the best validation epoch.
 
     Tensors are moved to the model's device once, other `Samples` batch by batch.
     Adam on the mean over the batch of ``loss(x) -> [B]`` (default ``model.loss``) plus ``penalty(model, batch)``, such
     as a `GradientAlignment`, which the history and the choice of the epoch leave out. ``epochs`` None: `auto_epochs`.
-    ``patience``: end after so many epochs without a better validation loss; None: run all.
+    ``patience``: end after so many epochs without a better validation loss; None: run all. ``one_cycle``: by `OneCycle`
+    in place of Adam.
     The same seed, data, machine and thread count give the same weights, with a ``checkpoint`` even if the run was
     stopped and goes on; the file stays for its owner to remove. The global random state is left as it was. The bar is
     shown on terminals only. Raises ValueError for empty data, RuntimeError if the loss becomes NaN.
@@ -184,6 +220,8 @@ def train(
     rows = rows_at_a_time(x_validation[:1].numel())
     on_gpu = device.type != "cpu"
     make: Any = partial(torch.optim.Adam, fused=True) if on_gpu else PlainAdam
+    if one_cycle:
+        make = partial(OneCycle, steps=epochs * math.ceil(len(x) / batch_size))
     optimizer = make([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     order = torch.Generator().manual_seed(seed)
     history, best = History(), model.state_dict()
