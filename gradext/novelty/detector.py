@@ -461,9 +461,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if kind == "rotation":
             if not is_image(self.input_shape_):
                 raise ValueError(f"model: 'rotation' is of images, but samples have shape {list(self.input_shape_)}")
-            return RotationNet(
-                (1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS})
-            )
+            return RotationNet((1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS}))
         return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:

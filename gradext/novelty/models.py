@@ -239,9 +239,7 @@ def _shifted(x: Tensor, most: int) -> Tensor:
     """Each of [B, C, H, W] by its own number of pixels up to ``most``, down or up and left or right; edges mirrored."""
     B, _, H, W = x.shape
     padded = nn.functional.pad(x, (most,) * 4, mode="reflect")
-    down, right = (
-        torch.randint(2 * most + 1, (B, 1), device=x.device) + torch.arange(n, device=x.device) for n in (H, W)
-    )
+    down, right = (torch.randint(2 * most + 1, (B, 1), device=x.device) + torch.arange(n, device=x.device) for n in (H, W))
     rows = torch.arange(B, device=x.device)[:, None, None]
     return padded[rows, :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
 

@@ -210,9 +210,7 @@ def with_constant(gradient: GradFactors) -> GradFactors:
 
 def product(like: GradFactors, activation: Tensor, delta: Tensor) -> GradFactors:
     """Gradients of these two factors, in the operators of ``like``: ONNX knows torch's own alone."""
-    return (
-        type(like)(activation, delta) if getattr(like, "in_torchs_operators", False) else GradFactors(activation, delta)
-    )
+    return type(like)(activation, delta) if getattr(like, "in_torchs_operators", False) else GradFactors(activation, delta)
 
 
 def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:

@@ -251,16 +251,9 @@ def _neighbours(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
     reach = near.values[:, -1]
     density = 1 / torch.maximum(near.values, reach[near.indices]).mean(1).clamp_min(least)
     logs = _local_logs(of_activations, of_gradients, reach, density)
-    return {
-        "neighbour_activation": activation.to(blocks.like.device),
-        "neighbour_delta": delta.to(blocks.like.device),
-    } | {
+    return {"neighbour_activation": activation.to(blocks.like.device), "neighbour_delta": delta.to(blocks.like.device)} | {
         name: value.to(blocks.like)
-        for name, value in (
-            ("neighbour_reach", reach),
-            ("neighbour_density", density),
-            ("local_moments", _moments(logs)),
-        )
+        for name, value in (("neighbour_reach", reach), ("neighbour_density", density), ("local_moments", _moments(logs)))
     }
 
 
@@ -456,11 +449,7 @@ JOINT = ("joint_moments", "joint_inverse")
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "whitened_gradient": ("activation_whitener", "delta_basis", "delta_gains"),
     "local_gradient": (
-        "neighbour_activation",
-        "neighbour_delta",
-        "neighbour_reach",
-        "neighbour_density",
-        "local_moments",
+        "neighbour_activation", "neighbour_delta", "neighbour_reach", "neighbour_density", "local_moments",
     ),
     "gradient_cosine": ("mean_gradient",),
     "gradient_mahalanobis": ("mean_gradient", "gradient_whitener"),
