@@ -257,12 +257,7 @@ def picture(parts: dict[str, list[dict]], path: Path) -> None:
                 ax.plot(of[name], [place] * len(of[name]), "o", color=colour, alpha=0.35, markersize=4, mew=0)
                 ax.plot([mean(of[name])] * 2, [place - 0.32, place + 0.32], color=colour, linewidth=3)
                 ax.text(1.02, place, f"{mean(of[name]):.3f}", va="center", fontsize=9, color=colour)
-            ax.set(
-                ylim=(-0.7, len(of) - 0.4),
-                yticks=range(len(of)),
-                yticklabels=sorted(of, key=lambda name: mean(of[name])),
-                title=title,
-            )
+            ax.set(ylim=(-0.7, len(of) - 0.4), yticks=range(len(of)), yticklabels=sorted(of, key=lambda name: mean(of[name])), title=title)
             ax.set(
                 xlabel="AUROC: each task and seed, and the mean", xlim=(min(0.48, *map(min, of.values())) - 0.02, 1.01)
             )
