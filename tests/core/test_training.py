@@ -140,6 +140,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes(tmp_path):
     """DistributedDataParallel over gloo, with accumulation: gradients are averaged, norms are each rank's own."""
