@@ -117,6 +117,13 @@ def told(message: str) -> None:
     print(f"gradext: {message}", file=sys.stderr, flush=True)
 
 
+# Instruction sets that the CPU kernel is compiled for, beside the one that all machines have.
+X86_ISAS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512bf16": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+}
+
+
 class CudaError(Exception):
     """nvcc failed; its own message is on the screen."""
 
@@ -138,7 +145,8 @@ class BuildNative(build_ext):
                 raise
             told(
                 f"no kernels could be compiled ({error}); gradext is installed without them and runs on plain torch. "
-                "They are written for g++ or clang on Linux"
+                "They need g++ or clang on Linux: install one (apt install g++, dnf install gcc-c++, conda install "
+                "gxx; CXX chooses it), then install gradext again"
             )
 
     def with_cuda(self, ext: Extension, nvcc: str, must: bool) -> bool:
@@ -166,11 +174,11 @@ class BuildNative(build_ext):
         jobs.append(lambda: self.compile_cpp("csrc/bindings.cpp", macros))
         jobs.append(lambda: self.compile_cpp("csrc/cpu/outer_kernel.cpp", [("GRADEXT_ISA", "baseline")]))
         if platform.machine() in ("x86_64", "AMD64"):
-            jobs.append(
-                lambda: self.compile_cpp(
-                    "csrc/cpu/outer_kernel.cpp", [("GRADEXT_ISA", "avx2")], ["-mavx2", "-mfma", "-mf16c"]
+            for isa, flags in X86_ISAS.items():
+                macro = [("GRADEXT_ISA", isa)]
+                jobs.append(
+                    lambda macro=macro, flags=flags: self.compile_cpp("csrc/cpu/outer_kernel.cpp", macro, flags)
                 )
-            )
         for name in ("outer", "threads", "workspace"):
             jobs.append(lambda name=name: self.compile_cpp(f"csrc/cpu/{name}.cpp", []))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -229,13 +237,22 @@ class BuildNative(build_ext):
         return [str(target)]
 
     def cuda_library_flags(self, nvcc: str) -> list[str]:
-        """nvcc knows where its own libraries are, whatever the toolkit's layout."""
+        """The folders of the toolkit's libraries, which nvcc knows for every layout."""
         plan = output_of(nvcc, "-dryrun", "-o", "a.out", "a.o")
         line = next(line for line in plan.splitlines() if "LIBRARIES=" in line)
         return line.split("LIBRARIES=")[1].replace('"', "").split()
 
 
+def description() -> str:
+    """README for a package index, which has none of the files that README links to: their paths in place of links."""
+    text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n", "", (ROOT / "README.md").read_text())
+    text = re.sub(r"\[([^]]+)\]\((?!https:)\1\)", r"`\1`", text)
+    return re.sub(r"\[([^]]+)\]\((?!https:)([^)]+)\)", r"\1 (`\2`)", text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     # Optional: where nothing was built there is nothing to copy, and that is no error.
     ext_modules=[Extension("gradext._C", sources=[], language="c++", optional=os.environ.get("GRADEXT_CUDA") != "1")],
     cmdclass={"build_ext": BuildNative},

@@ -3,8 +3,9 @@
     pytest benchmarks                       a table of one size, and a few sizes with the routes in turns
     pytest benchmarks --smoke               the smallest sizes: does everything run?
     pytest benchmarks --grid full           every model by every batch size; what is measured already is left out
+    pytest benchmarks --grid models         the same of real models (`benchmarks.models`)
 
-The rows of the full grid are kept in ``--rows FILE`` (default: benchmarks/results/cpu/rows.jsonl), and rendered by
+The rows of these two are kept in ``--rows FILE`` (default: benchmarks/results/cpu/rows.jsonl), and rendered by
 ``python -m benchmarks.report``.
 """
 
@@ -18,7 +19,7 @@ import pytest
 
 from gradext import native
 
-from . import measure
+from . import measure, models
 from .peers import CASES, ROUTES, Call, Problem, Route
 
 # BackPACK's and Opacus' own hooks, on models whose input needs no gradient, and on modules made of layers.
@@ -33,13 +34,26 @@ CELLS = {
     "smoke": [("small", 1), ("small", 8), ("sequence", 2), ("conv", 2)],
     "default": [("small", 1), ("small", 256), (LAST, 256), ("wide", 8), ("sequence", 64), ("conv", 64)],
     "full": [(case, B) for case in CASES for B in BATCHES],
+    "models": [(case, B) for case in models.CASES for B in (1, 4, 16, 64)],
 }
+EVERY = CASES | models.CASES
+
+
+def routes(case: str) -> list[str]:
+    """The keys of the routes that a case is measured by."""
+    real = case in models.CASES
+    apart = ("scores", "output") if real else ("step", "step norms")  # what is asked of the others alone
+    by_hand = ("by hand", "by hand, out=", "gradext, out=", "nngeometry") if real else ()
+    return [key for key, route in ROUTES.items() if route.computes not in apart and route.name not in by_hand]
+
+
 MEMORY = {  # (case, B) -> the routes whose memory is measured, each in a process of its own
     "smoke": {("small", 2): ("gradext: norms",)},
     "default": {(LAST, 256): ("gradext, out=: gradients", "vmap(grad): norms", "gradext: norms")},
-    "full": {(case, 256): [k for k, r in ROUTES.items() if r.computes != "scores"] for case in (LAST, "conv")},
+    "full": {(case, 256): [k for k in routes(case) if ROUTES[k].computes != "scores"] for case in (LAST, "conv")},
+    "models": {(case, 16): routes(case) for case in models.CASES},
 }
-SECONDS = {"smoke": 0.3, "default": 6.0, "full": 10.0}  # of measuring for a cell
+SECONDS = {"smoke": 0.3, "default": 6.0, "full": 10.0, "models": 40.0}  # of measuring for a cell
 CALL_LIMIT = 4.0  # seconds above which a call is not measured
 MEMORY_SHARE = 0.85  # of the available memory that a cell may count on
 SMALL = 8  # samples, or an eighth of the batch, from whose time that of the whole is foretold
@@ -57,16 +71,16 @@ def test_cell(case, B, grid, kept_rows, benchmark, report):
     """One model and batch size, all routes in turns."""
     if kept_rows.has(kind="cell", case=case, B=B):
         pytest.skip("measured already")
-    problem = Problem(CASES[case], B)
+    problem = Problem(EVERY[case], B)
     start = time.perf_counter()
-    routes = measured_routes(problem, ROUTES.values(), SECONDS[grid])
-    kept_rows.append({"kind": "cell", "case": case, "B": B, "bytes": problem.gradient_bytes, "routes": routes})
+    measured = measured_routes(problem, [ROUTES[key] for key in routes(case)], SECONDS[grid])
+    kept_rows.append({"kind": "cell", "case": case, "B": B, "bytes": problem.gradient_bytes, "routes": measured})
     report("", f"{case}, B = {B} ({problem.gradient_bytes / 1e6:.2f} MB of gradients), ms:")
-    for computes in dict.fromkeys(route.computes for route in ROUTES.values()):
-        found = {r.name: _text(routes[r.key]) for r in ROUTES.values() if r.computes == computes}
+    for computes in dict.fromkeys(row["computes"] for row in measured.values()):
+        found = {key.rpartition(": ")[0]: _text(row) for key, row in measured.items() if row["computes"] == computes}
         report(f"  {computes}: " + ", ".join(f"{name} {text}" for name, text in found.items()))
     report(f"  measured in {time.perf_counter() - start:.0f} s")
-    assert not [key for key, route in ROUTES.items() if route.ours and routes[key].keys() & {"wrong", "failed"}]
+    assert not [key for key, row in measured.items() if ROUTES[key].ours and row.keys() & {"wrong", "failed"}]
     benchmark.group = "gradext, norms by factors"
     benchmark.pedantic(ROUTES["gradext: norms"].setup(problem), rounds=3, warmup_rounds=1)
 
@@ -170,13 +184,12 @@ def test_memory(case, B, smoke, grid, kept_rows, report):
     """How far resident memory rises in one call of a route; `out=` counts, for somebody has to have it."""
     if kept_rows.has(kind="memory", case=case, B=B):
         pytest.skip("measured already")
-    size = Problem(CASES[case], B).gradient_bytes
-    small = Problem(CASES[case], min(B, SMALL))
+    size = Problem(EVERY[case], B).gradient_bytes
+    small = Problem(EVERY[case], min(B, SMALL))
     available = MEMORY_SHARE * measure.available_bytes()
-    routes = [ROUTES[key] for key in MEMORY[grid][case, B]]
     rises = {
         route.key: {"computes": route.computes, "bytes": _resident_rise(case, B, route.key)}
-        for route in routes
+        for route in (ROUTES[key] for key in MEMORY[grid][case, B])
         if callable(_prepared(route, small, None, available))  # what is wrong may take what it likes
     }
     kept_rows.append({"kind": "memory", "case": case, "B": B, "bytes": size, "routes": rises})

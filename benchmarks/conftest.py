@@ -22,13 +22,23 @@ def pytest_report_header() -> list[str]:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--smoke", action="store_true", help="smallest sizes, no speed asserted: does everything run?")
-    parser.addoption("--grid", default="default", choices=["default", "full"], help="which sizes are measured")
+    parser.addoption(
+        "--grid", default="default", choices=["default", "full", "models"], help="which sizes are measured"
+    )
     parser.addoption(
         "--rows",
         type=Path,
         default=measure.ROOT / "benchmarks/results/cpu/rows.jsonl",
-        help="where the full grid's rows are kept; what stands there is not measured again (default: %(default)s)",
+        help="where rows of full and models are kept; what stands there is not measured again (default: %(default)s)",
     )
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Real models have a grid of their own, without operators, detectors and the table of one size."""
+    if config.getoption("--grid") == "models" and not config.getoption("--smoke"):
+        kept = [item for item in items if item.originalname in ("test_cell", "test_memory")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +52,7 @@ def grid(request, smoke) -> str:
 
 
 class Rows:
-    """The rows of the full grid; those of smaller ones are printed, not kept."""
+    """The rows of the full grid and of models; those of smaller ones are printed, not kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -58,7 +68,7 @@ class Rows:
 
 @pytest.fixture(scope="session")
 def kept_rows(request, grid) -> Rows:
-    return Rows(request.config.getoption("--rows") if grid == "full" else None)
+    return Rows(request.config.getoption("--rows") if grid in ("full", "models") else None)
 
 
 @pytest.fixture(scope="session")

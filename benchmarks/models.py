@@ -1,9 +1,8 @@
-"""Times of real models: `python -m benchmarks.models [--out FILE] [--threads N] [--seconds S]` writes one table.
+"""Real models: `python -m benchmarks.models [--out FILE] [--threads N] [--seconds S]` writes one table of their times.
 
-GPT-2, Llama and a ViT of transformers with random weights (hidden size 256, four layers, 64 tokens, 16 samples), all
-parameters; a small chain and a VAE at one sample. Every way is checked before it is timed, and all of a
-model are timed in turns. A plain forward and backward of the summed losses computes the weights' gradients, which
-gradext does not; it is the floor of what a user pays anyway.
+GPT-2, Llama and a ViT (hidden size 256, four layers, 64 tokens), LoRA on that Llama and ResNet-18, of transformers and
+peft with random weights in eval mode, all parameters that require grad. `pytest benchmarks --grid models` measures them
+against the peers at several batch sizes; the table here is of 16 samples, and of a small chain and a VAE at one.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
-import gradext
 from gradext.novelty import VAE
 
 from . import measure
+from .peers import ROUTES, Case, Problem
 
-B, T, VOCABULARY = 16, 64, 1000
+T, VOCABULARY = 64, 1000
+SIZE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
 
 
 def language_loss(output, ids: Tensor) -> Tensor:
@@ -33,91 +32,104 @@ def class_loss(output, target: Tensor) -> Tensor:
     return F.cross_entropy(output.logits, target, reduction="none")
 
 
-def reconstruction(output, target: Tensor) -> Tensor:
-    output = output if isinstance(output, Tensor) else output[0]
-    return (output - target).square().sum(1)
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=256, n_positions=T, **SIZE))
 
 
-def problems() -> dict[str, tuple[nn.Module, dict | Tensor, Callable, Tensor]]:
-    """{name: (model, input, loss, target)}."""
-    import transformers as t
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    ids = torch.randint(3, VOCABULARY, (B, T))
-    size = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
-    gpt2 = t.GPT2Config(n_layer=4, n_head=4, n_embd=256, n_positions=T, **size)
-    llama = t.LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0, **size
+    size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(pad_token_id=None, **size, **SIZE))
+
+
+def llama_lora() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():  # it starts at zero, where half of the gradients are zero
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    size = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, num_labels=10, **size))
+
+
+def resnet18() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(embedding_size=64, num_labels=10, **sizes))
+
+
+def tokens(B: int) -> tuple[dict[str, Tensor], Tensor]:
+    ids = torch.randint(3, VOCABULARY, (B, T), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids}, ids
+
+
+def images(B: int) -> tuple[dict[str, Tensor], Tensor]:
+    pixels = torch.rand(B, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return {"pixel_values": pixels}, torch.arange(B) % 10
+
+
+def with_positions(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A table's positions for each sample: Opacus takes the one row that GPT-2 looks up for all for a batch of one."""
+    return x | {"position_ids": torch.arange(T).expand(len(x["input_ids"]), T)}
+
+
+def case(name: str, build: Callable, loss: Callable, batch: Callable, **options) -> Case:
+    return Case(name, build, (), loss, None, batch=batch, **options)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        case("GPT-2", gpt2, language_loss, tokens, for_opacus=with_positions),
+        case("Llama", llama, language_loss, tokens),
+        case("LoRA on Llama", llama_lora, language_loss, tokens),
+        case("ViT", vit, class_loss, images),
+        case("ResNet-18", resnet18, class_loss, images),
     )
-    vit = t.ViTConfig(
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        image_size=32,
-        patch_size=4,
-        num_labels=10,
-    )
-    chain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
-    images, one, digit = torch.rand(B, 3, 32, 32), torch.rand(1, 64), torch.rand(1, 784)
-    return {
-        "GPT-2": (t.GPT2LMHeadModel(gpt2), {"input_ids": ids}, language_loss, ids),
-        "Llama": (t.LlamaForCausalLM(llama), {"input_ids": ids}, language_loss, ids),
-        "ViT": (t.ViTForImageClassification(vit), {"pixel_values": images}, class_loss, torch.arange(B) % 10),
-        "chain 64-32-64, one sample": (chain, one, reconstruction, one),
-        "VAE 784-400-20, one sample": (VAE(784, 400, 20), digit, reconstruction, digit),
-    }
+}
+ALONE = (
+    Case(
+        "chain 64-32-64, one sample",
+        lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64)),
+        (64,),
+        "mse",
+        None,
+    ),
+    Case("VAE 784-400-20, one sample", lambda: VAE(784, 400, 20), (784,), "mse", None),
+)
+COLUMNS = {  # heading -> route
+    "plain": "batched backward: sum",
+    "gradients": "gradext: gradients",
+    "by vmap(grad)": "vmap(grad): gradients",
+    "norms": "gradext: norms",
+    "clipped sum": "gradext: clipped",
+    "training step": "training step: step",
+    "with norms": "gradext: step norms",
+}
 
 
-def ways(model: nn.Module, x: dict | Tensor, loss: Callable, target: Tensor) -> dict[str, Callable]:
-    parameters = dict(model.named_parameters())
-    given = {"x": x, "loss": loss, "target": target}
-
-    def output():
-        return model(**x) if isinstance(x, dict) else model(x)
-
-    def plain():
-        torch.autograd.grad(loss(output(), target).sum(), list(parameters.values()), allow_unused=True)
-
-    def step():
-        loss(output(), target).mean().backward()
-        model.zero_grad()
-
-    def step_with_norms():
-        with gradext.watch(model, train=True) as watch:
-            losses = loss(output(), target)
-        losses.mean().backward()
-        norms = watch.factors().norm()
-        model.zero_grad()
-        return norms
-
-    def by_vmap():
-        def one(parameters, x, target):
-            x, target = torch.utils._pytree.tree_map(lambda v: v[None], (x, target))
-            call = ((), x) if isinstance(x, dict) else ((x,), {})
-            return loss(functional_call(model, parameters, *call), target)[0]
-
-        detached = {name: p.detach() for name, p in parameters.items()}
-        return vmap(grad(one), (None, 0, 0), randomness="different")(detached, x, target)
-
-    return {
-        "plain forward and backward": plain,
-        "gradients": lambda: gradext.batch_layer_grads(model, **given),
-        "gradients by vmap(grad)": by_vmap,
-        "norms": lambda: gradext.batch_layer_factors(model, **given).norm(),
-        "training step": step,
-        "training step with norms": step_with_norms,
-    }
-
-
-def check(model: nn.Module, calls: dict[str, Callable]) -> None:
-    """All ways give what vmap(grad) gives, beyond rounding in fp32."""
-    want, grads = calls["gradients by vmap(grad)"](), calls["gradients"]()
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in want.values()]).norm(dim=0)
-    for name, g in want.items():
-        if not ((grads[name] - g).flatten(1).norm(dim=1) <= 1e-3 * norms).all():
-            raise AssertionError(f"{name}: wrong by {(grads[name] - g).abs().max():.2g}")
-    for way in ("norms", "training step with norms"):
-        torch.testing.assert_close(calls[way](), norms, rtol=1e-3, atol=0)
+def row(problem: Problem, seconds: float) -> list[str]:
+    """The best times in ms, each result checked before; ratios to the plain one, of the last to the plain step."""
+    calls = {heading: ROUTES[key].setup(problem) for heading, key in COLUMNS.items()}
+    for heading, key in COLUMNS.items():
+        error = problem.expected.error(ROUTES[key].computes, calls[heading]())
+        if error > ROUTES[key].tolerance:
+            raise AssertionError(f"{problem.case.name}, {heading}: wrong by {error:.2g}")
+    ms = {heading: times["best"] for heading, times in measure.in_turns(calls, seconds).items()}
+    base = dict.fromkeys(list(COLUMNS)[1:-2], ms["plain"]) | {"with norms": ms["training step"]}
+    return [f"{t:.2f} ({t / base[h]:.2f})" if h in base else f"{t:.2f}" for h, t in ms.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -127,7 +139,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of measurement a model")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
     provenance = measure.provenance()
     lines = [
         "# Real models, all parameters",
@@ -136,18 +147,14 @@ def main(arguments: list[str] | None = None) -> None:
         f"{measure.version('transformers')}, on {provenance['machine']}. The best of the calls in turns, in ms; in "
         "brackets the ratio to the plain forward and backward, for the training step with norms to the plain step.",
         "",
-        "| model | plain | gradients | by vmap(grad) | norms | training step | with norms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " --- |" * len(COLUMNS),
     ]
     print("\n".join(lines), flush=True)
-    for name, problem in problems().items():
-        model = problem[0].eval()
-        calls = ways(*problem)
-        check(model, calls)
-        ms = {way: row["best"] for way, row in measure.in_turns(calls, options.seconds).items()}
-        plain, grads, by_vmap, norms, step, with_norms = ms.values()
-        cells = [f"{plain:.2f}", *(f"{t:.2f} ({t / plain:.2f})" for t in (grads, by_vmap, norms)), f"{step:.2f}"]
-        lines.append("| " + " | ".join([name, *cells, f"{with_norms:.2f} ({with_norms / step:.2f})"]) + " |")
+    problems = [Problem(case, 16) for case in CASES.values()]
+    problems += [Problem(case, 1) for case in ALONE]
+    for problem in problems:
+        lines.append("| " + " | ".join([problem.case.name, *row(problem, options.seconds)]) + " |")
         print(lines[-1], flush=True)
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

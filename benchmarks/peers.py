@@ -1,8 +1,9 @@
 """The routes to per-sample gradients that are compared: gradext's, torch's own, by hand, and the libraries that do it.
 
 A `Case` is a model with a loss and chosen weights, a `Problem` the same with a batch, and a `Route` is set up once for
-a problem and then called. Every route gets what suits it best: a copy of the model in which the chosen weights alone
-require a gradient, in the state and mode that it asks for, and the loss summed over the batch.
+a problem and then called. `benchmarks.models` has the cases of real models. Every route gets what suits it best: a copy
+of the model in which the chosen weights alone require a gradient, in the state and mode that it asks for, and the loss
+summed over the batch.
 
     python -m benchmarks.peers CASE B ROUTE      (the bytes by which resident memory rises in one call of a route)
 """
@@ -20,6 +21,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import gradext
 from gradext.novelty import VAE
@@ -57,9 +59,11 @@ class Case:
     name: str
     build: Callable[[], nn.Module]
     sample: tuple[int, ...]  # shape of one input
-    loss: str
-    weights: tuple[str, ...]
+    loss: str | Callable  # a name of `LOSSES`, or (output, target) -> [B]
+    weights: tuple[str, ...] | None  # None: all that require grad
     classes: int | None = None  # None: reconstruction, the target is the input
+    batch: Callable[[int], tuple[dict[str, Tensor], Tensor]] | None = None  # B -> keywords and target, in place of x
+    for_opacus: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # the inputs as its hooks need them
 
 
 def _conv() -> nn.Module:
@@ -105,9 +109,14 @@ class Problem:
     def __init__(self, case: Case, B: int) -> None:
         self.case, self.B = case, B
         torch.manual_seed(0)
-        self.model = case.build().eval().requires_grad_(False)
+        self.model = case.build().eval()
         parameters = dict(self.model.named_parameters())
-        self.shapes = {name: tuple(parameters[name].shape) for name in case.weights}
+        self.weights = case.weights or tuple(name for name, p in parameters.items() if p.requires_grad)
+        self.model.requires_grad_(False)
+        self.shapes = {name: tuple(parameters[name].shape) for name in self.weights}
+        if case.batch is not None:
+            self.x, self.target = case.batch(B)
+            return
         self.x = torch.rand(B, *case.sample, generator=torch.Generator().manual_seed(1))
         if case.classes is None:
             self.target = self.x
@@ -125,12 +134,34 @@ class Problem:
     def trainable(self) -> nn.Module:
         """A copy of the model in which the chosen weights alone require a gradient."""
         model = copy.deepcopy(self.model)
-        for name in self.case.weights:
+        for name in self.weights:
             model.get_parameter(name).requires_grad_()
         return model
 
+    def losses(self, model: nn.Module, x=None, target: Tensor | None = None) -> Tensor:
+        """The losses [B] of the batch, or of other samples."""
+        x, target = (self.x, self.target) if target is None else (x, target)
+        return self.loss(self.output(model, x), target)
+
+    def output(self, model: nn.Module, x=None):
+        x = self.x if x is None else x
+        return model(**x) if isinstance(x, dict) else model(x)
+
     def loss(self, output, target: Tensor) -> Tensor:
+        if callable(self.case.loss):
+            return self.case.loss(output, target)
         return LOSSES[self.case.loss][0](_first(output), target)
+
+    def samples(self, index: Sequence[int] | Tensor) -> tuple:
+        """The inputs and targets of some samples."""
+        return tree_map(lambda t: t[index], (self.x, self.target))
+
+    @cached_property
+    def max_norm(self) -> float:
+        """The norm to clip to: that of the first sample's gradient."""
+        model = self.trainable()
+        grads = torch.autograd.grad(self.losses(model, *self.samples([0])).sum(), _chosen(self, model))
+        return _flat(grads, 0).norm().item()
 
     @cached_property
     def out(self) -> dict[str, Tensor]:
@@ -144,6 +175,10 @@ class Problem:
     @cached_property
     def expected(self) -> Expected:
         return Expected(self)
+
+
+def _chosen(problem: Problem, model: nn.Module) -> list[nn.Parameter]:
+    return [model.get_parameter(name) for name in problem.weights]
 
 
 def _first(output):
@@ -160,32 +195,36 @@ class Expected:
         self.problem = problem
         self.index = sorted({round(k * (len(problem) - 1) / max(1, CHECKED - 1)) for k in range(CHECKED)})
         self.model = problem.trainable().double()
-        self.weights = [self.model.get_parameter(name) for name in problem.case.weights]
-        samples = [torch.autograd.grad(self._loss([b]), self.weights) for b in self.index]
-        self.gradients = [torch.stack(parts) for parts in zip(*samples, strict=True)]
-        self.flat = torch.cat([g.flatten(1) for g in self.gradients], dim=1)
+        self.weights = _chosen(problem, self.model)
+        self.flat = torch.stack([self._gradient([b]) for b in self.index])
 
-    def _loss(self, index: Sequence[int]) -> Tensor:
-        x, target = (t[index] for t in (self.problem.x, self.problem.target))
-        return self.problem.loss(
-            self.model(x.double()), target.double() if target.is_floating_point() else target
-        ).sum()
+    def _gradient(self, index: Sequence[int]) -> Tensor:
+        """Of the summed losses of these samples."""
+        x, target = tree_map(_double, self.problem.samples(index))
+        return _flat(torch.autograd.grad(self.problem.losses(self.model, x, target).sum(), self.weights), 0)
+
+    @cached_property
+    def clipped(self) -> Tensor:
+        samples = (self._gradient([b]) for b in range(len(self.problem)))
+        return sum(g * min(1.0, self.problem.max_norm / g.norm().item()) for g in samples)
 
     def error(self, computes: str, result) -> float:
         """The largest relative error; infinite for a result of another shape, or that is not finite."""
         lengths = self.flat.norm(dim=1)
         if computes == "output":
-            wanted = _first(self.model(self.problem.x.double())).detach()
+            wanted = _first(self.problem.output(self.model, tree_map(_double, self.problem.x))).detach()
             got, scale = _first(result), wanted.norm()
-        elif computes == "sum":
-            everyone = torch.autograd.grad(self._loss(list(range(len(self.problem)))), self.weights)
-            wanted, got = _flat(everyone, 0), _flat(result, 0)
+        elif computes in ("sum", "step"):
+            wanted, got = self._gradient(range(len(self.problem))), _flat(result, 0)
+            scale = wanted.norm()
+        elif computes == "clipped":
+            wanted, got = self.clipped, _flat(result, 0)
             scale = wanted.norm()
         elif any(len(part) != len(self.problem) for part in (result if computes == "gradients" else [result])):
             return math.inf
         elif computes == "gradients":
             wanted, got, scale = self.flat, _flat([g[self.index] for g in result], 1), lengths[:, None]
-        elif computes == "norms":
+        elif computes in ("norms", "step norms"):
             wanted, got, scale = lengths, result[self.index], lengths
         elif computes == "gram":
             wanted, got = self.flat @ self.flat.mT, result[self.index][:, self.index]
@@ -197,7 +236,12 @@ class Expected:
         if got.shape != wanted.shape or not got.isfinite().all():
             return math.inf
         difference = (got.double() - wanted) / scale
-        return float(difference.norm(dim=-1).max() if computes == "gradients" else difference.abs().max())
+        whole = computes in ("gradients", "clipped")
+        return float(difference.norm(dim=-1).max() if whole else difference.abs().max())
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
 
 
 def _flat(tensors: Sequence[Tensor], start: int) -> Tensor:
@@ -215,8 +259,9 @@ class Route:
     """One way to one result; ``setup(problem)`` gives the call that is measured.
 
     ``computes`` is "gradients" (a list of [B, *weight]), "norms" [B], "gram" [B, B] or "scores" [B, H] of all chosen
-    weights together, "sum" (the batch gradient, not per sample) or "output" (the forward pass); the last two are
-    floors. ``copies`` counts how many times the gradients' bytes a call takes at its peak.
+    weights together, "clipped" (the sum of gradients clipped to a norm), "sum" (the batch gradient, not per sample) or
+    "output" (the forward pass); the last two are floors. "step" and "step norms" are a training step, and one that
+    gives the norms. ``copies`` counts how many times the gradients' bytes a call takes at its peak.
     """
 
     name: str
@@ -245,23 +290,23 @@ class Route:
 
 
 def forward(problem: Problem) -> Call:
-    return torch.no_grad()(lambda: problem.model(problem.x))
+    return torch.no_grad()(lambda: problem.output(problem.model))
 
 
 def batched_backward(problem: Problem) -> Call:
     model = problem.trainable()
-    weights = [model.get_parameter(name) for name in problem.case.weights]
-    return lambda: torch.autograd.grad(problem.loss(model(problem.x), problem.target).sum(), weights)
+    weights = _chosen(problem, model)
+    return lambda: torch.autograd.grad(problem.losses(model).sum(), weights)
 
 
 def loop(problem: Problem) -> Call:
     """The literature's way: a forward and a backward pass at batch size one."""
     model = problem.trainable()
-    weights = [model.get_parameter(name) for name in problem.case.weights]
+    weights = _chosen(problem, model)
 
     def call() -> list[Tensor]:
-        samples = zip(problem.x.split(1), problem.target.split(1), strict=True)
-        grads = [torch.autograd.grad(problem.loss(model(x), target).sum(), weights) for x, target in samples]
+        samples = (problem.samples(slice(b, b + 1)) for b in range(len(problem)))
+        grads = [torch.autograd.grad(problem.losses(model, *sample).sum(), weights) for sample in samples]
         return [torch.stack(parts) for parts in zip(*grads, strict=True)]
 
     return call
@@ -270,11 +315,13 @@ def loop(problem: Problem) -> Call:
 def vmap_grad(problem: Problem) -> Call:
     """The best that torch itself offers, over the chosen weights alone."""
     parameters = dict(problem.model.named_parameters())
-    chosen = {name: parameters.pop(name) for name in problem.case.weights}
+    chosen = {name: parameters.pop(name) for name in problem.weights}
 
     def sample_loss(chosen, x, target):
-        output = torch.func.functional_call(problem.model, {**parameters, **chosen}, (x[None],))
-        return problem.loss(output, target[None]).sum()
+        x, target = tree_map(lambda t: t[None], (x, target))
+        arguments = ((), x) if isinstance(x, dict) else ((x,), {})
+        output = torch.func.functional_call(problem.model, {**parameters, **chosen}, *arguments)
+        return problem.loss(output, target).sum()
 
     per_sample = torch.func.vmap(torch.func.grad(sample_loss), (None, 0, 0))
     return lambda: list(per_sample(chosen, problem.x, problem.target).values())
@@ -287,7 +334,7 @@ def _hand_factors(problem: Problem) -> Callable[[], list[tuple[Tensor, Tensor]]]
     """(delta [B, (T,) O], activation [B, (T,) I]) of every chosen weight, the backward stopping at the first."""
     model, residual = problem.model, LOSSES[problem.case.loss][1]
     layers = list(model.decoder if isinstance(model, VAE) else model)
-    chosen = [model.get_submodule(name.removesuffix(".weight")) for name in problem.case.weights]
+    chosen = [model.get_submodule(name.removesuffix(".weight")) for name in problem.weights]
 
     @torch.no_grad()
     def call():
@@ -403,6 +450,11 @@ def _norms(problem: Problem, grads: list[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
+def _clipped(problem: Problem, grads: list[Tensor]) -> list[Tensor]:
+    factors = (problem.max_norm / _norms(problem, grads)).clamp(max=1)
+    return [torch.einsum("b,b...->...", factors, g) for g in grads]
+
+
 def _gram(problem: Problem, grads: list[Tensor]) -> Tensor:
     return sum(g.flatten(1) @ g.flatten(1).mT for g in grads)
 
@@ -412,42 +464,70 @@ def _scores(problem: Problem, grads: list[Tensor]) -> Tensor:
     return sum(g.flatten(1) @ W.flatten(1).mT for g, W in pairs)
 
 
-def _in_training_mode(problem: Problem) -> nn.Module:
-    """The model as Opacus needs it: its hooks watch a layer in training mode alone, which changes nothing in these."""
-    model = problem.trainable()
-    for name in problem.case.weights:
-        model.get_submodule(name.removesuffix(".weight")).train()
-    return model
+def _for_opacus(problem: Problem) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """The model and its losses as Opacus needs them: its hooks watch a layer in training mode alone.
+
+    That changes nothing in these models.
+    """
+    model, x = problem.trainable(), problem.x
+    for module in model.modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.training = True
+    if problem.case.for_opacus:
+        x = problem.case.for_opacus(x)
+    return model, lambda model: problem.losses(model, x, problem.target)
 
 
 def opacus_full(problem: Problem) -> Call:
     from opacus.grad_sample import GradSampleModule
 
-    model = GradSampleModule(_in_training_mode(problem), loss_reduction="sum")
-    weights = [model._module.get_parameter(name) for name in problem.case.weights]
+    model, losses = _for_opacus(problem)
+    model = GradSampleModule(model, loss_reduction="sum")
+    weights = _chosen(problem, model._module)
 
     def call() -> list[Tensor]:
         for weight in weights:
             weight.grad = weight.grad_sample = None
-        problem.loss(model(problem.x), problem.target).sum().backward()
+        losses(model).sum().backward()
         return [weight.grad_sample for weight in weights]
 
     return call
 
 
-def opacus_ghost(problem: Problem) -> Call:
+def _opacus_ghost(problem: Problem) -> tuple[nn.Module, Callable[[nn.Module], Tensor], list[nn.Parameter]]:
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
 
-    model = GradSampleModuleFastGradientClipping(
-        _in_training_mode(problem), loss_reduction="sum", use_ghost_clipping=True
-    )
-    weights = [model._module.get_parameter(name) for name in problem.case.weights]
+    model, losses = _for_opacus(problem)
+    model = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", use_ghost_clipping=True)
+    return model, losses, _chosen(problem, model._module)
+
+
+def opacus_ghost(problem: Problem) -> Call:
+    model, losses, weights = _opacus_ghost(problem)
 
     def call() -> Tensor:
         for weight in weights:
             weight.grad = None
-        problem.loss(model(problem.x), problem.target).sum().backward()
+        losses(model).sum().backward()
         return model.get_norm_sample()
+
+    return call
+
+
+def opacus_ghost_clipped(problem: Problem) -> Call:
+    """What its `DPLossFastGradientClipping` does: a backward for the norms, a second one of the weighted losses."""
+    model, losses, weights = _opacus_ghost(problem)
+
+    def call() -> list[Tensor]:
+        found = losses(model)
+        found.sum().backward(retain_graph=True)
+        factors = (problem.max_norm / model.get_norm_sample()).clamp(max=1)
+        for weight in weights:
+            weight.grad = None
+        model.disable_hooks()
+        (factors * found).sum().backward()
+        model.enable_hooks()
+        return [weight.grad for weight in weights]
 
     return call
 
@@ -456,13 +536,13 @@ def _backpack(problem: Problem, extension: str, attribute: str) -> Callable[[], 
     import backpack.extensions
 
     model = backpack.extend(problem.trainable())
-    weights = [model.get_parameter(name) for name in problem.case.weights]
+    weights = _chosen(problem, model)
 
     def call() -> list[Tensor]:
         for weight in weights:
             weight.grad = None
         with backpack.backpack(getattr(backpack.extensions, extension)()):
-            problem.loss(model(problem.x), problem.target).sum().backward()
+            problem.losses(model).sum().backward()
         found = [getattr(weight, attribute) for weight in weights]
         for weight in weights:
             delattr(weight, attribute)
@@ -487,7 +567,7 @@ def nngeometry_gram(problem: Problem) -> Call:
 
     model = problem.trainable()
     layers = LayerCollection()
-    for name in problem.case.weights:
+    for name in problem.weights:
         layer = LayerCollection._module_to_layer(model.get_submodule(name.removesuffix(".weight")))
         layer.bias = None  # the weights alone, as everywhere here
         layers.add_layer(name.removesuffix(".weight"), layer)
@@ -501,26 +581,73 @@ def nngeometry_gram(problem: Problem) -> Call:
     return call
 
 
-def _ours(problem: Problem) -> dict:
-    return {"loss": problem.case.loss, "target": problem.target, "layers": list(problem.case.weights)}
+def _ours(problem: Problem) -> tuple[nn.Module, dict]:
+    arguments = {"loss": problem.case.loss, "target": problem.target}
+    if problem.case.weights is None:
+        return problem.trainable(), arguments
+    return problem.model, arguments | {"layers": list(problem.weights)}
 
 
 def gradext_grads(problem: Problem) -> Call:
-    arguments = _ours(problem)
-    return lambda: list(gradext.batch_layer_grads(problem.model, problem.x, **arguments).values())
+    return _gradext_grads(problem)
 
 
 def gradext_grads_out(problem: Problem) -> Call:
-    arguments = {**_ours(problem), "out": problem.out}
-    return lambda: list(gradext.batch_layer_grads(problem.model, problem.x, **arguments).values())
+    return _gradext_grads(problem, out=problem.out)
 
 
-def _gradext_factors(operation: Callable[[Problem, gradext.LayerFactors], Tensor]):
+def _gradext_grads(problem: Problem, **options) -> Call:
+    model, arguments = _ours(problem)
+
+    def call() -> list[Tensor]:
+        grads = gradext.batch_layer_grads(model, problem.x, **arguments, **options)
+        return [grads[name] for name in problem.weights]
+
+    return call
+
+
+def _gradext_factors(operation: Callable[[Problem, gradext.LayerFactors], Tensor | list[Tensor]]):
     def setup(problem: Problem) -> Call:
-        arguments = _ours(problem)
-        return lambda: operation(problem, gradext.batch_layer_factors(problem.model, problem.x, **arguments))
+        model, arguments = _ours(problem)
+        return lambda: operation(problem, gradext.batch_layer_factors(model, problem.x, **arguments))
 
     return setup
+
+
+def training_step(problem: Problem) -> Call:
+    """A backward into the parameters' .grad, without an optimizer."""
+    model = problem.trainable()
+
+    def call() -> list[Tensor]:
+        problem.losses(model).sum().backward()
+        return _taken(problem, model)
+
+    return call
+
+
+def gradext_training_step(problem: Problem) -> Call:
+    model = problem.trainable()
+
+    def call() -> Tensor:
+        with gradext.watch(model, train=True) as watch:
+            losses = problem.losses(model)
+        losses.sum().backward()
+        norms = watch.factors(losses).norm()
+        _taken(problem, model)
+        return norms
+
+    return call
+
+
+def _taken(problem: Problem, model: nn.Module) -> list[Tensor]:
+    grads = [weight.grad for weight in _chosen(problem, model)]
+    model.zero_grad()
+    return grads
+
+
+def _clipped_sum(problem: Problem, factors: gradext.LayerFactors) -> list[Tensor]:
+    sums = factors.clipped_sum(problem.max_norm)
+    return [sums[name] for name in problem.weights]
 
 
 def _linear(problem: Problem, factors: gradext.LayerFactors) -> Tensor:
@@ -545,10 +672,16 @@ ROUTES = {
         Route("Opacus ghost", "norms", opacus_ghost, package="opacus"),
         Route("BackPACK BatchL2Grad", "norms", backpack_norm, package="backpack"),
         Route("gradext", "norms", _gradext_factors(lambda problem, factors: factors.norm())),
+        Route("vmap(grad)", "clipped", _then(vmap_grad, _clipped), copies=1),
+        Route("Opacus", "clipped", _then(opacus_full, _clipped), copies=2, package="opacus"),
+        Route("Opacus ghost", "clipped", opacus_ghost_clipped, package="opacus"),
+        Route("gradext", "clipped", _gradext_factors(_clipped_sum)),
         Route("vmap(grad)", "gram", _then(vmap_grad, _gram), copies=1),
         Route("by hand", "gram", by_hand_gram),
         Route("nngeometry", "gram", nngeometry_gram, package="nngeometry"),
         Route("gradext", "gram", _gradext_factors(lambda problem, factors: factors.gram())),
+        Route("training step", "step", training_step),
+        Route("gradext", "step norms", gradext_training_step),
         Route("vmap(grad)", "scores", _then(vmap_grad, _scores), copies=1),
         Route("by hand", "scores", by_hand_scores),
         Route("gradext", "scores", _gradext_factors(_linear)),
@@ -557,8 +690,10 @@ ROUTES = {
 
 
 def main() -> None:
+    from . import models
+
     name, B, key = sys.argv[1:]
-    case, route = CASES[name], ROUTES[key]
+    case, route = (CASES | models.CASES)[name], ROUTES[key]
     route.setup(Problem(case, 2))()  # lazy imports and the like are not the route's memory
     print(measure.resident_rise(route.setup(Problem(case, int(B)))))
 

@@ -1,6 +1,6 @@
 """pytorch-ood's gradient detectors against `gradext.novelty.pytorch_ood`: equal values, time and memory of a `predict`.
 
-python -m benchmarks.pytorch_ood                            (prints the table; needs pip install '.[homes]')
+python -m benchmarks.pytorch_ood                            (prints the table; needs pip install '.[wrappers]')
 python -m benchmarks.pytorch_ood --rise CASE DETECTOR HOME  (bytes by which resident memory rises in one call)
 """
 
@@ -23,7 +23,7 @@ from .peers import CASES as PEERS_CASES
 
 B = 256
 DETECTORS = ("GradNorm", "GradUncertainty")
-HOMES = ("pytorch-ood", "gradext")
+LIBRARIES = ("pytorch-ood", "gradext")
 EXACT, SINGLE = 1e-9, 1e-4  # the relative differences that are let pass, fp64 and fp32
 SECONDS = 10.0  # of measuring for a row
 HEAD = f"""# pytorch-ood's gradient detectors, theirs and from factors
@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--rise", nargs=3, metavar=("CASE", "DETECTOR", "HOME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rise:
-        case, detector, home = arguments.rise
-        call = _call(CASES[case], detector, home)
+        case, detector, library = arguments.rise
+        call = _call(CASES[case], detector, library)
         call(2)  # lazy imports and the like are not the detector's memory
         print(measure.resident_rise(lambda: call(B)))
         return
@@ -84,10 +84,10 @@ def _row(name: str, case: Case, detector: str, seconds: float) -> str:
     difference = _difference(case, detector, torch.float64)
     if max(difference / EXACT, _difference(case, detector, torch.float32) / SINGLE) > 1:
         raise SystemExit(f"{name}, {detector}: the values differ by {difference:g} in fp64")
-    calls = {home: _call(case, detector, home) for home in HOMES}
-    times = measure.in_turns({home: lambda call=call: call(B) for home, call in calls.items()}, seconds)
-    theirs, ours = (times[home]["ms"] for home in HOMES)
-    rises = [_short(_rise(name, detector, home) / 1e6) for home in HOMES]
+    calls = {library: _call(case, detector, library) for library in LIBRARIES}
+    times = measure.in_turns({library: lambda call=call: call(B) for library, call in calls.items()}, seconds)
+    theirs, ours = (times[library]["ms"] for library in LIBRARIES)
+    rises = [_short(_rise(name, detector, library) / 1e6) for library in LIBRARIES]
     return (
         f"| {name} | {detector} | {_short(theirs)} | {_short(ours)} | {_short(theirs / ours)} | {' | '.join(rises)} "
         f"| {difference:.0e} |"
@@ -100,20 +100,20 @@ def _short(number: float) -> str:
 
 
 def _difference(case: Case, detector: str, dtype: torch.dtype) -> float:
-    theirs, ours = (_call(case, detector, home, dtype)(B) for home in HOMES)
+    theirs, ours = (_call(case, detector, library, dtype)(B) for library in LIBRARIES)
     return float(((ours - theirs) / theirs).abs().max())
 
 
-def _call(case: Case, detector: str, home: str, dtype: torch.dtype = torch.float32) -> Callable[[int], Tensor]:
-    """A function of the number of samples, the same numbers for either home."""
+def _call(case: Case, detector: str, library: str, dtype: torch.dtype = torch.float32) -> Callable[[int], Tensor]:
+    """A function of the number of samples, the same numbers for both libraries."""
     torch.manual_seed(0)
     model = case.model().eval().to(dtype)
     x = torch.rand(B, *case.sample, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = getattr(_home(home), detector)(copy.deepcopy(model), param_filter=case.selected)
+    found = getattr(_library(library), detector)(copy.deepcopy(model), param_filter=case.selected)
     return lambda samples: found.predict(x[:samples])
 
 
-def _home(name: str) -> ModuleType:
+def _library(name: str) -> ModuleType:
     try:
         import torchvision  # noqa: F401  (which pytorch-ood imports)
     except RuntimeError:
@@ -121,10 +121,10 @@ def _home(name: str) -> ModuleType:
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
     if name == "gradext":
-        from gradext.novelty import pytorch_ood as home
+        from gradext.novelty import pytorch_ood as library
     else:
-        import pytorch_ood.detector as home
-    return home
+        import pytorch_ood.detector as library
+    return library
 
 
 def _rise(*arguments: str) -> int:

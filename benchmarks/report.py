@@ -1,4 +1,4 @@
-"""The rows of the full grid as a Markdown report and pictures.
+"""The rows of the full grid and of real models as a Markdown report and pictures.
 
     python -m benchmarks.report ROWS.jsonl... --out DIR
 
@@ -26,12 +26,19 @@ from . import measure
 COMPUTED = {  # what is computed -> the heading
     "gradients": "Per-sample gradients",
     "norms": "Norms",
+    "clipped": "Sums of clipped gradients",
     "gram": "Gram matrix",
     "scores": "Ten linear functionals",
+}
+FLOORS = {  # routes of real models -> the heading
+    "batched backward: sum": "a plain forward and backward",
+    "training step: step": "a plain training step",
+    "gradext: step norms": "with norms, by gradext",
 }
 HAND = ("by hand", "by hand, out=")
 LARGE = ("MNIST VAE, last layer", "MNIST VAE, decoder", "wide")
 LARGE_FROM = 64  # samples
+STEP = "training step: step"  # a route that only real models have
 PYTHON = 0.3  # ms by which a call of the smallest model at B = 1 may be behind, where there is little but Python
 BARE = 1.15  # times the bare products by hand: how far the factor routes may be
 
@@ -105,7 +112,7 @@ def render(results: Results, pictures: Sequence[str]) -> str:
     facts = sorted({tuple(row[k] for k in ("machine", "versions", "commit")) for row in results.rows})
     parts = [
         "# gradext and its peers",
-        "Made by `pytest benchmarks --grid full && python -m benchmarks.report "
+        "Made by `pytest benchmarks --grid full && pytest benchmarks --grid models && python -m benchmarks.report "
         "benchmarks/results/cpu/rows.jsonl --out benchmarks/results/cpu`.",
         "\n".join(f"- {machine}; {versions}; commit {commit}" for machine, versions, commit in facts),
         "Medians in milliseconds, ± half the distance between quartiles where there was time for more than one, of "
@@ -142,7 +149,14 @@ def _aims(results: Results) -> str:
     def named(name: str) -> Callable[[str], bool]:
         return lambda other: other == name
 
+    def beside(base: str, mine: str) -> list[float]:
+        """Of one route's time to another's, on real models."""
+        pairs = ((routes.get(base, {}).get("ms"), routes[mine].get("ms")) for _, routes in real)
+        return [b / m for b, m in pairs if b and m]
+
     factored = ("norms", "gram", "scores")
+    real = [(cell, routes) for cell, routes in results.cells.items() if STEP in routes]
+    rises = [row["routes"] for row in results.of("memory") if STEP in row["routes"]]
     aims = [
         ("gradients into `out=`, large layers, against the fastest peer", 8.0,
          ratios(large, ["gradients"], is_peer, named("gradext, out="))),
@@ -155,6 +169,14 @@ def _aims(results: Results) -> str:
         ("everything, everywhere, against the fastest peer", 1.0, ratios(results.cells, COMPUTED, is_peer)),
         ("gradients, everywhere, against the better by hand", 1.0,
          ratios(results.cells, ["gradients"], lambda name: name in HAND)),
+        ("real models, everything, against the fastest peer", 1.0,
+         ratios([cell for cell, _ in real], COMPUTED, is_peer)),
+        ("real models, norms, against a plain forward and backward", 1 / 1.1,
+         beside("batched backward: sum", "gradext: norms")),
+        ("real models, norms, against Opacus' ghost clipping", 1.4, beside("Opacus ghost: norms", "gradext: norms")),
+        ("real models, a training step with norms, against a plain one", 1 / 1.15, beside(STEP, "gradext: step norms")),
+        ("real models, memory of norms, against a plain step's", 1 / 1.2,
+         [routes[STEP]["bytes"] / max(1, routes["gradext: norms"]["bytes"]) for routes in rises]),
     ]  # fmt: skip
     body = [
         [
@@ -216,6 +238,13 @@ def _case(results: Results, case: str) -> str:
             gains = [_gain(base / mine) if base and mine else "" for base in bases]
             body.append([f"{B:,}", *(_cell(results, case, B, computes, name) for name in names), *gains])
         parts.append(f"### {heading}\n\n" + markdown_table(["B", *names, "over the peers", "over by hand"], body))
+    floors = [key for key in FLOORS if any(key in results.cells[case, B] for B in results.batches(case))]
+    if STEP in floors:
+        names = [(key.split(": ")) for key in floors]
+        body = [
+            [f"{B:,}", *(_cell(results, case, B, kind, name) for name, kind in names)] for B in results.batches(case)
+        ]
+        parts.append("### Training\n\n" + markdown_table(["B", *FLOORS.values()], body))
     return "\n\n".join(parts)
 
 
@@ -397,8 +426,13 @@ def draw_memory(results: Results) -> Figure | None:
     if not rows:
         return None
     longest = max(len(row["routes"]) for row in rows)
-    figure = Figure(figsize=(6.4 * len(rows), 0.3 * longest + 2.0), layout="constrained")
-    for ax, row in zip(_panels(figure, 1, len(rows)), rows, strict=True):
+    columns = min(2, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(6.4 * columns, (0.3 * longest + 2.0) * lines), layout="constrained")
+    axes = _panels(figure, lines, columns)
+    for ax in axes[len(rows) :]:
+        ax.set_visible(False)
+    for ax, row in zip(axes, rows, strict=False):
         keys, top = list(row["routes"]), max(r["bytes"] for r in row["routes"].values())
         positions, at = [], 0.0
         for k, key in enumerate(keys):  # a gap between what computes different things

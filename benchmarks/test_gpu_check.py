@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -140,3 +142,33 @@ def test_commands_are_those_of_the_machine(tmp_path):
     assert gpu_check.command("memcheck", arguments)[:3] == ["compute-sanitizer", "--tool", "memcheck"]
     assert gpu_check.environment(arguments)["GRADEXT_CUDA_ARCHS"] == "native"
     assert gpu_check.environment(arguments)["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+
+
+def test_key_tests_are_there():
+    names = re.findall(r"^def (test_\w+)", (gpu_check.ROOT / "tests" / "test_gpu.py").read_text(), re.MULTILINE)
+    for word in gpu_check.KEY_TESTS.split(" or "):
+        assert any(word in name for name in names), word
+
+
+def test_nothing_but_that_machines_packages_is_imported():
+    """By the tests and the cases: it has torch, Triton, NumPy, pytest and what builds, and no network."""
+    missing = (
+        "sklearn",
+        "scipy",
+        "hypothesis",
+        "tqdm",
+        "matplotlib",
+        "PIL",
+        "safetensors",
+        "pandas",
+        "pytest_benchmark",
+    )
+    files = [str(gpu_check.ROOT / "tests" / name) for name in ("test_gpu.py", "triton_operators.py", "test_ops.py")]
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({missing!r}); sys.path.insert(0, {str(gpu_check.ROOT)!r}); "
+        "import benchmarks.gpu_cases, pytest; [list(make('cpu')) for make in benchmarks.gpu_cases.CASES.values()]; "
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only', *{files!r}]))"
+    )
+    variables = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

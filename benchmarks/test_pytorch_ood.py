@@ -8,7 +8,8 @@ import pytest
 from . import pytorch_ood
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("pytorch_ood") is None, reason="pytorch-ood is not installed (pip install '.[homes]')"
+    importlib.util.find_spec("pytorch_ood") is None,
+    reason="pytorch-ood is not installed (pip install '.[wrappers]')",
 )
 
 

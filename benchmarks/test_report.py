@@ -104,6 +104,35 @@ def test_aims(made):
     assert found["everything, everywhere, against the fastest peer"] == ["1x", "0.5x to 45x", "3 of 4"]
 
 
+def test_aims_of_real_models(tmp_path):
+    routes = {
+        "batched backward: sum": 100.0, "training step: step": 100.0, "gradext: step norms": 110.0,
+        "Opacus ghost: norms": 160.0, "gradext: norms": 100.0, "vmap(grad): gram": 90.0, "gradext: gram": 100.0,
+        "Opacus ghost: clipped": {"wrong": 0.5}, "gradext: clipped": 130.0,
+    }  # fmt: skip
+    rises = {
+        "training step: step": {"computes": "step", "bytes": 100},
+        "gradext: norms": {"computes": "norms", "bytes": 110},
+    }
+    memory = {"kind": "memory", "case": "GPT-2", "B": 16, "bytes": 1000, "routes": rises, **FACTS}
+    report.write(report.Results([*ROWS, cell("GPT-2", 16, **routes), memory]), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    found = {
+        columns(line)[0]: columns(line)[1:] for line in section(text, "Aims").splitlines() if line.startswith("| ")
+    }
+    assert found["real models, everything, against the fastest peer"] == ["1x", "0.9x to 1.6x", "1 of 2"]
+    assert found["real models, norms, against a plain forward and backward"] == ["0.91x", "1x to 1x", "1 of 1"]
+    assert found["real models, norms, against Opacus' ghost clipping"] == ["1.4x", "1.6x to 1.6x", "1 of 1"]
+    assert found["real models, a training step with norms, against a plain one"] == [
+        "0.87x",
+        "0.909x to 0.909x",
+        "1 of 1",
+    ]
+    assert found["real models, memory of norms, against a plain step's"] == ["0.83x", "0.909x to 0.909x", "1 of 1"]
+    rows = [columns(line) for line in section(text, "GPT-2").splitlines() if line.startswith("| 16 ")]
+    assert rows[-1] == ["16", "100 ± 10", "100 ± 10", "110 ± 11"]
+
+
 def test_reasons_memory_operators_and_slopes(made):
     text = (made / "report.md").read_text()
     missing = section(text, "Not measured")

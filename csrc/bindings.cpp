@@ -151,7 +151,7 @@ py::dict build_config() {
   config["cuda_ptx"] = py::none();
 #endif
   config["cuda_archs"] = archs;
-  config["cpu_isa"] = gradext::cpu_isa();
+  config["cpu_isas"] = gradext::cpu_isas();
   return config;
 }
 
@@ -172,15 +172,16 @@ PYBIND11_MODULE(_C, m) {
       [](std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B, std::int64_t T,
          std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
          std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
-         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from, bool baseline) {
+         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from,
+         const std::string& isa) {
         gradext::outer_cpu(outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
                                         activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
-                           threads, stream_from, baseline);
+                           threads, stream_from, isa);
       },
       py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"), py::arg("I"),
       py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"), py::arg("activation_t"),
       py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"), py::arg("in_dtype"), py::arg("out_dtype"),
-      py::arg("threads"), py::arg("stream_from") = -1, py::arg("baseline") = false, without_gil);
+      py::arg("threads"), py::arg("stream_from") = -1, py::arg("isa") = "", without_gil);
   m.def(
       "nt_fill_cpu",
       [](std::uintptr_t out, std::int64_t bytes, int threads) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -42,8 +43,8 @@ inline OuterParams with_long_rows(OuterParams p) {
 
 // f32 -> f32, f16, bf16 and f64 -> f64. Uses at most `threads` threads, fewer where the work is small. From
 // `stream_from` output bytes on the stores go past the cache; negative means three quarters of the last-level cache.
-// `baseline` takes the build for any machine, for tests.
-void outer_cpu(const OuterParams& p, int threads, std::int64_t stream_from = -1, bool baseline = false);
+// `isa` names another of cpu_isas() than the best, for tests.
+void outer_cpu(const OuterParams& p, int threads, std::int64_t stream_from = -1, const std::string& isa = "");
 
 // Fills [out, out + bytes) with streaming stores by the same threads: the ceiling that outer_cpu is measured
 // against.
@@ -52,8 +53,8 @@ void nt_fill_cpu(void* out, std::int64_t bytes, int threads);
 // Output bytes from which outer_cpu streams past the cache on this machine.
 std::int64_t default_stream_from();
 
-// The instruction set that outer_cpu chose for this machine.
-const char* cpu_isa();
+// The instruction sets of this machine that outer_cpu was built for, the best first.
+std::vector<std::string> cpu_isas();
 
 // f32 -> f32, f16, bf16; f16 -> f16, f32; bf16 -> bf16, f32; f64 -> f64, one such pair for all problems. Those of T = 1
 // share launches, the others have one each. Asynchronous on `stream` (a cudaStream_t).

@@ -47,12 +47,12 @@ PAPER_AVERAGE = 0.746  # of the gradient classifier on CURE-TSR; the curves stan
 STAND_IN = "STAND-IN: BelgiumTSC with simulated conditions, not CURE-TSR"
 ARCHIVE = Path("belgiumtsc", "belgiumtsc-32.tar.gz")
 CURVES = {
-    "gradient_classifier": ("#e8743b", "-"),
-    "reconstruction_classifier": ("#2a6fbb", "-"),
-    "latent_classifier": ("#4d9a5b", "-"),
-    "gradient_norm": ("#e8743b", ":"),
-    "whitened_delta_norm": ("#8a3fa0", ":"),
-    "reconstruction_error": ("#2a6fbb", ":"),
+    "gradient_classifier": ("#d55e00", "-"),  # colours of Okabe and Ito, which the colour-blind tell apart
+    "reconstruction_classifier": ("#0072b2", "-"),
+    "latent_classifier": ("#009e73", "-"),
+    "gradient_norm": ("#d55e00", ":"),
+    "whitened_delta_norm": ("#cc79a7", ":"),
+    "reconstruction_error": ("#0072b2", ":"),
 }
 
 
@@ -246,7 +246,7 @@ def _title(rows: Sequence[dict]) -> str:
 def render(rows: Sequence[dict], name: str) -> str:
     head = ["AUROC, mean over levels", *CONDITIONS, "average", "spread"]
     lines, by_level = [], []
-    for score in (*CLASSIFIER_SCORES, *SCORES):
+    for score in (name for name in (*CLASSIFIER_SCORES, *SCORES) if runs.has_score(rows, name)):
         values = _mean(rows, score)
         averages = [_mean([row], score).mean() for row in rows]
         spread = f"{np.std(averages, ddof=1):.3f}" if len(rows) > 1 else "one run"
@@ -279,10 +279,12 @@ def draw(rows: Sequence[dict]) -> Figure:
                 ax.plot(
                     LEVELS, _mean(rows, name)[k], color=colour, linestyle=style, marker="o", markersize=3.5, label=label
                 )
-            ax.axhline(0.5, color=INK, linewidth=0.6, alpha=0.4)
+            ax.axhline(0.5, color=INK, linewidth=0.6, alpha=0.4, label="chance" if k == 0 else None)
             ax.set(title=condition.capitalize(), xlabel="challenge level", xticks=list(LEVELS), ylim=(0, 1.02))
         axes[0].set_ylabel("AUROC")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CURVES), fontsize=9)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CURVES) + 1, fontsize=9
+        )
     return figure
 
 

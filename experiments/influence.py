@@ -40,31 +40,38 @@ def _factors(model: nn.Module, x: Tensor, target: Tensor) -> gradext.LayerFactor
     return gradext.batch_layer_factors(model, x, loss="cross_entropy", target=target, layers="*.weight")
 
 
-def main() -> None:
+def losses(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), target, reduction="none")
+
+
+def mislabelled() -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """A model trained on 1,000 digits with a tenth of the labels exchanged, these, the other digits, and which."""
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     x, clean = torch.tensor(images / 16).float(), torch.tensor(labels)
     rows = torch.randperm(len(x))
-    train, validation, test = rows[:1000], rows[1000:1300], rows[1300:]
+    train, others = rows[:1000], rows[1000:]
     wrong = torch.rand(len(train)) < 0.1
     given = torch.where(wrong, (clean[train] + torch.randint(1, 10, (len(train),))) % 10, clean[train])
-
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(30):
-        loss = nn.functional.cross_entropy(model(x[train]), given)
         optimizer.zero_grad()
-        loss.backward()
+        losses(model, x[train], given).mean().backward()
         optimizer.step()
+    return model, (x[train], given), (x[others], clean[others]), wrong
 
-    scores = influence(model, (x[train], given), (x[validation], clean[validation]))
-    losses = nn.functional.cross_entropy(model(x[train]), given, reduction="none").detach()
-    print(f"{wrong.sum()} of {len(train)} labels are exchanged; AUROC of finding them")
+
+def main() -> None:
+    model, (x, given), (others, clean), wrong = mislabelled()
+    validation, test = (others[:300], clean[:300]), (others[300:], clean[300:])
+    scores = influence(model, (x, given), validation)
+    print(f"{wrong.sum()} of {len(x)} labels are exchanged; AUROC of finding them")
     print(f"  by influence      {roc_auc_score(wrong, -scores):.3f}")
-    print(f"  by the loss alone {roc_auc_score(wrong, losses):.3f}")
-    found = nearest(model, (x[train], given), (x[test], clean[test]), 5)
-    same = (clean[train][found] == clean[test][:, None]).float().mean()
-    print(f"of the 5 nearest training gradients of a test sample, {same:.1%} are of its class")
+    print(f"  by the loss alone {roc_auc_score(wrong, losses(model, x, given).detach()):.3f}")
+    found = nearest(model, (x, given), test, 5)
+    same = (torch.where(wrong, -1, given)[found] == test[1][:, None]).float().mean()
+    print(f"of the 5 nearest training gradients of a test sample, {same:.1%} are of its class, rightly labelled")
 
 
 if __name__ == "__main__":

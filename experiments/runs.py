@@ -53,6 +53,8 @@ def run(
     rows = read(log)
     found = {k: row for k, task in enumerate(tasks) for row in rows if task.items() <= row.items()}
     open_tasks = {k: task for k, task in enumerate(tasks) if k not in found}
+    if found:
+        print(f"{len(found)} of {len(tasks)} runs read from {log}; --out DIR runs anew", file=sys.stderr, flush=True)
     facts = provenance() if open_tasks else {}
     bar = tqdm(total=len(tasks), initial=len(found), desc=description, unit="run", disable=None)
     with bar, log.open("a") as file:
@@ -68,6 +70,11 @@ def run(
                 "run the same command again to go on"
             ) from error
     return [found[k] for k in range(len(tasks))]
+
+
+def has_score(rows: Sequence[dict], name: str) -> bool:
+    """Whether the score existed when these rows were made."""
+    return all(name in row["auroc"] for row in rows)
 
 
 def read(log: Path) -> list[dict]:

@@ -21,7 +21,8 @@ import numpy as np
 from gradext.novelty.demo import TITLES, markdown_table
 
 from . import runs
-from .table1 import CHOICES, PAPER, has_score, values_of, whole_runs
+from .runs import has_score
+from .table1 import CHOICES, PAPER, values_of, whole_runs
 
 SETS = ("mnist", "fashion-mnist", "cifar-10")
 LABELS = {

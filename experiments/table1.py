@@ -57,12 +57,18 @@ PAPER = {
     },
 }
 
-
+CLASS_NAMES = {
+    "mnist": tuple("0123456789"),
+    "fashion-mnist": (
+        "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
+    ),
+    "cifar-10": ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}  # fmt: skip
 CHOICES = ("hidden_dim", "latent_dim", "noise_std", "noise_clip", "layer")
 SERIES = (
     ("gradient_classifier", OUTLIER, "s"),
     ("whitened_delta_norm", INLIER, "o"),
-    ("combined_evidence", "#3a9a5b", "D"),
+    ("combined_evidence", "#cc79a7", "D"),
     ("reconstruction_error", GREY, "x"),
 )
 
@@ -164,11 +170,6 @@ def values_of(rows: Sequence[dict], name: str) -> np.ndarray:
     return np.array([[found[(*repeat, c)] for c in classes] for repeat in repeats])
 
 
-def has_score(rows: Sequence[dict], name: str) -> bool:
-    """Whether the score was there when these rows were made."""
-    return all(name in row["auroc"] for row in rows)
-
-
 def _repeats(rows: Sequence[dict]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((row["fold"], row["seed"]) for row in rows))
 
@@ -180,7 +181,7 @@ def draw(rows: Sequence[dict]) -> Figure:
         figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
         ax = figure.subplots()
         places = np.arange(len(classes) + 1)  # the average last
-        series = [entry for entry in SERIES if has_score(rows, entry[0])]
+        series = [entry for entry in SERIES if runs.has_score(rows, entry[0])]
         for k, (name, colour, marker) in enumerate(series):
             values = values_of(rows, name).mean(0)
             beside = places + 0.13 * (k - (len(series) - 1) / 2)  # equal values would hide each other
@@ -190,13 +191,11 @@ def draw(rows: Sequence[dict]) -> Figure:
             [*paper, paper.mean()], places - 0.3, places + 0.3, color=INK, linewidth=2, label="the paper's gradient"
         )
         ax.axvline(len(classes) - 0.5, color=GREY, linewidth=0.8)
-        if ax.get_ylim()[0] < 0.5:
-            ax.axhline(0.5, color=INK, linewidth=0.9, linestyle=":")
-            ax.text(len(classes) + 0.45, 0.5, "chance", fontsize=8, va="bottom", ha="right")
-        ax.set_xticks(places, [*map(str, classes), "average"])
-        ax.set(xlabel="inlier class", ylabel="AUROC", title=f"{TITLES[dataset]}: each class against all others")
+        ax.axhline(0.5, color=INK, linewidth=0.8, linestyle=":", label="chance")
+        ax.set_xticks(places, [*(CLASS_NAMES[dataset][c] for c in classes), "average"])
+        ax.set(xlabel="normal class", ylabel="AUROC", ylim=(0, 1.02), title=f"{TITLES[dataset]}, {_kind(rows[0])}")
         ax.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
-        figure.legend(loc="outside lower center", ncols=len(series) + 1, columnspacing=1.6)
+        figure.legend(loc="outside lower center", ncols=len(series) + 2, columnspacing=1.4, fontsize=8.5)
     return figure
 
 
@@ -206,7 +205,7 @@ def render(rows: Sequence[dict], picture: str) -> str:
     classes = sorted({row["inlier"] for row in rows})
     head = ["AUROC", *map(str, classes), "average", "spread", "variance over classes"]
     lines = []
-    for name in (name for name in (*CLASSIFIER_SCORES, *SCORES) if has_score(rows, name)):
+    for name in (name for name in (*CLASSIFIER_SCORES, *SCORES) if runs.has_score(rows, name)):
         values = values_of(rows, name)
         spread = f"{values.mean(1).std(ddof=1):.3f}" if len(repeats) > 1 else "one run"
         lines.append([name.replace("_", " "), *_cells(values.mean(0)), spread, f"{values.mean(0).var():.3f}"])
@@ -221,6 +220,13 @@ def render(rows: Sequence[dict], picture: str) -> str:
         f"{_model(rows[0])}Means over {len(repeats)} run(s), (fold, seed) = {', '.join(map(str, repeats))}.\n\n"
         f"{markdown_table(head, lines)}\n\n{runs.origin(rows)}\n"
     )
+
+
+def _kind(row: dict) -> str:
+    """The title of a picture says what was run."""
+    said = "convolutional VAE" if "channels" in row else "multilayer perceptron"
+    said += f", {row['members']} models" if "members" in row else ""
+    return said + (f", GradCon's penalty {row['gradcon']:g}" if "gradcon" in row else "")
 
 
 def _model(row: dict) -> str:

@@ -14,12 +14,16 @@ from ._version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for bad input, 2 for wrong arguments, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="gradext", description="Per-sample gradients of linear layers, and novelty detection with them."
+        prog="gradext", description="Per-sample gradients of neural networks, and novelty detection with them."
     )
     parser.add_argument("--version", action="version", version=f"gradext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="train, score and draw on real images, one class being normal")
+    demo = commands.add_parser(
+        "demo",
+        description="Train a detector on one class of a data set, print AUROC and speed, and draw a picture.",
+        help="train, score and draw on real images, one class being normal",
+    )
     demo.add_argument("--dataset", default="digits", help="digits (bundled), mnist, fashion-mnist or cifar-10")
     demo.add_argument(
         "--data-dir", metavar="DIR", help="folder with the set's standard files (default: the variable GRADEXT_DATA)"
@@ -69,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.add_argument("model", metavar="MODEL", help="a file that `gradext fit` wrote")
 
     fit = commands.add_parser(
-        "fit", parents=[data], help="train a detector on normal samples and save it; resumes where it stopped"
+        "fit",
+        description="Train a detector on normal samples and write a model file. Run the same command again to resume.",
+        parents=[data],
+        help="train a detector on normal samples and save it; resumes where it stopped",
     )
     fit.add_argument(
         "--normal", nargs="+", metavar="LABEL", help="train on samples with these labels (default: on all of DATA)"
@@ -109,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit.set_defaults(run=_novelty)
 
     score = commands.add_parser(
-        "score", parents=[model, data], help="write a table of scores; resumes where it stopped"
+        "score",
+        description="Write a table with the score of every sample. Run the same command again to resume.",
+        parents=[model, data],
+        help="write a table of scores; resumes where it stopped",
     )
     score.add_argument(
         "--target-fpr", type=float, metavar="P", help="call novel at this rate of false alarms (default: the fit's)"
@@ -119,18 +129,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     score.set_defaults(run=_novelty)
 
     evaluate = commands.add_parser(
-        "evaluate", parents=[model, labelled], help="how well labelled samples are told apart"
+        "evaluate",
+        description="Score labelled samples and print how well scores separate normal and novel ones.",
+        parents=[model, labelled],
+        help="how well scores separate labelled samples",
     )
     evaluate.set_defaults(run=_novelty)
 
-    report = commands.add_parser("report", parents=[model, labelled], help="one HTML file with plots and explanations")
+    report = commands.add_parser(
+        "report",
+        description="Score labelled or unlabelled samples and write one HTML file with plots, images and explanations.",
+        parents=[model, labelled],
+        help="one HTML file with plots and explanations",
+    )
     report.add_argument("--out", required=True, metavar="HTML", help="the file to write; it needs no network")
     report.add_argument(
         "--training", metavar="DATA", help="training samples, to show the normal ones nearest to the most novel"
     )
     report.set_defaults(run=_novelty)
 
-    export = commands.add_parser("export", parents=[model], help="write the scoring function as an ONNX graph")
+    export = commands.add_parser(
+        "export",
+        description="Write the scoring function of a model as an ONNX graph, for onnxruntime.",
+        parents=[model],
+        help="write the scoring function as an ONNX graph",
+    )
     export.add_argument("--out", required=True, metavar="ONNX", help="the file to write")
     export.add_argument(
         "--dtype", choices=("float32", "float64"), help="of input and scores (default: the detector's own)"
@@ -139,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.set_defaults(run=_novelty)
 
     images = commands.add_parser(
-        "images", help="write a named set out as PNG files, DIR/train/LABEL/ and DIR/test/LABEL/"
+        "images",
+        description="Write a data set as PNG files, one folder for each label.",
+        help="write a named set out as PNG files, DIR/train/LABEL/ and DIR/test/LABEL/",
     )
     images.add_argument("data", metavar="SET", help="digits (bundled), mnist, fashion-mnist or cifar-10")
     images.add_argument(
@@ -148,7 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     images.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     images.set_defaults(run=_novelty)
 
-    info = commands.add_parser("info", help="versions, build configuration, and which backends work")
+    info = commands.add_parser(
+        "info",
+        description="Print versions, the build configuration, and which backends work. Please add it to bug reports.",
+        help="versions, build configuration, and which backends work",
+    )
     info.set_defaults(run=_info)
 
     arguments = parser.parse_args(argv)

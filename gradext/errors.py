@@ -1,4 +1,4 @@
-"""The errors that gradext raises on purpose. Each message names what was expected, what came, and what to do."""
+"""The errors that gradext raises. Each message says what was expected, what came, and what to do."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ class NonFiniteError(CaptureError):
 
 
 class BackendError(RuntimeError):
-    """The backend asked for does not work here; the message says why."""
+    """The requested backend does not work here; the message says why."""
 
 
 def listed(names: Iterable[str]) -> str:

@@ -25,13 +25,7 @@ _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fall
 
 
 def gradients(
-    mode: WatchMode,
-    root: Root,
-    lost: list[Entry],
-    unseen: Mapping[str, Tensor],
-    fallback: str | None,
-    mixing: str,
-    create_graph: bool,
+    mode: WatchMode, root: Root, lost: list[Entry], unseen: dict, fallback: str | None, mixing: str, create_graph: bool
 ) -> tuple[list[Share], dict[str, Tensor]]:
     """The gradients of the values of ``lost``, and by all paths in the graph those of the parameters ``unseen``."""
     reasons: list[tuple[str, str | None]] = [(listed(entry.names), entry.reason()) for entry in lost]
@@ -54,6 +48,9 @@ def _each_sample(
 ) -> list[Tensor]:
     """The gradients [B, *x.shape] of each loss by ``inputs``; refuses samples that mix at the entries ``judged``."""
     gradient = root.gradient if create_graph else root.gradient.detach()
+    if len(gradient) == 1:
+        row = mode.differentiate(root, gradient, inputs, create_graph=create_graph)
+        return [x.new_zeros(1, *x.shape) if g is None else dense(g)[None] for x, g in zip(inputs, row, strict=True)]
     edges = [edge for entry in judged for edge in entry.edges]
     found = [x.new_zeros(len(gradient), *x.shape) for x in inputs]
     touched: list[Tensor | int] = [0] * len(edges)  # of each element, by how many samples' losses

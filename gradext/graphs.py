@@ -1,4 +1,4 @@
-"""A whole call as one CUDA graph: for small batches, whose kernels take less time than their launches."""
+"""A whole call as one CUDA graph, for small batches, whose kernels take less time than their launches."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def make_graphed_layer_grads(
 ) -> GraphedLayerGrads:
     """`gradext.batch_layer_grads` of one model and one shape of input, recorded as a CUDA graph and replayed.
 
-    ``graphed = make_graphed_layer_grads(model, sample_x, loss="bce")`` and then ``graphed(x)`` give what
-    ``batch_layer_grads(model, x, loss="bce")`` gives, forward, backward and products by a single launch. As with
-    `torch.cuda.make_graphed_callables`, the results are the graph's own tensors, **which the next call overwrites**:
-    clone what is to be kept. Weights and buffers may change in place (an optimizer's step, `load_state_dict`).
+    ``graphed = make_graphed_layer_grads(model, sample_x, loss="bce")`` and then ``graphed(x)`` give the result of
+    ``batch_layer_grads(model, x, loss="bce")``, with forward, backward and products in a single launch. As with
+    `torch.cuda.make_graphed_callables`, the results are tensors of the graph, **which the next call overwrites**: clone
+    what you keep. Weights and buffers may change in place (a step of an optimizer, `load_state_dict`).
 
-    What Python decides is decided at the recording: hooks, a callable ``loss``, ``reduce``, branches on values,
-    autocast, the training mode. Dropout draws anew at each replay, from the GPU's default generator. The check that
-    would wait for the GPU (``check_finite``) is made once, on the sample. Models of which the graph alone does not tell
-    whose rows are whose cannot be recorded, which a CaptureError says.
+    Everything that Python decides is fixed at the recording: hooks, a callable ``loss``, ``reduce``, branches on
+    values, autocast, the training mode. Dropout draws new numbers at each replay, from the GPU's default generator. A
+    check that waits for the GPU (``check_finite``) is made once, on the sample. A model whose rows need a proof in
+    every call cannot be recorded, and raises CaptureError.
 
 
     Args:

@@ -82,7 +82,7 @@ def batch_layer_grads(
     if out is not None and create_graph:
         raise ValueError("out: results that keep their graph cannot be written into given tensors; pass out=None")
     choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
-    found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
+    found, watched = _gradients(model, x, loss, target, check_finite, create_graph, True, **choice)
     return LayerGrads.of(found, watched.parameters, watched.coverage, out=out, dtype=dtype, backend=backend)
 
 
@@ -114,22 +114,19 @@ def batch_layer_factors(
     torch.Size([5])
     """
     choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
-    found, watched = _gradients(model, x, loss, target, check_finite, create_graph, **choice)
+    found, watched = _gradients(model, x, loss, target, check_finite, create_graph, False, **choice)
     result = LayerFactors.of(found, watched.coverage)
     del found, watched  # with the graph
     return result.kept_apart()
 
 
 def _gradients(
-    model: nn.Module,
-    x: Any,
-    loss: str | PerSampleLoss,
-    target: Any,
-    check_finite: bool,
-    create_graph: bool,
-    **choice: Any,
+    model: nn.Module, x: Any, loss: Any, target: Any, finite: bool, create_graph: bool, written: bool, **choice: Any
 ) -> tuple[dict[str, Gradient], watch]:
-    """The per-sample gradient of every chosen parameter, in the form that its rule gives; ``choice`` as for `watch`."""
+    """The per-sample gradient of every chosen parameter, in the form that its rule gives; ``choice`` as for `watch`.
+
+    finite: raise where they are not; written: no factors are needed.
+    """
     if create_graph and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "create_graph: expected False under torch.inference_mode(), which keeps no graph; leave inference mode"
@@ -142,6 +139,7 @@ def _gradients(
     if not tensors:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
     watched = watch(model, inputs=[args, kwargs, target], create_graph=create_graph, **choice)
+    watched.one_sample = written and tensors[0].shape[:1] == (1,)
     devices = {parameter.device for parameter in watched.parameters.values()}
     if len(devices) == 1 and tensors[0].device not in devices:
         raise ValueError(
@@ -163,7 +161,7 @@ def _gradients(
                 )
             root = backward_root(loss, output, target, create_graph=create_graph)
         found = watched.gradients(root, keep_graph=False)
-    if check_finite:
+    if finite:
         for name, gradient in found.items():
             for tensor in [gradient] if isinstance(gradient, Tensor) else gradient._tensors():
                 _refuse_non_finite(name, tensor, root.gradient.shape[0])

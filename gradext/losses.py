@@ -8,7 +8,7 @@ here knows about parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ LOSSES: dict[str, PerSampleLoss] = {f.__name__: f for f in (bce, bce_logits, mse
 def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     """The value of ``loss``, as `backward_root` understands it -> [B]."""
     if callable(loss):
-        return _checked_values(loss(output, target))
+        return checked_losses(loss(output, target), "loss")
     loss, target = checked(loss, output, target)
     return _in_full_precision(LOSSES[loss], output, target)
 
@@ -96,18 +96,15 @@ def _widened(output: Tensor) -> Tensor:
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
-def _checked_values(values: Tensor) -> Tensor:
-    if not isinstance(values, Tensor) or values.ndim != 1:
-        came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"loss: expected a tensor of shape (B,), one value for each sample, but the callable returned {came}; use "
-            "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
-        )
-    if not values.is_floating_point():
-        raise TypeError(
-            f"loss: expected floating-point values, which have a gradient, but the callable returned {values.dtype}"
-        )
-    return values
+def checked_losses(losses: Any, argument: str) -> Tensor:
+    """They themselves; raises for what is not one number a sample."""
+    if isinstance(losses, Tensor) and losses.ndim == 1 and losses.is_floating_point():
+        return losses
+    came = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+    raise (TypeError if getattr(losses, "ndim", 0) == 1 else ValueError)(
+        f"{argument}: expected a floating-point tensor of shape (B,), one value for each sample, but got {came}; use "
+        "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
+    )
 
 
 def checked(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
@@ -117,6 +114,13 @@ def checked(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor for loss={loss!r}, but got {type(target).__name__}")
     if loss == "cross_entropy":
+        classes, probabilities = output.shape[:1] + output.shape[2:], output.shape
+        if target.shape != (probabilities if target.is_floating_point() else classes):
+            raise ValueError(
+                f"target: expected class indices of shape {tuple(classes)} or probabilities of shape "
+                f"{tuple(probabilities)} for loss='cross_entropy', but got {target.dtype} of shape "
+                f"{tuple(target.shape)}; pass target=labels (without target= it is the model's input)"
+            )
         return loss, target
     if not output.is_floating_point():
         raise TypeError(f"output: expected a floating-point tensor for loss={loss!r}, but got {output.dtype}")

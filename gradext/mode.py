@@ -88,7 +88,7 @@ class WatchMode(TorchFunctionMode):
         self.owned: set[int] | None = None  # ids of the tensors that the model holds, once asked for
         self.told = False  # whether the inputs were marked
         self.replay = False  # in a backward that runs a checkpointed forward again
-        self.opaque = False  # inside a layer with a rule of its user's own
+        self.opaque = False  # nothing is recorded: inside a layer with a user's own rule, or in a run of one sample
         self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
         self.hooked = False  # whether the run has registered hooks
         self.captured: dict[tuple[Node, int], Tensor] = {}
@@ -111,12 +111,12 @@ class WatchMode(TorchFunctionMode):
         # Torch has no public way to ask; both names are the same in every version that the package supports.
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
+        if self.opaque:
+            return func(*args, **kwargs)
         if func in _COMPOSED:
             return self._look_inside(func, args, kwargs)
         values, others, sampled = self._told_apart(func, args, kwargs)
         if values:
-            if self.opaque:
-                return func(*args, **kwargs)
             if not sampled or func in _WHOLE:
                 return self._derive(func, args, kwargs, values)
             if any(value.names for value in values):
@@ -374,7 +374,7 @@ class WatchMode(TorchFunctionMode):
         assert root.edge is not None  # as the losses depend on something
         self.replay = True
         try:
-            with self:
+            with contextlib.nullcontext() if self.opaque else self:
                 options = retain, create_graph
                 return list(torch.autograd.grad((root.edge,), inputs, (gradient,), *options, allow_unused=True))
         finally:

@@ -1,7 +1,7 @@
 """The compiled module: `C` where it can be used, else None and the `reason`. Knows nothing of torch.
 
-A binary is used only if it was built from this version and, where the sources lie beside the package, from
-these sources: a stale one would answer with the arithmetic of another day.
+A binary is used only if it was built from this version and, if the sources lie beside the package, from these sources.
+A stale one raises a warning, because it computes what other sources said.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +20,11 @@ from ._version import __version__
 __all__ = ["C", "reason"]
 
 _PACKAGE = Path(__file__).resolve().parent
-_CURE = "run `pip install .` in gradext's source folder"
+_CURE = "run `pip install .` in gradext's source folder, with g++ or clang installed"
 
 
 def source_hash(csrc: Path) -> str:
-    """As setup.py computes it and build_config() reports it."""
+    """The hash of the sources, as setup.py computes it and build_config() reports it."""
     digest = hashlib.sha256()
     for path in sorted(p for p in csrc.rglob("*") if p.is_file()):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -31,8 +32,8 @@ def source_hash(csrc: Path) -> str:
 
 
 def _candidates() -> Iterator[Path]:
-    """Beside this file, then in installed distributions: in the root of a clone the source folder, which
-    holds no binary, hides the installed package."""
+    """Binaries beside this file, then those of installed distributions: in the root of a clone the source folder, which
+    has no binary, shadows the installed package."""
     seen = {_PACKAGE}
     yield from _binaries(_PACKAGE)
     for distribution in importlib.metadata.distributions(name="gradext"):
@@ -79,3 +80,5 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 C: Any  # a module, whose content no type checker sees, or None
 C, reason = _load()
+if C is None and any(_candidates()):
+    warnings.warn(f"gradext runs without its compiled kernels: {reason}", RuntimeWarning, stacklevel=2)

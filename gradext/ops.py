@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from . import backends
 from .backends.reference import accumulation_type, widen
 
-# Those of interest beside `gradext.GradFactors`; the checks are for the files around this one.
+# The operators that users call; the checks are used by other files of the package.
 __all__ = [
     "DTYPES",
     "dot",
@@ -45,7 +45,7 @@ _kernels: dict[tuple[str, str], Callable] = {}  # (operator, overload) -> what t
 
 
 def without_autocast(device_type: str, function: Callable[..., Any], *arguments: object) -> Any:
-    """``function(*arguments)``, whose operators give the types that they say."""
+    """``function(*arguments)`` with autocast disabled, so that operators return the types that they declare."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return function(*arguments)
     with torch.autocast(device_type, enabled=False):
@@ -53,9 +53,9 @@ def without_autocast(device_type: str, function: Callable[..., Any], *arguments:
 
 
 def _call(operator: str, overload: str, *tensors: Tensor, **options):
-    """``torch.ops.gradext.<operator>.<overload>``, past the dispatcher where that has nothing to do.
+    """``torch.ops.gradext.<operator>.<overload>``; bypasses the dispatcher if that has nothing to do.
 
-    Its way to a Python kernel takes 10 to 30 µs, several times the smallest kernels themselves.
+    The dispatcher takes 10 to 30 µs to call a Python kernel, several times as long as the smallest kernels.
     """
     if _is_plain((*tensors, options["out"]) if "out" in options else tensors):
         return _kernels[operator, overload](*tensors, **options)
@@ -66,9 +66,9 @@ def _call(operator: str, overload: str, *tensors: Tensor, **options):
 
 
 def _is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether no gradient is wanted and nobody looks on: no mode, tracer, transform, or tensor subclass.
+    """Whether the call may bypass the dispatcher: no gradient, mode, tracer, transform or tensor subclass is involved.
 
-    Nor a lazy negative (the imaginary part of a conjugate): the dispatcher makes plain memory of it.
+    Nor a lazy negative (the imaginary part of a conjugate), which the dispatcher materialises.
     """
     watched = (
         torch.compiler.is_compiling()
@@ -110,8 +110,8 @@ def outer(
     ``out`` may share no memory with an input, since it is written while they are read.
 
     Raises ValueError or TypeError for shapes, types and devices that do not fit, BackendError for a backend that does
-    not work here; memory that runs out, as torch.OutOfMemoryError, MemoryError or torch's own RuntimeError, with the
-    size that was asked for.
+    not work here; torch.OutOfMemoryError, MemoryError or torch's own RuntimeError, with the requested size, if memory
+    runs out.
     """
     name = "outer" if delta.ndim == 2 else "outer_sum"
     if out is None:
@@ -148,9 +148,8 @@ def sq_norm(delta: Tensor, activation: Tensor, *, backend: str | None = None) ->
 def sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]], *, backend: str | None = None) -> Tensor:
     """`sq_norm` of several layers, each (delta, activation), of one batch -> [L, B], in the widest of their types.
 
-    In as few launches as the backend can: on a GPU one for all layers of a type, whatever their sizes, and one that
-    adds up. Where a gradient is wanted, one of each layer. Raises as `sq_norm`, and ValueError for no layer or for
-    layers of different B.
+    On a GPU this takes one launch for all layers of a type, and one that adds up. If a gradient is required, each layer
+    is computed alone. Raises as `sq_norm`, and ValueError for no layer or for layers of different B.
     """
     if not layers:
         raise ValueError("layers: expected at least one pair of factors, but got none")
@@ -181,10 +180,11 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor, *, backend: str | 
 def weighted_sum(
     delta: Tensor, activation: Tensor, weights: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """``Σ_b w_b G[b]``, weights [B] or None for ones -> [O, I], in the type that sums are kept in; BTOI operations.
+    """``Σ_b w_b G[b]``, weights [B] or None for ones -> [O, I], in the accumulation type; BTOI operations.
 
-    One matrix product over all positions of all samples. On a GPU half-precision factors are multiplied as they are and
-    summed in fp32, each sample's weight applied while its delta is loaded. Differentiable in all tensors.
+    One matrix product over all positions of all samples. On a GPU half-precision factors are multiplied without a
+    conversion and summed in fp32; the weight of a sample is applied while its delta is loaded. Differentiable in all
+    tensors.
     """
     check_factors(delta, activation)
     if weights is not None and tuple(weights.shape) != (delta.shape[0],):
@@ -195,8 +195,8 @@ def weighted_sum(
 def project(delta: Tensor, activation: Tensor, left: Tensor, right: Tensor, *, backend: str | None = None) -> Tensor:
     """``leftᵀ G[b] right = Σ_t (leftᵀ δ_t)(rightᵀ a_t)ᵀ``, left [O, P], right [I, Q] -> [B, P, Q].
 
-    In the type that sums are kept in; BT(OP + IQ + PQ) operations, and never a gradient. On a GPU half-precision
-    factors are read once, and what is projected is not written before it is summed. Differentiable in all tensors.
+    In the accumulation type; BT(OP + IQ + PQ) operations; no gradient is formed. On a GPU half-precision factors are
+    read once, and the projected factors are not written. Differentiable in all tensors.
     """
     check_factors(delta, activation)
     for name, matrix, size in (("left", left, delta.shape[-1]), ("right", right, activation.shape[-1])):
@@ -222,7 +222,7 @@ def quadratic(delta: Tensor, activation: Tensor, diag: Tensor, *, backend: str |
 
 
 def _composed(name: str, backend: str | None, *tensors: Tensor | None) -> Tensor:
-    """What a backend does where nobody looks on; else `reference`, made of torch's differentiable operators."""
+    """The backend's function if the call may bypass the dispatcher, else the differentiable one of `reference`."""
     delta = tensors[0]
     assert delta is not None
     if not _is_plain([t for t in tensors if t is not None]):
@@ -232,7 +232,7 @@ def _composed(name: str, backend: str | None, *tensors: Tensor | None) -> Tensor
 
 
 def _wide(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-    """In the type that sums are kept in: a product of another type than its operands has no derivative."""
+    """In the accumulation type: a product of another type than its operands has no derivative."""
     return (None if t is None else t.to(accumulation_type(t.dtype)) for t in tensors)
 
 
@@ -257,7 +257,7 @@ def gram(
 
 def check_factors(delta: Tensor, activation: Tensor) -> None:
     shape, other, dtype = delta.shape, activation.shape, delta.dtype
-    # All that can be wrong, in the order that takes least time; what it was is found below.
+    # Everything that can be wrong, cheapest check first; which one failed is found below.
     if (
         len(shape) == len(other)
         and (len(shape) == 2 or (len(shape) == 3 and shape[1] == other[1]))
@@ -343,7 +343,7 @@ def check_out(out: Tensor, shape: tuple[int, ...], device: torch.device, name: s
 
 
 def check_apart(outs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
-    """Refuse results that share memory with each other or with what is read while they are written."""
+    """Raise if results share memory with each other or with an input."""
     outs, inputs = list(outs), list(inputs)
     if len(outs) == 1:  # the usual case, in less time than sorting takes
         begin, end = _span(outs[0])
@@ -368,7 +368,7 @@ def check_apart(outs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
 
 
 def _span(t: Tensor) -> tuple[int, int]:
-    """Its first byte and the one behind its last; nothing where there is no memory."""
+    """The address of its first byte and of the byte after its last; the same address twice if it is empty."""
     begin = t.data_ptr()
     if t.is_contiguous():
         return begin, begin + t.nbytes
@@ -380,7 +380,7 @@ def _span(t: Tensor) -> tuple[int, int]:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Of two tensors whose spans overlap: slices of one buffer may still lie between each other."""
+    """For two tensors whose spans overlap: interleaved slices of one buffer may share no element."""
     if one.is_contiguous() and other.is_contiguous():
         return True
     try:
@@ -391,7 +391,7 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 class _Extent:
-    """A tensor's memory for NumPy, which asks only where it lies: it may be a GPU's."""
+    """A tensor's memory as NumPy sees it. Only addresses are used, so it may be a GPU's."""
 
     def __init__(self, t: Tensor) -> None:
         self.__array_interface__ = {
@@ -512,24 +512,28 @@ def _outer_group(products: Sequence[Product], backend: str | None) -> list[Tenso
 
 def _sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]], backend: str | None) -> Tensor:
     groups: dict[tuple[ModuleType, torch.dtype, torch.device], list[int]] = {}
+    chosen: dict[tuple, tuple] = {}
     for place, (delta, activation) in enumerate(layers):
         check_factors(delta, activation)
-        module = backends.choose("sq_norm", backend, delta.device.type, backends.Call(delta))
-        groups.setdefault((module, delta.dtype, delta.device), []).append(place)
+        kind = delta.ndim, delta.dtype, delta.device  # all that the table asks of a layer
+        if kind not in chosen:
+            module = backends.choose("sq_norm", backend, delta.device.type, backends.Call(delta))
+            chosen[kind] = module, delta.dtype, delta.device
+        groups.setdefault(chosen[kind], []).append(place)
     if len({device for _, _, device in groups}) > 1:
         raise ValueError(
             "layers: expected all on one device, but got " + ", ".join(sorted({str(d) for *_, d in groups}))
         )
     rows: dict[int, Tensor] = {}
     for (module, _, device), places in groups.items():
-        chosen = [layers[place] for place in places]
+        own = [layers[place] for place in places]
         if hasattr(module, "sq_norm_group"):
-            found = without_autocast(device.type, module.sq_norm_group, chosen)
+            found = without_autocast(device.type, module.sq_norm_group, own)
             if len(groups) == 1:
                 return found
         else:
             function = getattr(module, "sq_norm", None) or backends.reference.sq_norm
-            found = [without_autocast(device.type, function, *layer) for layer in chosen]
+            found = [without_autocast(device.type, function, *layer) for layer in own]
         rows |= zip(places, found, strict=True)
     return _stacked([rows[place] for place in range(len(layers))])
 

@@ -1,4 +1,4 @@
-"""Per-sample gradients the plain ways: the oracles of the tests and the baselines of the benchmarks and the demo."""
+"""Per-sample gradients by a loop and by `vmap(grad)`: oracles of tests, baselines of the benchmarks and the demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .losses import PerSampleLoss
 
 
 def loop_layer_grads(model: nn.Module, x: Tensor, loss: PerSampleLoss, names: Sequence[str]) -> dict[str, Tensor]:
-    """A full backward pass for each sample by itself, the literature's way: ``{name: [B, *parameter.shape]}``."""
+    """One full backward pass for each sample alone: ``{name: [B, *parameter.shape]}``."""
     parameters = dict(model.named_parameters())
     grads: dict[str, list[Tensor]] = {name: [] for name in names}
     for sample in x.split(1):
@@ -28,7 +28,7 @@ def loop_layer_grads(model: nn.Module, x: Tensor, loss: PerSampleLoss, names: Se
 
 
 def vmap_layer_grads(model: nn.Module, x: Tensor, loss: PerSampleLoss, names: Sequence[str]) -> dict[str, Tensor]:
-    """``torch.func.vmap(torch.func.grad(...))`` over the named parameters alone, the best that torch itself offers."""
+    """``torch.func.vmap(torch.func.grad(...))`` over the named parameters: torch's own fastest route."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     chosen = {name: parameters.pop(name) for name in names}
 

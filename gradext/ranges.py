@@ -28,6 +28,11 @@ def times_two_to(n: Tensor, x: Tensor) -> Tensor:
     return x * torch.exp2(half.to(x.dtype)) * torch.exp2((n - half).to(x.dtype))
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether the tensor's values may decide what is computed: a GPU's would have to be waited for."""
+    return x.device.type == "cpu"
+
+
 def outside(values: Tensor, least: float) -> Tensor | None:
     """The indices of the values [B] that are not finite or below ``least``, None if there are none. Waits for them."""
     if not values.numel():

@@ -540,7 +540,8 @@ def proof_weights(batch: int, like: Tensor, dtypes: Iterable[torch.dtype]) -> tu
     levels = 2 * most + 1
     mantissa = 1 + (order // levels) / (1 + (batch - 1) // levels)
     values = ((order % levels) - most).double().exp2() * mantissa
-    return values.to(device=like.device, dtype=like.dtype), 64 * eps if batch <= levels else eps**0.5
+    values = values.to(device=like.device, dtype=like.dtype, non_blocking=True)  # nothing waits for what is sent
+    return values, 64 * eps if batch <= levels else eps**0.5
 
 
 def weighs(delta: Tensor, part: Tensor, rows: Rows, weights: Tensor, tolerance: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""Samples to fit and score, as people have them: image folders, arrays, tables, and the standard sets by name.
+"""Samples to fit and score: image folders, arrays, tables, and the standard data sets by name.
 
-A `Source` gives its samples by blocks of rows, so that memory holds one block and not the set. This file must know
-nothing about models, gradients or torch.
+A `Source` reads its samples in blocks of rows, so that memory holds one block and not the whole set. This file must
+know nothing about models, gradients or torch.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ ARRAYS = (".npy", ".npz")
 MODES = ("L", "RGB")
 AUTO_SIDE = 64  # the longer side that photos are brought to where no size is said
 GOOD, GROUND_TRUTH = "good", "ground_truth"  # names of an inspection root: train/good, test/*, ground_truth/*
-# A file that unpacks to more than both is taken for a bomb: numbers of any use do not repeat each other so much.
+# A file that unpacks to more than both is treated as a decompression bomb: useful data do not compress so well.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every image is brought to: height and width in pixels, mode "L" (grey) or "RGB", bits a channel.
+    """The common format of all images: height and width in pixels, mode "L" (grey) or "RGB", bits a channel.
 
-    resize: whether images of other sizes are resized to it, or refused; pad: whether that keeps their proportions, with
-    black edges. bits: 8, or of grey images 16, whose levels are kept as they are.
+    resize: whether images of other sizes are resized, or refused; pad: whether resizing keeps the proportions and adds
+    black edges. bits: 8, or for grey images 16, whose levels are kept.
     """
 
     height: int
@@ -82,8 +82,8 @@ class Block:
 class Source:
     """N samples by row. names: one a row; labels: one a row, as text, or None; skipped: row -> why it is left out.
 
-    normal: the labels that are normal, where the data tell; masks: row -> a picture that is not black where the image
-    is novel; notes: what was decided about the data, to be told.
+    normal: the labels that are normal, if the data say so; masks: row -> an image that is not black where the sample is
+    novel; notes: decisions about the data, to be printed.
     """
 
     names: Sequence[str]
@@ -241,13 +241,13 @@ def _fingerprint(*parts: object) -> str:
 
 
 def _stamp(path: Path) -> str:
-    """Size and times, the last of which nobody sets: a file that was replaced by one of the same age has another."""
+    """Size and times. The time of the last status change cannot be set: it differs for a file that was replaced."""
     status = path.stat()
     return f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _content(path: Path) -> str:
-    """A digest of a file: of all of it up to 64 MB, beyond of 64 parts over its length, and its stamp."""
+    """A digest of a file: of its whole content up to 64 MB; of larger ones of 64 parts, with the stamp."""
     digest, size = hashlib.sha256(), path.stat().st_size
     if size <= 1 << 26:
         digest.update(path.read_bytes())
@@ -623,7 +623,7 @@ def _opened(path: Path):
     from PIL import Image, ImageOps
 
     Image.init()
-    # Whatever a file is called, its content decides: and PostScript is a program, which Pillow has Ghostscript run.
+    # The content decides, not the name. PostScript is a program, which Pillow would let Ghostscript execute.
     formats = [name for name in Image.ID if name != "EPS"]
     try:
         with warnings.catch_warnings():

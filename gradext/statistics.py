@@ -26,8 +26,8 @@ class GradStatistics:
     (100, (3, 6), (3, 3), (6, 6))
 
     mean: the mean gradient (OI numbers a layer); diag_fisher: the mean of its squares, ``(1/N) Σ G²`` (OI);
-    kron_fisher: the Kronecker factors A and D of `GradFactors.kron_fisher` (I² + O²). Results do not depend on how the
-    data was cut into batches, nor on the order of merging, beyond rounding.
+    kron_fisher: the Kronecker factors A and D of `GradFactors.kron_fisher` (I² + O²). How the data are cut into batches
+    and the order of merging change results by rounding only.
     """
 
     def __init__(self, *, mean: bool = True, diag_fisher: bool = True, kron_fisher: bool = False) -> None:
@@ -38,7 +38,7 @@ class GradStatistics:
         self._sums: dict[str, dict[str, tuple[Tensor, ...]]] = {}
 
     def partial_fit(self, factors: LayerFactors | Mapping[str, GradFactors]) -> GradStatistics:
-        """Take in the gradients of one more batch; returns itself. Raises ValueError for other layers than before."""
+        """Add the gradients of one more batch; returns itself. Raises ValueError for other layers than before."""
         sizes = {len(f) for f in factors.values()}
         if len(sizes) != 1:
             raise ValueError(f"factors: expected the same samples in every layer, but got {sorted(sizes)} samples")
@@ -50,7 +50,7 @@ class GradStatistics:
         return self
 
     def merge(self, other: GradStatistics) -> GradStatistics:
-        """Take in what another one has gathered, of other samples; returns itself."""
+        """Add the sums of another `GradStatistics`, of other samples; returns itself."""
         if other._kinds != self._kinds:
             raise ValueError(f"other: expected one that gathers {self._kinds}, but got {other._kinds}")
         if self._sums and other._sums and set(other._sums) != set(self._sums):
@@ -69,7 +69,7 @@ class GradStatistics:
         return {kind: found[kind]() for kind in self._kinds}
 
     def _add(self, count: int, sums: Mapping[str, Mapping[str, tuple[Tensor, ...]]]) -> None:
-        # All of it or, should memory run out or the user interrupt, nothing.
+        # All sums are made before any is stored: an error or Ctrl-C leaves the statistics unchanged.
         added = {
             name: {
                 kind: tuple(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .factors import LayerFactors, LayerGrads
 from .layer_grads import as_call, batch_layer_factors, batch_layer_grads
@@ -54,23 +54,22 @@ def iter_layer_grads(
     """`batch_layer_grads` over ``batches``, cut into chunks that need at most ``memory_budget`` bytes.
 
     Yields for each chunk, in order, the gradients {name: [b, *parameter.shape]}; or, with ``reduce``, what it returns
-    for the chunk's `LayerFactors` (norms, scores, a running sum; ``lambda factors: factors`` for the factors). What a
-    sample needs (its share of the graph, of the factors and of the results) is measured once, on the first one, so that
-    the peak does not depend on the size of the caller's batches. Convolutions unfold 4 MB at a time besides, 64 on a
-    GPU.
+    for the chunk's `LayerFactors` (norms, scores, a running sum; ``lambda factors: factors`` for the factors). The
+    memory of one sample (its part of the graph, the factors and the results) is measured on the first sample, so that
+    the peak does not depend on the size of the batches. Convolutions unfold another 4 MB at a time, 64 MB on a GPU.
 
     Args:
         batches: of model inputs, each as ``x`` of `batch_layer_grads`; with ``paired``, pairs (x, target).
         memory_budget: bytes beyond the model and the batch itself.
         cut: which inputs have their samples in the first dimension and are cut there: positions of positional inputs,
             names of keyword inputs, and ``"target"``. Default: a batch that is one tensor, and a target that is one,
-            are cut; of batches of several inputs each is taken whole.
-        reduce: see above; without it the gradients' memory is reused, so that each chunk overwrites the one before:
-            clone what must stay.
+            are cut; batches of several inputs are not cut.
+        reduce: see above. Without it the memory of the gradients is reused, and each chunk overwrites the one before:
+            clone what you keep.
         progress: show a progress bar on standard error.
         options: ``loss``, ``layers`` and the like, as for `batch_layer_grads`.
 
-    Raises ValueError where one sample needs more than the budget, and whatever `batch_layer_grads` raises.
+    Raises ValueError if one sample needs more than the budget, and everything that `batch_layer_grads` raises.
 
     >>> import torch, gradext
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 6), torch.nn.Sigmoid())
@@ -86,7 +85,7 @@ def iter_layer_grads(
         raise ValueError("target: expected one for each batch; pass paired=True and pairs (x, target) as batches")
     size: int | None = None
     buffers: dict[str, Tensor] = {}
-    with tqdm(disable=not progress, unit=" samples", desc="gradients") as bar:
+    with _shown(progress) as done:
         for batch in batches:
             x, target = batch if paired else (batch, None)
             parts = _Parts(x, target, cut)
@@ -101,7 +100,7 @@ def iter_layer_grads(
             for chunk, of_chunk in chunks:
                 if reduce is not None:
                     factors = batch_layer_factors(model, chunk, target=of_chunk, **options)
-                    bar.update(len(next(iter(factors.values()))))
+                    done(len(next(iter(factors.values()))))
                     yield reduce(factors)
                     continue
                 rows = parts.rows_of(chunk)
@@ -110,8 +109,20 @@ def iter_layer_grads(
                 grads = batch_layer_grads(model, chunk, target=of_chunk, out=out if fits else None, **options)
                 if not fits:
                     buffers = dict(grads)
-                bar.update(len(next(iter(grads.values()))))
+                done(len(next(iter(grads.values()))))
                 yield grads
+
+
+@contextlib.contextmanager
+def _shown(progress: bool) -> Iterator[Callable[[int], object]]:
+    """What to tell how many samples were done."""
+    if not progress:
+        yield lambda samples: None
+        return
+    from tqdm import tqdm  # which nothing else here needs
+
+    with tqdm(unit=" samples", desc="gradients") as bar:
+        yield bar.update
 
 
 class _Parts:

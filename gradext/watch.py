@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import rules
 from .backward import Backward
 from .factors import Coverage, Gradient, LayerFactors, LayerGrads
-from .losses import Root, root_of
+from .losses import Root, checked_losses, root_of
 from .mode import WatchMode
 from .registered import whole_layers
 from .selection import LayerChoice, select
@@ -134,6 +134,7 @@ class watch:
         self._mode: WatchMode | None = None
         self._context: contextlib.AbstractContextManager[None] | None = None
         self.coverage = Coverage(left_out=dict(self._selection.left_out))
+        self.one_sample = False  # the run is one sample's, whose graph itself gives written gradients in one backward
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -160,6 +161,7 @@ class watch:
             self._mode = mode = WatchMode(self._model, self._selection, attached=attached, train=self._train)
             if self._inputs is not None:
                 mode.mark_inputs(rules.tensors_of(self._inputs))
+            mode.opaque = self.one_sample
             before = RemovableHandle.next_id - WatchMode.handles
             with whole_layers(mode), mode:
                 yield
@@ -169,7 +171,7 @@ class watch:
         """The gradients of every chosen parameter in factored form, by the parameter's name.
 
         losses [B]: each sample's own loss, from inside the block. After a training step's backward they may be left
-        out: the last one-dimensional result of the block is taken.
+        out: the last one-dimensional result of the block is taken. Then one call takes what was kept of the backward.
         """
         mode = self._finished()
         return LayerFactors.of(self._gradients_of(losses), self.coverage).kept_apart(mode.held())
@@ -188,22 +190,28 @@ class watch:
 
     def _gradients_of(self, losses: Tensor | None) -> dict[str, Gradient]:
         mode = self._finished()
-        losses = _checked_losses(self._last_losses(mode) if losses is None else losses)
+        losses = checked_losses(self._last_losses(mode) if losses is None else losses, "losses")
         edge, _ = root = root_of(losses)
-        return self.gradients(root, None if edge is None else mode.captured.get((edge.node, edge.output_nr)))
+        weights = None if edge is None else mode.captured.get((edge.node, edge.output_nr))
+        found = self.gradients(root, weights)
+        if weights is not None:  # the deltas were divided by them in place, and are the result's now
+            mode.captured.clear()
+            self._mode = None
+        return found
 
     def _finished(self) -> WatchMode:
         if self._mode is None or self._context is not None:
-            raise RuntimeError("watch: expected the block to have ended; ask for gradients after it")
+            raise RuntimeError(
+                "watch: expected a block that has ended, and one call of factors or grads after a training step's "
+                "backward, which takes what was kept of it; keep its result"
+            )
         return self._mode
 
     def _last_losses(self, mode: WatchMode) -> Tensor:
-        if not self._train:
-            raise ValueError("losses: expected the losses [B]; only with train=True they may be left out")
-        if not mode.one_dimensional:
+        if not self._train or not mode.one_dimensional:
             raise ValueError(
-                "losses: expected one loss for each sample, [B], from inside the block, but nothing there gave a "
-                "one-dimensional tensor; use reduction='none', and pass the losses to watch.factors"
+                "losses: expected one loss for each sample, [B], left out at most with train=True, where the "
+                "block gives a one-dimensional tensor; use reduction='none', and pass the losses to watch.factors"
             )
         return mode.one_dimensional[-1]
 
@@ -213,13 +221,3 @@ def _check_segments(segments: Any) -> None:
         return
     came = f"shape {tuple(segments.shape)}, {segments.dtype}" if isinstance(segments, Tensor) else repr(segments)
     raise ValueError(f"segments: expected the sample of each row, a one-dimensional tensor of integers, but got {came}")
-
-
-def _checked_losses(losses: Any) -> Tensor:
-    if isinstance(losses, Tensor) and losses.ndim == 1 and losses.is_floating_point():
-        return losses
-    came = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
-    raise ValueError(
-        f"losses: expected a floating-point tensor of shape (B,), one value for each sample, but got {came}; use "
-        "reduction='none' and sum over each sample's own elements: .flatten(1).sum(1)"
-    )

@@ -1,66 +1,46 @@
-"""Shared oracles: what a per-sample gradient is, written the two slow ways that nobody doubts."""
+"""Oracles and fixtures that all tests use: per-sample gradients by a loop and by `vmap(grad)`."""
 
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradext.backends import BACKENDS
 
-# For the tests that set none of their own: the same examples in every run, or, by --hypothesis-profile, new ones.
-_COMMON = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-}
-settings.register_profile("quick", max_examples=25, derandomize=True, database=None, **_COMMON)
-settings.register_profile("few", max_examples=4, derandomize=True, database=None, **_COMMON)
-settings.register_profile("thorough", max_examples=300, print_blob=True, **_COMMON)
-settings.load_profile("quick")
-
-_PEERS = pytest.StashKey[dict[str, dict[str, str]]]()
+LONGER = ("medium", "slow", "peers", "zoo")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--peers-table", metavar="FILE", help="write the table that -m peers makes, in Markdown")
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in LONGER):
+            item.add_marker("quick")
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    found = config.stash.get(_PEERS, {})
-    if not found:
-        return
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    rows = [["situation", *found], ["---"] * (len(found) + 1)]
-    rows += [[situation, *(column[situation] for column in found.values())] for situation in next(iter(found.values()))]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    terminalreporter.section(f"peers: {versions}")
-    terminalreporter.write(table)
-    if config.getoption("--peers-table"):
-        Path(config.getoption("--peers-table")).write_text(
-            "# Per-sample gradients in ordinary situations\n\n"
-            f"Each library's result against a backward pass for each sample alone: {versions}, on the CPU, fp32 with a "
-            "relative tolerance of 1e-4 (3e-2 under autocast).\n**wrong** is other numbers without a word, wrong shape "
-            "another than `[B, *weight.shape]`, error no result.\nMade by `pytest -m peers tests/test_peers.py "
-            f"--peers-table FILE`, which fails where a library does something else.\n\n{table}"
-        )
+if importlib.util.find_spec("hypothesis"):  # which the tests of the GPU do without
+    from hypothesis import HealthCheck, settings
 
-
-@pytest.fixture
-def peers_table(request):
-    """What each library did in each situation, for the summary."""
-    return request.config.stash.setdefault(_PEERS, {})
+    # For the tests that set none of their own: the same examples in every run, or, by --hypothesis-profile, new ones.
+    _COMMON = {
+        "deadline": None,
+        "suppress_health_check": [
+            HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much,
+        ],
+    }  # fmt: skip
+    settings.register_profile("quick", max_examples=25, derandomize=True, database=None, **_COMMON)
+    settings.register_profile("few", max_examples=4, derandomize=True, database=None, **_COMMON)
+    settings.register_profile("thorough", max_examples=300, print_blob=True, **_COMMON)
+    settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -50,7 +51,7 @@ float widened(const unsigned char* from, DType dtype) {
 // One call with inputs of the given steps and gaps between the rows of the output, each in memory of just its size.
 template <class Real>
 void check(std::int64_t B, std::int64_t T, std::int64_t O, std::int64_t I, std::int64_t step, std::int64_t gap,
-           DType out_dtype, int threads, bool stream, bool baseline) {
+           DType out_dtype, int threads, bool stream, const std::string& isa = "") {
   const auto room = [](std::int64_t n, std::int64_t by) {
     return static_cast<std::size_t>(n > 0 ? (n - 1) * by + 1 : 0);
   };
@@ -71,7 +72,7 @@ void check(std::int64_t B, std::int64_t T, std::int64_t O, std::int64_t I, std::
   p.activation_b = T * I * step, p.activation_t = I * step, p.activation_i = step;
   p.out_b = O * row, p.out_o = row;
   p.in_dtype = sizeof(Real) == 8 ? DType::f64 : DType::f32, p.out_dtype = out_dtype;
-  gradext::outer_cpu(p, threads, stream ? 0 : INT64_MAX, baseline);
+  gradext::outer_cpu(p, threads, stream ? 0 : INT64_MAX, isa);
 
   const double eps = out_dtype == DType::f64 ? 1e-15 : out_dtype == DType::f32 ? 1e-6 : 1e-2;
   for (std::int64_t b = 0; b < B; ++b)
@@ -100,7 +101,7 @@ void check(std::int64_t B, std::int64_t T, std::int64_t O, std::int64_t I, std::
 
 void shapes() {
   const std::int64_t inner[] = {1, 2, 3, 5, 7, 8, 9, 16, 17, 20, 31, 33, 39, 40, 64, 65, 300, 1030};
-  for (const bool baseline : {false, true})
+  for (const std::string& isa : gradext::cpu_isas())
     for (const bool stream : {false, true})
       for (const std::int64_t I : inner)
         for (const std::int64_t O : {1, 2, 7, 33})
@@ -109,27 +110,27 @@ void shapes() {
               for (const std::int64_t gap : {0, 3})
                 for (const DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16}) {
                   if (dtype == DType::f64)
-                    check<double>(3, T, O, I, step, gap, dtype, 1, stream, baseline);
+                    check<double>(3, T, O, I, step, gap, dtype, 1, stream, isa);
                   else
-                    check<float>(3, T, O, I, step, gap, dtype, 1, stream, baseline);
+                    check<float>(3, T, O, I, step, gap, dtype, 1, stream, isa);
                 }
   for (const std::int64_t zero : {0, 1, 2, 3})
-    check<float>(zero == 0 ? 0 : 2, zero == 1 ? 0 : 2, zero == 2 ? 0 : 3, zero == 3 ? 0 : 4, 1, 0, DType::f32, 2, false,
+    check<float>(zero == 0 ? 0 : 2, zero == 1 ? 0 : 2, zero == 2 ? 0 : 3, zero == 3 ? 0 : 4, 1, 0, DType::f32, 2,
                  false);
 }
 
 void threads() {
   for (const bool stream : {false, true}) {
-    check<float>(5, 1, 301, 783, 1, 0, DType::f32, 3, stream, false);
-    check<float>(900, 1, 40, 33, 1, 0, DType::bf16, 4, stream, false);
-    check<float>(9, 2, 300, 201, 1, 1, DType::f32, 3, stream, false);
-    check<double>(1, 1, 1, 300'001, 1, 0, DType::f64, 4, stream, false);
+    check<float>(5, 1, 301, 783, 1, 0, DType::f32, 3, stream);
+    check<float>(900, 1, 40, 33, 1, 0, DType::bf16, 4, stream);
+    check<float>(9, 2, 300, 201, 1, 1, DType::f32, 3, stream);
+    check<double>(1, 1, 1, 300'001, 1, 0, DType::f64, 4, stream);
   }
   // Calls from several threads at once: one of them has the workers, the others run alone.
   std::vector<std::thread> callers;
   for (int k = 0; k < 4; ++k)
     callers.emplace_back([] {
-      for (int n = 0; n < 10; ++n) check<float>(4, 1, 301, 203, 1, 0, DType::f32, 3, n % 2 == 0, false);
+      for (int n = 0; n < 10; ++n) check<float>(4, 1, 301, 203, 1, 0, DType::f32, 3, n % 2 == 0);
     });
   for (std::thread& caller : callers) caller.join();
 

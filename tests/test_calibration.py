@@ -1,4 +1,4 @@
-"""What thresholds, p-values and selections promise, held against simulation."""
+"""Thresholds, p-values and selections: their guarantees, by simulation."""
 
 import numpy as np
 import pytest
@@ -105,6 +105,7 @@ def test_detector_holds_the_wanted_rate_on_its_calibration_part(digits, rate):
     assert alarms == int((len(held_out) + 1) * rate + 1e-9) - 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "score", [{}, {"novelty_score": "combined_whitened_norm", "layer": ("first", "last")}], ids=["norm", "whitened"]
 )

@@ -1,4 +1,4 @@
-"""The command line: the demo from end to end, ``info``, and what bad input is told."""
+"""The command line: the demo from end to end, ``info``, and the errors for bad input."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import stat
 
 import numpy as np
 import pytest
+import torch
 
 from gradext import backends
 from gradext.cli import main
@@ -20,6 +21,7 @@ def demo_run(tmp_path_factory):
     return results, "\n".join(lines), out
 
 
+@pytest.mark.medium
 def test_demo_prints_its_tables(demo_run):
     results, text, _ = demo_run
     assert list(results) == [0, 5]
@@ -32,6 +34,19 @@ def test_demo_prints_its_tables(demo_run):
         assert re.search(rf"^\| {re.escape(route)}.*\d+\.\d\d +\| \d+\.\d+x", text, re.M), route
 
 
+def test_demo_runs_on_one_thread_and_restores_their_number(tmp_path, monkeypatch):
+    seen, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(demo, "evaluate_class", lambda *a, **k: seen.append(torch.get_num_threads()) or pytest.skip())
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(pytest.skip.Exception):
+            demo.run("digits", out=tmp_path)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.medium
 def test_demo_detects(demo_run):
     """On real images the label-free gradient norm and the reconstruction error are far above chance."""
     results, _, _ = demo_run
@@ -40,6 +55,7 @@ def test_demo_detects(demo_run):
         assert auroc["reconstruction_error"] > 0.85
 
 
+@pytest.mark.medium
 def test_demo_writes_its_pictures(demo_run):
     _, text, out = demo_run
     for inlier in (0, 5):
@@ -108,6 +124,15 @@ def test_info_prints_the_choice_of_backends(capsys, monkeypatch):
     monkeypatch.setattr(backends, "DEFAULT", "reference")
     assert main(["info"]) == 0
     assert "GRADEXT_BACKEND=reference is taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "fit", "score", "evaluate", "report", "export", "images", "info"])
+def test_every_command_describes_itself(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage, description, *_ = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith(f"usage: gradext {command}")
+    assert description.endswith(".")
 
 
 def test_wrong_arguments_exit_with_two(capsys):

@@ -1,4 +1,4 @@
-"""gradext where something is missing or warnings are errors."""
+"""gradext without its optional parts, and with warnings as errors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytestmark = pytest.mark.medium
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,18 +112,18 @@ def test_a_wheel_from_the_sdist_works_on(executable, sdist, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wheel_from_the_sdist_works_in_an_environment_of_torch_numpy_and_tqdm_alone(sdist, tmp_path):
+def test_a_wheel_from_the_sdist_works_in_an_environment_of_torch_and_numpy_alone(sdist, tmp_path):
     python("-m", "venv", str(tmp_path / "venv"))
     executable = tmp_path / "venv" / "bin" / "python"
     built = wheel(sdist, tmp_path, executable)
     release = torch.__version__.partition("+")[0]
-    python("-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", "tqdm", executable=executable)
+    python("-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", executable=executable)
     python("-m", "pip", "uninstall", "--quiet", "--yes", "triton", executable=executable)  # of torch's GPU builds
     python("-m", "pip", "install", "--quiet", "--no-deps", str(built), executable=executable)
     code = f"""{USE}
 import importlib.util
 from gradext.backends import BACKENDS, choose, Call
-others = ("triton", "sklearn", "matplotlib", "safetensors", "PIL")
+others = ("triton", "sklearn", "matplotlib", "safetensors", "PIL", "tqdm")
 assert not any(map(importlib.util.find_spec, others))
 assert BACKENDS["cpu"].available() is None and BACKENDS["reference"].available() is None
 assert BACKENDS["triton"].available() and BACKENDS["cuda"].available()
@@ -137,7 +139,7 @@ def test_import_warns_of_nothing():
     )
 
 
-@pytest.mark.parametrize("missing", ["triton", "sklearn", "matplotlib", "gradext._C"])
+@pytest.mark.parametrize("missing", ["triton", "sklearn", "matplotlib", "tqdm", "gradext._C"])
 def test_gradients_work_without(missing):
     """Nor is any of these imported by `import gradext`."""
     if missing == "gradext._C":

@@ -1,4 +1,4 @@
-"""Threads, processes and nested calls: calls on one model take turns, and leave it and torch's state as they were.
+"""Threads, processes and nested calls: calls on one model take turns and restore its state and torch's.
 
 What exceptions leave behind is tested in `core/test_watch.py`. An interrupt in the middle of a call's own bookkeeping
 is not guarded against.
@@ -199,7 +199,7 @@ def test_calls_on_one_model_take_turns(other_model):
     def first() -> None:
         def pause() -> None:
             inside.set()
-            over.wait(0.5)  # time for the second call to begin, if it may
+            over.wait(20 if other_model else 0.5)  # the second call ends meanwhile if it need not wait
             order.append("first")
 
         model.local.pause = pause
@@ -276,6 +276,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("in_the_middle", [False, True])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers(method, in_the_middle, tmp_path):

@@ -19,8 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradext import GradFactors, LayerFactors, backends, ranges
 from gradext.backends import cuda
 from gradext.backends.reference import accumulation_type
+from gradext.factors import ConvFactors, Windows
+
+pytestmark = pytest.mark.medium
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -92,7 +96,10 @@ def compile_emulator(folder: Path, includes: list[str]) -> Path:
     jobs |= {name: [CSRC / "cpu" / f"{name}.cpp"] for name in ("outer", "threads", "workspace")}
     kernel = [CSRC / "cpu" / "outer_kernel.cpp", "-Wno-psabi"]
     jobs["baseline"] = [*kernel, "-DGRADEXT_ISA=baseline"]
-    jobs["avx2"] = [*kernel, "-DGRADEXT_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    jobs["avx2"] = [*kernel, "-DGRADEXT_ISA=avx2", *avx2]
+    avx512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
+    jobs["avx512bf16"] = [*kernel, "-DGRADEXT_ISA=avx512bf16", *avx2, *avx512]
 
     def compile_one(name: str) -> Path:
         target = folder / f"{name}.o"
@@ -380,6 +387,29 @@ def test_norms_of_all_layers_are_one_launch(dtype, emulator):
     assert cuda.sq_norm_group([(d[:0], a[:0]) for d, a in layers]).shape == (len(layers), 0)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_norms_of_a_models_factors_are_one_launch(dtype, emulator, monkeypatch):
+    """As on a GPU, where no value may decide: all products in one launch and one that adds up."""
+    layers = LayerFactors()
+    for name, T, O, I in (("0", None, 5, 7), ("1", 70, 20, 33), ("2", None, 300, 700), ("3", 5, 3, 7)):
+        delta, activation = factors(3, T, O, I, dtype, int(name))
+        layers[f"{name}.weight"] = GradFactors(activation, delta)
+        layers[f"{name}.bias"] = GradFactors.of(delta if T is None else delta.sum(1))
+    image, plain = (torch.randn(size, dtype=F64).to(dtype) for size in ((3, 2, 7, 7), (3, 4, 3, 3)))
+    windows = Windows((3, 3), (2, 2), (1, 1), ((0, 0), (0, 0)))
+    layers["convolution"] = ConvFactors(image, plain, windows, 1, (4, 2, 3, 3))
+    gradients = [each.materialize().flatten(1) for each in layers.to(F64).values()]
+    monkeypatch.setattr(backends, "DEFAULT", "cuda")
+    monkeypatch.setattr(cuda, "available", lambda: None)
+    monkeypatch.setattr(cuda, "device_types", lambda: ("cpu",), raising=False)
+    monkeypatch.setattr(ranges, "may_look", lambda x: False)
+    found = layers.norm()
+    assert emulator.launches == 2
+    assert found.dtype is accumulation_type(dtype)
+    expected = torch.cat(gradients, dim=1).square().sum(1).sqrt()
+    torch.testing.assert_close(found.double(), expected, rtol=8 * torch.finfo(found.dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize(("count", "launches"), [(1, 2), (40, 2), (41, 2), (320, 2), (321, 4)])
 def test_norms_of_very_many_layers(count, launches, emulator):
     layers = [factors(2, (None, 3)[seed % 2], 3 + seed % 5, 4, seed=seed) for seed in range(count)]
@@ -593,10 +623,11 @@ def test_results_beyond_32_bit_indices(T, I, emulator):
     delta = torch.full((1,) * row.ndim, 2.0, dtype=BF16).expand(B, *row.shape[1:-1], O)
     activation = row.expand(B, *row.shape[1:])
     out = sparse(B * O * I, BF16).view(B, O, I)
-    emulator.configure(blocks=range(0, 1))
+    emulator.configure(blocks=range(0, 1), multiprocessors=1 << 24)  # so many blocks that each is small
     cuda.outer(delta, activation, out)
     blocks = emulator.last_grid
-    emulator.configure(blocks=range(blocks - 300, blocks))  # more than lie side by side
+    assert blocks > 300
+    emulator.configure(blocks=range(blocks - 300, blocks), multiprocessors=1 << 24)  # more than lie side by side
     cuda.outer(delta, activation, out)
     for corner, part in ((0, slice(9, 40)), (-1, slice(-40, -9))):  # the first block of a sample writes its ends
         found = out[corner, corner, part][None, None]

@@ -1,4 +1,4 @@
-"""`NoveltyDetector` among other people's tools: scikit-learn's contract, frames, arrays of all kinds, own models."""
+"""`NoveltyDetector` with other tools: scikit-learn's checks, data frames, arrays of all kinds, models of the user."""
 
 import copy
 import pickle
@@ -31,6 +31,7 @@ def detector(digits):
 # --- scikit-learn ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("score", ["gradient_norm", pytest.param("gradient_classifier", marks=pytest.mark.slow)])
 def test_scikit_learns_own_checks_pass(score):
     detector = NoveltyDetector(score, hidden_dim=8, latent_dim=2, epochs=1, random_state=0)
@@ -76,6 +77,7 @@ def test_clone_leaves_the_fitted_state_and_copies_the_model():
     assert not hasattr(copied, "model_")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
 def test_fitted_detectors_go_through_pickle_and_joblib(score, digits, tmp_path):
     detector = NoveltyDetector(score, **{**FAST, "epochs": 2}).fit(digits[0])
@@ -104,6 +106,7 @@ def test_the_docstring_names_every_score_and_every_attribute(digits):
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:X has feature names")
 def test_arrays_frames_and_maps_score_alike(detector, digits, tmp_path):
     pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
     X = digits[1][:7]
@@ -145,6 +148,7 @@ def test_any_number_of_features_and_one_sample(features):
     assert np.isfinite(detector.score_samples(X)).all()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
 def test_scores_do_not_depend_on_order_or_batching(score, digits):
     detector = NoveltyDetector(score, **{**FAST, "epochs": 3}).fit(digits[0])
@@ -233,6 +237,7 @@ class ConvVAE(nn.Module):
         return self.decoder(z).reshape(-1, 1, 8, 8), mu, logvar
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("make", "loss"), [(ConvAutoencoder, "mse"), (ConvVAE, "bce")])
 @pytest.mark.parametrize("score", ["gradient_norm", "delta_norm", "gradient_cosine", "reconstruction_error"])
 def test_own_models_are_trained_and_scored(make, loss, score, digits):
@@ -346,6 +351,8 @@ def test_a_fit_that_fails_keeps_what_was_fitted(failure, digits, monkeypatch):
     np.testing.assert_array_equal(detector.score_samples(digits[1][:20]), expected)
 
 
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:overflow encountered in divide")
 @pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
 @pytest.mark.parametrize(
     ("score", "loss"), [("gradient_norm", "mse"), ("combined_evidence", "bce"), ("gradient_classifier", "mse")]

@@ -1,4 +1,4 @@
-"""``torchrun -m gradext fit``, ``score``, ``evaluate``: what one process gives, and nothing is lost where one dies."""
+"""``torchrun -m gradext fit``, ``score``, ``evaluate``: the results of one process; nothing is lost if one dies."""
 
 import json
 import os
@@ -14,10 +14,13 @@ import torch.distributed
 
 from gradext.cli import main
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not sys.platform.startswith("linux"),
-    reason="needs torch.distributed, Linux",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not sys.platform.startswith("linux"),
+        reason="needs torch.distributed, Linux",
+    ),
+]
 ROWS = 30_001  # not a multiple of the number of processes
 FIT = ["--score", "combined_whitened_norm", "--layer", "first,last", "--epochs", "2", "--hidden-dim", "32"]
 
@@ -77,7 +80,7 @@ def assert_same(path, expected):
     np.testing.assert_allclose(values, expected_values, rtol=1e-9)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_table_of_one(folder, processes, tmp_path):
     finished(scoring(folder, tmp_path / "s.csv", processes))
     assert (tmp_path / "s.csv").read_bytes() == (folder / "one.csv").read_bytes()
@@ -103,7 +106,7 @@ def test_where_one_dies_the_next_run_goes_on(folder, tmp_path):
     assert before.split(b"\n")[1].decode() in out.read_text(), "what was there is kept, not computed anew"
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_fit_the_detector_of_one(folder, processes, tmp_path):
     """Weights, statistics, calibration and threshold bit by bit, from 21 blocks of training samples."""
     printed = finished(fitting(folder, tmp_path / "m", processes))

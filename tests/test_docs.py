@@ -1,14 +1,15 @@
-"""The documents: their examples run, their links lead somewhere, and every public name shows how it is used."""
+"""The documents: their examples run, their links exist, and every public name has an example."""
 
 import inspect
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import gradext
 import gradext.novelty
-import gradext.rules
+import gradext.registered
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")] + sorted(
@@ -18,14 +19,15 @@ RUNNABLE = [page for page in PAGES if page.parent.name == "docs" and "```python"
 
 
 def test_there_are_examples():
-    assert "extending.md" in [page.name for page in RUNNABLE]
+    assert {page.name for page in RUNNABLE} >= {"extending.md", "usage.md", "novelty.md"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
-def test_examples_run_one_after_the_other(page, monkeypatch):
-    monkeypatch.setattr(
-        gradext.registered, "_registered", dict(gradext.registered._registered)
-    )  # their layers are theirs alone
+def test_examples_run_one_after_the_other(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    layers = dict(gradext.registered._registered)  # a copy: what a page registers is for this test alone
+    monkeypatch.setattr(gradext.registered, "_registered", layers)
     names = {"__name__": page.stem}
     for source in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(compile(source, str(page), "exec"), names)
@@ -42,6 +44,27 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_the_front_page_of_the_api_names_what_to_use_first_and_the_other_pages():
+    page = gradext.__doc__
+    for name in ("batch_layer_grads", "batch_layer_factors", "watch", "iter_layer_grads", "gradext.novelty"):
+        assert f"`{name}`" in page
+    assert gradext.__all__[:3] == ["batch_layer_grads", "batch_layer_factors", "watch"]
+
+
+SEARCHES = re.findall(r"^\| [^|]+ \| `(grep [^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_searches_of_contributing_find_something(search):
+    found = subprocess.run(search, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout
+    assert not found.stderr
+
+
+def test_there_are_four_searches():
+    assert len(SEARCHES) == 4
 
 
 def test_the_citation_has_what_its_format_requires():

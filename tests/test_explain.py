@@ -1,4 +1,4 @@
-"""Explanations are what they say, held against autograd, finite differences and written-out gradients."""
+"""Explanations against autograd, finite differences and written gradients."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,8 @@ from gradext.novelty import NoveltyDetector, characterize
 from gradext.novelty.detector import CLASSIFIER_SCORES
 from gradext.novelty.explain import expected, heat, layer_shares, nearest_training, reasons, residual, saliency
 from gradext.novelty.scores import SCORES
+
+pytestmark = pytest.mark.medium
 
 FAST = {"hidden_dim": 16, "latent_dim": 4, "epochs": 20, "batch_size": 32, "learning_rate": 3e-3, "random_state": 0}
 
@@ -31,6 +33,7 @@ def test_layer_shares_are_those_of_the_squared_norms(detector, digits):
         np.testing.assert_allclose(share, (squares[name] / total).detach(), rtol=1e-9)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("score", "layer"),
     [*((score, "first") for score in (*SCORES, *CLASSIFIER_SCORES)), ("combined_whitened_norm", ("last", "first"))],
@@ -140,6 +143,7 @@ def stripes(rng, colours=None):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["grey", "colours", "channels last"])
 @pytest.mark.parametrize("value", [250, 10])
 def test_a_map_shows_the_defect(kind, value):

@@ -22,7 +22,6 @@ from gradext.factors import (
     SumFactors,
     Windows,
     WrittenFactors,
-    numerics,
 )
 from gradext.factors.products import flat_form
 
@@ -223,9 +222,7 @@ NAMES = list(methods(1, (1,), (1, 1)))
 @pytest.fixture(params=[False, True], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(numerics, "BLOCK_ELEMENTS", 20)
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 20)
-        monkeypatch.setattr("gradext.factors.convolutions.UNFOLDED_ELEMENTS", {"cpu": 30})
 
 
 def check(case: Case, name: str) -> None:
@@ -253,6 +250,7 @@ def test_of_no_samples(case):
             check(CASES[case](0), name)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", CASES)
 def test_derivatives(case):
     found = CASES[case](2)
@@ -524,6 +522,7 @@ def test_kron_fisher_of_every_kind():
 # --- random projections ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("rank", "O", "I"), [(1, 6, 5), (2, 6, 5), (4, 6, 5), (4, 3, 9), (4, 1, 9), (70, 90, 2)])
 def test_random_projections_keep_inner_products_within_the_variance_stated(rank, O, I):
     pairs = [(product(1, T, O, I, seed=1).factors, product(1, T, O, I, seed=4).factors) for T in (1, 3)]
@@ -660,6 +659,7 @@ def sizes_of(case: Case, activation: float, delta: float) -> list[float]:
     return [{"a": activation, "d": delta, "g": activation * delta}[role] for role in case.roles]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_factors_of_extreme_sizes(dtype, recorded):

@@ -1,4 +1,4 @@
-"""What has no rule of its own, what gradext cannot see, and layers with a rule of the user's."""
+"""Layers without a rule, uses that gradext cannot see, and layers with a user's rule."""
 
 import copy
 

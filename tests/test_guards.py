@@ -1,4 +1,4 @@
-"""What makes a detector worthless is said, with the evidence; what is well is not."""
+"""A detector that is useless raises a warning with the evidence; a good one raises none."""
 
 import warnings
 

@@ -1,6 +1,6 @@
-"""Files made to do harm, or damaged: a clear error or what the file says, in bounded memory and time, nothing written.
+"""Malicious and damaged files: a clear error or the content, in bounded memory and time; nothing is written.
 
-What each loader refuses one by one is in test_datasets.py; here hypothesis damages files in ways nobody thought of.
+test_datasets.py has the errors of each loader one by one; here hypothesis damages files at random.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ from gradext import datasets, sources
 from gradext.datasets import DatasetError, load, load_cifar10, load_idx
 from gradext.novelty import ModelFileError, NoveltyDetector, persistence
 from gradext.novelty.training import Checkpoint
+
+pytestmark = [
+    pytest.mark.medium,
+    # of Pillow, NumPy and torch, about the damaged files
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in scalar multiply"),
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
+]
 
 PLAIN, GZIP, XZ = "plain", "gzip", "xz"
 COMPRESS = {
@@ -343,6 +351,7 @@ def test_members_of_npz_with_paths_out_of_the_folder(guarded, trick):
     assert os.listdir(guarded) == ["x.npz"]
 
 
+@pytest.mark.medium
 def test_bombs_of_arrays_and_tables(guarded):
     """Files of kilobytes, or few megabytes, that stand for gigabytes."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -555,6 +564,7 @@ ODD = st.one_of(
 )
 
 
+@pytest.mark.medium
 @given(data=st.data())
 def test_detectors_that_say_anything(guarded, saved, data):
     """A description with values of any kind in the place of its own, at any depth."""

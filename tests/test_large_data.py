@@ -1,4 +1,4 @@
-"""Data that memory need not hold: the same bits as from an array, within the memory that is allowed."""
+"""Data larger than memory: bit for bit the results of an array, within a memory limit."""
 
 import itertools
 import os
@@ -83,6 +83,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(detector, "HELD_BYTES", 0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_bits_of_an_array(form, digits, small_blocks, tmp_path):
     expected = NoveltyDetector(**COMBINED, **FAST).fit(digits[0])
@@ -106,6 +107,7 @@ def test_what_is_held_in_memory_does_not_matter(options, images, digits, monkeyp
     np.testing.assert_allclose(in_blocks.score_samples(X), held.score_samples(X), rtol=1e-9)
 
 
+@pytest.mark.medium
 def test_a_classifier_is_trained_on_as_many_samples_as_fit(digits, monkeypatch):
     seen = []
     original = detector.distort
@@ -187,6 +189,7 @@ print(len(scores))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux' limit on private memory")
 @pytest.mark.parametrize("form", ["map", "generator", "array"])
 def test_fit_and_score_in_a_fifth_of_the_datas_size(form, tmp_path):

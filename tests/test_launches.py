@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradext import GradFactors, LayerFactors
 from gradext.backends import reference
 
 VIEWS = {"view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "transpose", "t", "permute", "slice", "split"}
 VIEWS |= {"alias", "detach", "as_strided", "unfold", "select", "_reshape_alias", "new_empty", "empty", "empty_strided"}
+VIEWS |= {"split_with_sizes", "promote_types"}
 
 
 class Launches(TorchDispatchMode):
@@ -65,3 +67,66 @@ def test_the_counter_counts():
     with Launches() as launches:
         (x.mT @ x).square_().sum(0)
     assert [name.replace("pow", "square") for name in launches.names] == ["mm", "square_", "sum"]
+
+
+# --- factors of several layers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unnoticed(monkeypatch):
+    """The counter looks on without being noticed: else differentiable forms would take the place of the fast ones."""
+    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def layers(dtype, B=64):
+    """Weights and biases of six linear layers, two of them of 16 positions."""
+    found = LayerFactors()
+    for k, (T, O, I) in enumerate([(None, 784, 400), (None, 400, 20), (16, 512, 512)] * 2):
+        leading = (B,) if T is None else (B, T)
+        delta, activation, bias = made((*leading, O), (*leading, I), (B, O), dtype=dtype)
+        found[f"{k}.weight"], found[f"{k}.bias"] = GradFactors(activation, delta), GradFactors.of(bias)
+    return found
+
+
+@pytest.mark.usefixtures("unnoticed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_all_layers(dtype, monkeypatch):
+    """Norms are one call of the operator for all weights, and clipped sums one each; all biases go together."""
+    calls = []
+
+    def sq_norm_group(pairs):
+        calls.append(len(pairs))
+        return made((len(pairs), 64), dtype=torch.float32)[0]
+
+    def weighted_sum(delta, activation, weights):
+        calls.append("sum")
+        return made((delta.shape[-1], activation.shape[-1]), dtype=torch.float32)[0]
+
+    monkeypatch.setattr(reference, "sq_norm_group", sq_norm_group, raising=False)
+    monkeypatch.setattr(reference, "weighted_sum", weighted_sum)
+    factors = layers(dtype)
+    with Launches() as launches:
+        assert factors.norm().shape == (64,)
+    assert calls == [6]
+    assert len(launches.names) <= 8, launches.names
+    with Launches() as launches:
+        sums = factors.clipped_sum(1.0)
+    assert calls == [6, 6, *["sum"] * 6]
+    assert len(launches.names) <= 8 + 4 + 3, launches.names
+    for name, each in factors.items():
+        assert sums[name].shape == each.shape[1 : 3 if "weight" in name else 2]
+
+
+@pytest.mark.usefixtures("unnoticed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sum", "project", "diag_fisher", "quadratic", "kron_fisher"])
+def test_factors_of_a_layer(name, dtype):
+    """In half precision no factor [B, T, ...] is converted, but a delta that weights multiply in plain torch."""
+    factors = layers(dtype)["2.weight"]
+    B, O, I = factors.shape
+    diag, left, right, weights = made((O, I), (O, 16), (I, 16), (B,), dtype=torch.float32)
+    arguments = {"sum": (weights,), "project": (left, right), "quadratic": (diag,)}
+    with Launches() as launches:
+        getattr(factors, name)(*arguments.get(name, ()))
+    assert len(launches.names) <= 8, launches.names
+    assert launches.names.count("_to_copy") <= {"sum": 2, "project": 2}.get(name, 0), launches.names

@@ -155,3 +155,15 @@ def test_hooks_on_the_output_are_not_skipped():
     found = gradext.batch_layer_grads(model, x, loss="bce")["linear.weight"]
     expected = gradext.batch_layer_grads(model, x, loss=LOSSES["bce"])["linear.weight"]
     torch.testing.assert_close(found, expected)
+
+
+def test_a_classifier_without_target_is_told_what_to_pass():
+    model, x = nn.Linear(6, 3), torch.rand(4, 6)
+    advice = r"target: expected class indices of shape \(4,\) .* got torch.float32 of .*; pass target=labels"
+    for labels in ({}, {"target": x}):
+        with pytest.raises(ValueError, match=advice):
+            gradext.batch_layer_grads(model, x, loss="cross_entropy", **labels)
+    with pytest.raises(ValueError, match=r"got torch\.int64 of shape"):
+        gradext.batch_layer_grads(model, x, loss="cross_entropy", target=torch.zeros(4, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"expected the model output's shape .* pass target="):
+        gradext.batch_layer_grads(model, x)

@@ -1,5 +1,6 @@
 """The compiled module: the CPU kernel against fp64 torch, the workspace, the build, the stale-binary rule."""
 
+import importlib.metadata
 import itertools
 import os
 import shutil
@@ -30,9 +31,10 @@ TYPES = [
 ]
 CODES = {} if C is None else dict(zip([o for _, o in TYPES], [C.F32, C.F64, C.F16, C.BF16], strict=True))
 CANARY = 7.0
+ISAS = [] if C is None else C.build_config()["cpu_isas"]
 
 
-def kernel(delta, activation, out, threads=1, stream_from=-1, baseline=False):
+def kernel(delta, activation, out, threads=1, stream_from=-1, isa=""):
     """The C function itself on [B, T, ·] tensors."""
     (B, T, O), I = delta.shape, activation.shape[2]
     C.outer_cpu(
@@ -45,7 +47,7 @@ def kernel(delta, activation, out, threads=1, stream_from=-1, baseline=False):
         CODES[out.dtype],
         threads,
         stream_from,
-        baseline,
+        isa,
     )
     return out
 
@@ -88,14 +90,14 @@ def assert_nothing_else_written(memory, out):
 
 @pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), TYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("baseline", [False, True], ids=["best", "baseline"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("T", [1, 2, 5, 33])
-def test_every_shape_type_and_kind_of_store(T, baseline, in_dtype, out_dtype, stream_from):
+def test_every_shape_type_and_kind_of_store(T, isa, in_dtype, out_dtype, stream_from):
     for B, O, I in itertools.product([1, 3], [1, 7], [1, 2, 5, 8, 9, 20, 31, 300, 1030]):
         delta, activation = factors(B, T, O, I, in_dtype)
         for gap_o, gap_b, offset in [(0, 0, 0), (0, 0, 3), (0, 5, 1), (3, 2, 1)]:
             memory, out = guarded(B, O, I, out_dtype, gap_o, gap_b, offset)
-            kernel(delta, activation, out, 1, stream_from, baseline)
+            kernel(delta, activation, out, 1, stream_from, isa)
             assert_correct(out, delta, activation)
             assert_nothing_else_written(memory, out)
 
@@ -180,10 +182,10 @@ def test_negative_strides():
     assert_correct(out, delta.flip(0, 2), activation.flip(0, 2))
 
 
-@pytest.mark.parametrize("baseline", [False, True], ids=["best", "baseline"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
-def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from, baseline):
+def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from, isa):
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float()
     ordered = every[every.isfinite()].sort().values
     bits = torch.arange(0, 1 << 32, 10_007, dtype=torch.int64)
@@ -210,7 +212,7 @@ def test_narrowing_rounds_to_even_and_keeps_specials(dtype, stream_from, baselin
         ]
     )
     ones = torch.ones(1, 1, 1)
-    out = kernel(ones, values.view(1, 1, -1), torch.empty(1, 1, values.numel(), dtype=dtype), 1, stream_from, baseline)
+    out = kernel(ones, values.view(1, 1, -1), torch.empty(1, 1, values.numel(), dtype=dtype), 1, stream_from, isa)
     out = out.flatten()
     wanted = values.to(dtype)
     assert torch.equal(out.isnan(), wanted.isnan())
@@ -318,6 +320,7 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.medium
 def test_workspace_limit_from_the_environment():
     code = (
         "from gradext.native import C\n"
@@ -347,6 +350,7 @@ def test_calls_from_many_threads():
     assert not wrong
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_kernel_and_workspace_work_after_fork():
     code = (
@@ -370,7 +374,9 @@ def test_build_config():
     from gradext._version import __version__
 
     assert config["version"] == __version__
-    assert config["cpu_isa"] in ("avx2", "baseline")
+    assert config["cpu_isas"][-1] == "baseline"
+    with pytest.raises(ValueError, match="isa: expected one of this machine's, but got none"):
+        kernel(*factors(1, 1, 2, 3), torch.empty(1, 2, 3), isa="none")
     assert isinstance(config["cuda"], bool)
     assert bool(config["cuda_archs"]) == config["cuda"]
     status = C.cuda_status()
@@ -390,6 +396,28 @@ def test_stale_binaries_are_refused(tmp_path):
     (tmp_path / "csrc" / "outer.h").open("a").write("\n")
     assert "other sources" in native._stale(config, config["version"], tmp_path / "csrc")
     assert native._stale(config, config["version"], tmp_path / "none") is None
+
+
+@pytest.mark.medium
+def test_a_stale_binary_warns_and_a_missing_one_does_not(tmp_path):
+    package = tmp_path / "gradext"
+    shutil.copytree(Path(native.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "import warnings; warnings.simplefilter('error'); import gradext; print(gradext.native.C)"
+    run = lambda: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    if not list(native._binaries(Path(native.__file__).parent)):
+        pytest.skip("the package in use has no binary of its own")
+    shutil.copy(C.__file__, package)
+    (package / "_version.py").write_text('__version__ = "0.0.0"\n')
+    stale = run()
+    assert stale.returncode != 0
+    assert "runs without its compiled kernels" in stale.stderr
+    assert "this is 0.0.0: run `pip install .`" in stale.stderr
+    (package / Path(C.__file__).name).unlink()
+    installed = list(importlib.metadata.distributions(name="gradext"))
+    if not installed:
+        assert run().stdout == "None\n"
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests")
@@ -480,9 +508,11 @@ def test_a_missing_compiler_fails_no_install(tmp_path):
     result = build(tmp_path, **MISSING, GRADEXT_CUDA="0")
     assert result.returncode == 0, result.stderr
     assert "installed without them and runs on plain torch" in result.stderr
+    assert "install one (apt install g++" in result.stderr
     assert not list(tmp_path.rglob("_C*"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("answer", "targets"), [("echo 9.0; echo 7.5; echo 9.0", ["75", "90"]), ("echo 12.0", ["120"]), ("exit 9", None)]
 )

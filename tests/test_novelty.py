@@ -167,6 +167,7 @@ def test_alignment_is_the_mean_cosine_and_can_be_differentiated(digits):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.medium
 def test_alignment_in_training_aligns_the_gradients_of_new_inliers(digits):
     def misalignment(penalty):
         torch.manual_seed(0)
@@ -240,7 +241,7 @@ def test_characterize_leaves_the_model_in_its_mode(digits):
     assert model.encoder.training
 
 
-def test_no_sample_depends_on_its_company_where_the_sigmoid_saturates(digits):
+def test_no_sample_depends_on_others_where_the_sigmoid_saturates(digits):
     model, x = VAE(64, 8, 2).double(), digits[0][:5].double()
     with torch.no_grad():
         model.decoder[2].bias.fill_(40.0)
@@ -519,6 +520,7 @@ def test_decision_and_prediction_follow_the_threshold(detector, digits):
     assert set(detector.predict(X)) == {-1, 1}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
 def test_every_score_works_in_the_detector(digits, score):
     detector = NoveltyDetector(score, **{**FAST, "epochs": 20}).fit(digits[0])
@@ -527,6 +529,7 @@ def test_every_score_works_in_the_detector(digits, score):
     assert np.isfinite(scores).all()
 
 
+@pytest.mark.medium
 def test_detector_is_deterministic_and_indifferent_to_order_and_batching(detector, digits):
     X = digits[1][:40].numpy()
     again = clone(detector).fit(digits[0][:140].numpy())

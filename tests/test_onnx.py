@@ -18,7 +18,10 @@ from gradext.novelty import SCORES, VAE, NoveltyDetector, save
 from gradext.novelty.detector import CLASSIFIER_SCORES
 from gradext.novelty.onnx import ScoringGraph, default_dtype, export_onnx
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")  # of models that are hardly trained
+pytestmark = [
+    pytest.mark.medium,
+    pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning"),
+]  # of models that are hardly trained
 
 FAST = {"hidden_dim": 16, "latent_dim": 4, "epochs": 20, "random_state": 0}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}

@@ -1,4 +1,4 @@
-"""The operators: right in every type and shape, differentiable twice, and proper citizens of torch.library."""
+"""The operators: right in every type and shape, differentiable twice, and correct under torch.library."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def operands(name, T, O, I, dtype=torch.float64) -> tuple[Tensor, ...]:
 
 def schema_name(name, T) -> str:
     return "outer_sum" if name == "outer" and T is not None else name
+
+
+@pytest.mark.parametrize("T", [33, 64, 150])
+def test_norms_of_many_positions_by_both_gram_matrices(T, backend):
+    delta, activation = factors(2, T, 200, 240)  # wide: the Gram matrices take fewer operations than the gradients
+    expected = PLAIN["sq_norm"](delta, activation)
+    torch.testing.assert_close(ops.sq_norm(delta, activation, backend=backend), expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -164,6 +171,7 @@ def test_lazy_negatives_are_read_as_what_they_stand_for(name, backend):
             ops.outer(*tensors, out=out, backend=backend)
 
 
+@pytest.mark.medium
 def test_opcheck(backend):
     for T in None, 3:
         for name in PLAIN:
@@ -281,7 +289,7 @@ def test_what_does_not_fit_is_refused_with_names():
         ops.outer(delta, activation, out=torch.empty(1, 5, 3).expand(4, 5, 3))
 
 
-def test_direct_calls_equal_dispatched_ones_and_hide_from_nobody():
+def test_direct_calls_equal_dispatched_ones_and_modes_see_them():
     """Plain tensors go past the dispatcher; a mode that looks on still sees every operator."""
 
     class Seen(TorchDispatchMode):
@@ -513,6 +521,7 @@ def test_table_ends_every_choice_it_begins():
 # --- norms of several layers -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_norms_of_several_layers(backend):
     layers = [factors(4, T, 5 + k, 3, seed=k) for k, T in enumerate((None, 3, 40))]
     found = ops.sq_norm_group(layers, backend=backend)

@@ -1,4 +1,4 @@
-"""The wrappers give the values of the homes they are for."""
+"""The wrappers give the values of the libraries that they wrap."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Saved detectors: the same bits come back, no code is run, and what is wrong with a file is said."""
+"""Saved detectors: the same bits after loading, no code is executed, damaged files raise clear errors."""
 
 import copy
 import errno
@@ -33,6 +33,7 @@ def file(detector, tmp_path):
     return tmp_path / "model.gradext"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("score", [*SCORES, *CLASSIFIER_SCORES])
 def test_the_same_bits_come_back(score, dtype, digits, tmp_path):
@@ -285,6 +286,7 @@ def test_several_layers_are_saved_in_their_order(layer, digits, tmp_path):
     np.testing.assert_array_equal(again.score_samples(digits[1][:5]), detector.score_samples(digits[1][:5]))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("score", ["diagonal_fisher", "gradient_classifier"])
 def test_parameters_set_after_a_fit_are_for_the_next(score, digits, tmp_path):
     X = digits[1][:5]

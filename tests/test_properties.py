@@ -1,4 +1,4 @@
-"""Properties of the operators, for which hypothesis looks for counterexamples, on every backend that the CPU reaches.
+"""Properties of the operators, tested by hypothesis on every backend that works on the CPU.
 
 Shapes have zeros, ones, primes and large aspect ratios; tensors are dense, permuted, sliced, expanded, misaligned or
 lazily negated. ``pytest tests/test_properties.py --hypothesis-profile=thorough`` looks at many times as many. Triton's
@@ -27,10 +27,12 @@ from gradext import ops
 from gradext.backends import BACKENDS, cpu, reference, triton
 from gradext.backends.reference import accumulation_type
 
+pytestmark = pytest.mark.medium
+
 INTERPRETED = triton.interpreting()
 # The compiled kernel is chosen by the machine and the size: "streaming" and "baseline" make it stream past the cache
 # at every size, and use no instruction that some machine lacks.
-VARIANTS = {"cpu": {}, "cpu, streaming": {"stream_from": 0}, "cpu, baseline": {"stream_from": 0, "baseline": True}}
+VARIANTS = {"cpu": {}, "cpu, streaming": {"stream_from": 0}, "cpu, baseline": {"stream_from": 0, "isa": "baseline"}}
 BACKEND_NAMES = ["triton"] if INTERPRETED else [*VARIANTS, "reference", None]
 # A program of the interpreter takes milliseconds, and it cuts what hardware rounds to bf16.
 ELEMENTS = 1 << (10 if INTERPRETED else 17)  # of all gradients, all positions counted
@@ -55,6 +57,7 @@ def backend(request, monkeypatch):
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_triton_in_its_interpreter():
     """Everything below, on few and small examples, in a process where kernels are interpreted."""

@@ -1,4 +1,4 @@
-"""Networks that hypothesis makes up, in double precision against autograd one sample at a time.
+"""Random networks from hypothesis, in double precision against autograd one sample at a time.
 
 A network is a list of steps, each of which makes a value [B, T, D] (or [B, D]) of the ones before it.
 """
@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradext
+
+pytestmark = pytest.mark.medium
 
 VOCABULARY = 5
 ACTIVATIONS = {

@@ -1,4 +1,4 @@
-"""Data as they come: spikes, sentinels, heavy tails, images of every type and arrangement; nothing is upside down."""
+"""Raw data: spikes, sentinels, heavy tails, images of every type and arrangement."""
 
 import warnings
 
@@ -11,7 +11,7 @@ from gradext.novelty import ConvVAE, NoveltyDetector
 from gradext.novelty.scaling import SOFT, fit_scaling
 from gradext.novelty.scores import SCORES
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
+pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")]
 SHORT = {"hidden_dim": 32, "latent_dim": 4, "epochs": 20, "random_state": 0}
 
 

@@ -1,4 +1,4 @@
-"""The report is one whole file: all that was promised is in it, nothing is loaded from elsewhere, names are escaped."""
+"""The report is one complete file: all sections are in it, no external resources, names are escaped."""
 
 import html.parser
 import json
@@ -73,6 +73,7 @@ def test_labelled_images_with_training_samples(digits, capsys):
     assert not re.search("inlier|outlier", page.text)
 
 
+@pytest.mark.medium
 def test_neighbours_are_sought_among_normal_training_samples(digits, tmp_path):
     """Of images by their folders, of tables by the column of labels, which is no feature."""
     page = report(digits, digits / "test" / "1", "--training", digits / "train")

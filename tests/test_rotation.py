@@ -1,4 +1,4 @@
-"""The rotation network as a model like any other: trained, scored by its own losses' gradients, saved, explained."""
+"""The rotation network: trained, scored by the gradients of its own losses, saved, explained."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from gradext.cli import main
 from gradext.novelty import NoveltyDetector, RotationNet, characterize, load, save
 from gradext.novelty.explain import heat, layer_shares, residual
 
-pytestmark = pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
+pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")]
 
 
 def upright(rng, n, turn=0):

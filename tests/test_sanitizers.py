@@ -1,4 +1,4 @@
-"""The C++ of the CPU backend under the compiler's warnings, its sanitizers, and clang-tidy where it is installed."""
+"""The C++ of the CPU backend under compiler warnings, sanitizers, and clang-tidy if it is installed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 X86 = platform.machine() in ("x86_64", "AMD64")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
 KERNELS = {"baseline": ["-DGRADEXT_ISA=baseline"]} | (
-    {"avx2": ["-DGRADEXT_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]} if X86 else {}
+    {"avx2": ["-DGRADEXT_ISA=avx2", *AVX2], "avx512bf16": ["-DGRADEXT_ISA=avx512bf16", *AVX512]} if X86 else {}
 )
 SANITIZERS = {
     "address and undefined behaviour": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -53,6 +55,7 @@ def run(*command: object) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_no_warnings(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
     includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]

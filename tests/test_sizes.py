@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 elements, by strides over memory that is never touched, and the peak memory of the routes."""
+"""Offsets beyond 2^31 elements, by strides over untouched memory, and the peak memory of the routes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from gradext import ops
+
+pytestmark = pytest.mark.medium
 
 FAR = (1 << 31) + 64  # elements; 4 bytes each are mapped and a few pages used
 

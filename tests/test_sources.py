@@ -1,4 +1,4 @@
-"""Samples as people have them: every kind that can be read, and what is told of those that cannot."""
+"""Sources of samples: every kind that can be read, and the errors for those that cannot."""
 
 import gzip
 import sys

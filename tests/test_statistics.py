@@ -1,3 +1,5 @@
+"""Means and Fisher matrices of a data set, merged over batches and workers."""
+
 import pytest
 import safetensors.torch
 import torch
@@ -202,7 +204,7 @@ def test_products_of_embeddings_form_no_unit_vectors(other_T, monkeypatch):
     both = EmbeddingFactors.cat([first, second]).materialize()
     torch.testing.assert_close(both, torch.cat([first.materialize(), second.materialize()]))
     monkeypatch.setattr(EmbeddingFactors, "delta", property(lambda self: pytest.fail("unit vectors were formed")))
-    monkeypatch.setattr("gradext.factors.numerics.BLOCK_ELEMENTS", 30)
+    monkeypatch.setattr("gradext.backends.reference.BLOCK_ELEMENTS", 30)
     torch.testing.assert_close(first.gram(second), expected)
     assert first[:0].gram(second).shape == (0, 4)
 

@@ -1,3 +1,5 @@
+"""`iter_layer_grads`: chunks within a memory budget, in order, with targets and reductions."""
+
 from collections import UserDict
 
 import pytest

@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: operators under the interpreter, kernels compiled for three GPUs, its choice.
+"""The Triton backend without a GPU: operators in the interpreter, kernels compiled for three GPUs, its choice.
 
 Kernels are compiled by Triton for the arguments of real calls: only the launch is left out. The product of all sizes,
 types and GPUs takes minutes and is marked ``slow``: ``pytest tests/test_triton.py -m slow``.
@@ -34,17 +34,21 @@ def run_python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("device", ["interpreter", "gpu"])
+FEW = "empty or strided_inputs or test_out or group or short_rows or mixed"  # of its tests, in seconds
+
+
+@pytest.mark.parametrize("device", ["few", pytest.param("interpreter", marks=pytest.mark.slow), "gpu"])
 def test_operators(device):
     """`triton_operators.py`, in a process of its own."""
     triton = pytest.importorskip("triton")
     if device == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    if device == "interpreter" and version(triton) < (3, 7) and version(np) >= (2, 4):
+    if device != "gpu" and version(triton) < (3, 7) and version(np) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 and older does not know NumPy 2.4: it converts arrays to int")
     tests = str(Path(__file__).with_name("triton_operators.py"))
-    interpret = "1" if device == "interpreter" else None
-    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET=interpret)
+    interpret = None if device == "gpu" else "1"
+    chosen = ("-k", FEW) if device == "few" else ()
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *chosen, TRITON_INTERPRET=interpret)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -138,7 +142,7 @@ def compilations():
     for gpu in GPUS:
         for dtype in TYPES:
             for call in calls(dtype):
-                marks = () if call in QUICK.get((gpu, dtype), ()) else pytest.mark.slow
+                marks = pytest.mark.medium if call in QUICK.get((gpu, dtype), ()) else pytest.mark.slow
                 yield pytest.param(gpu, dtype, call, marks=marks, id=f"sm_{gpu}-{dtype}-{call.replace(' ', '-')}")
 
 
@@ -356,6 +360,7 @@ def test_gpu_chooses_triton_before_plain_torch(fresh):
     assert backends.choose("outer", None, "cuda", call) is backends.reference
 
 
+@pytest.mark.medium
 def test_import_leaves_triton_alone():
     code = "import sys; sys.modules['triton'] = None; import gradext; import gradext.backends.triton"
     run = run_python("-c", code, PYTHONPATH=str(Path(gradext.__file__).parents[1]))

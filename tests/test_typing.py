@@ -1,4 +1,4 @@
-"""The types that a user's type checker sees."""
+"""The types as a user's type checker sees them."""
 
 import os
 import subprocess
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import gradext
+
+pytestmark = pytest.mark.medium
 
 pytest.importorskip("mypy", reason="mypy is not installed")
 USER = Path(__file__).resolve().parent / "typing_public.py"

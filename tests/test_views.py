@@ -1,4 +1,4 @@
-"""Calls whose result is a view of numbers in another order, or is changed in place afterwards."""
+"""Calls whose result is a view in another order, or is changed in place afterwards."""
 
 from __future__ import annotations
 

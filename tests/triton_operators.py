@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gradext import ops
+from gradext import GradFactors, LayerFactors, backends, ops, ranges
 from gradext.backends import reference, triton
 
 if triton.available() is not None:
@@ -244,6 +244,37 @@ def test_sums_and_projections_of_any_strides(tf32):
     for d, a in ((delta, activation), (delta, activation[:1].expand(4, 3, 21))):
         check_wide("weighted_sum", d, a, weights)
         check_wide("project", d, a, left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_factors_of_several_layers(dtype, monkeypatch):
+    """Norms, clipped sums and projections by the kernels, one each a layer, in fp32 from factors of half precision."""
+    monkeypatch.setattr(backends, "DEFAULT", "triton")
+    monkeypatch.setattr(ranges, "may_look", lambda x: False)
+    layers = LayerFactors()
+    for T, O, I in ((None, 33, 20), (20, 9, 40)):
+        delta, activation, *_ = factors(5, T, O, I, dtype)
+        layers[f"{O}.weight"] = GradFactors(activation, delta)
+        layers[f"{O}.bias"] = GradFactors.of(delta if T is None else delta.sum(1))
+    exact = layers.to(torch.float64)
+    gradients = {name: each.materialize() for name, each in exact.items()}
+    norms = sum(gradient.square().flatten(1).sum(1) for gradient in gradients.values()).sqrt()
+    launched = record_launches(monkeypatch)
+    torch.testing.assert_close(layers.norm().double(), norms, rtol=1e-6, atol=0)
+    assert launched == ["sq_norm_rows", "sq_norm_gram"]
+    launched.clear()
+    clip = norms.median().item()
+    sums = layers.clipped_sum(clip)
+    assert launched == ["sq_norm_rows", "sq_norm_gram", "weighted_sum", "weighted_sum"]
+    weights = (clip / norms).clamp_max(1)
+    for name, gradient in gradients.items():
+        assert sums[name].dtype == torch.float32
+        expected, terms = (torch.tensordot(weights, g, dims=1) for g in (gradient, gradient.abs()))
+        assert ((sums[name].double() - expected).abs() <= 2 * torch.finfo(dtype).eps * terms.max()).all(), name
+    launched.clear()
+    found = layers.project(4)
+    assert launched == ["project", "project"]
+    torch.testing.assert_close(found.double(), exact.project(4), rtol=1e-5, atol=1e-5 * float(norms.max()))
 
 
 # --- several problems ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #include "outer_kernel.h"
 #include "threads.h"
@@ -42,15 +43,29 @@ struct Isa {
   OuterRange outer_range;
 };
 
-const Isa& isa() {
-  static const Isa chosen = [] {
+// Those of this machine, the best first.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> found = [] {
+    std::vector<Isa> isas;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-      return Isa{"avx2", avx2::outer_range};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512dq"))
+        isas.push_back({"avx512bf16", avx512bf16::outer_range});
+      isas.push_back({"avx2", avx2::outer_range});
+    }
 #endif
-    return Isa{"baseline", baseline::outer_range};
+    isas.push_back({"baseline", baseline::outer_range});
+    return isas;
   }();
-  return chosen;
+  return found;
+}
+
+OuterRange outer_range_of(const std::string& isa) {
+  if (isa.empty()) return isas().front().outer_range;
+  for (const Isa& each : isas())
+    if (isa == each.name) return each.outer_range;
+  throw std::invalid_argument("isa: expected one of this machine's, but got " + isa);
 }
 
 std::int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
@@ -78,7 +93,11 @@ std::int64_t part_begin(const void* out, std::int64_t bytes, int part, int parts
 
 }  // namespace
 
-const char* cpu_isa() { return isa().name; }
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const Isa& each : isas()) names.emplace_back(each.name);
+  return names;
+}
 
 // Up to about the size of the cache plain stores are the faster ones, beyond it the slower; a quarter is left to
 // whoever else uses it.
@@ -87,7 +106,7 @@ std::int64_t default_stream_from() {
   return bytes;
 }
 
-void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from, bool baseline) {
+void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from, const std::string& isa) {
   const OuterParams p = with_long_rows(params);
   const std::int64_t size = element_size(p.out_dtype), bytes = p.B * p.O * p.I * size;
   if (bytes == 0) return;
@@ -101,7 +120,7 @@ void outer_cpu(const OuterParams& params, int threads, std::int64_t stream_from,
   const bool stream = bytes >= (stream_from < 0 ? default_stream_from() : stream_from);
   threads = threads_for(bytes, threads);
   const int parts = parts_for(bytes, threads);
-  const OuterRange outer_range = baseline ? baseline::outer_range : isa().outer_range;
+  const OuterRange outer_range = outer_range_of(isa);
   const auto work = [&](int part) {
     outer_range(p, part_begin(p.out, bytes, part, parts) / size, part_begin(p.out, bytes, part + 1, parts) / size,
                 stream);

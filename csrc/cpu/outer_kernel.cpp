@@ -114,22 +114,50 @@ inline void put(void* to, Bytes v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+#if defined(__AVX2__)
+
+// Two vectors of sums as bf16, of which none is special: those are rare enough to be asked for once.
+#if defined(__AVX512BF16__)
+inline __m256i narrow_pair(Vector<float> low, Vector<float> high) {
+  return (__m256i)_mm256_cvtne2ps_pbh((__m256)high, (__m256)low);
+}
+// Subnormal numbers, which the instruction takes for zeros.
+inline bool has_special(const Vector<float> (&sum)[4]) {
+  const auto special = [&](int v) { return _mm256_fpclass_ps_mask((__m256)sum[v], 0x20); };
+  return (special(0) | special(1) | special(2) | special(3)) != 0;
+}
+#else
+inline __m256i narrow_pair(Vector<float> low, Vector<float> high) {
+  const auto packed = _mm256_packus_epi32((__m256i)rounded(low), (__m256i)rounded(high));
+  return _mm256_permute4x64_epi64(packed, 0b11'01'10'00);
+}
+// NaNs, by a comparison that looks at two vectors.
+inline bool has_special(const Vector<float> (&sum)[4]) {
+  const __m256 nan = _mm256_or_ps(_mm256_cmp_ps((__m256)sum[0], (__m256)sum[1], _CMP_UNORD_Q),
+                                  _mm256_cmp_ps((__m256)sum[2], (__m256)sum[3], _CMP_UNORD_Q));
+  return _mm256_movemask_ps(nan) != 0;
+}
+#endif
+
+// 32 bytes of outputs; `to` is aligned as 16 of them if kStream, and half of the time as all.
+template <bool kStream>
+inline void put_packed(BFloat16* to, __m256i v) {
+  if (!kStream || reinterpret_cast<std::uintptr_t>(to) % 32 == 0) return put<kStream>(to, v);
+  put<kStream>(to, _mm256_castsi256_si128(v));
+  put<kStream>(to + 8, _mm256_extracti128_si256(v, 1));
+}
+
+#endif
+
 // Writes neighbouring vectors; past the cache if kStream, and `to` is then aligned as a vector of outputs.
 template <bool kStream, class Out, class Lanes, std::size_t kVectors>
 inline void write(Out* to, const Lanes (&sum)[kVectors]) {
   constexpr std::int64_t V = sizeof(Lanes) / sizeof(sum[0][0]);
 #if defined(__AVX2__)
-  // NaNs are rare enough to be asked for once, by a comparison that looks at two vectors.
   if constexpr (std::is_same_v<Out, BFloat16> && kVectors == 4) {
-    const __m256 nan = _mm256_or_ps(_mm256_cmp_ps((__m256)sum[0], (__m256)sum[1], _CMP_UNORD_Q),
-                                    _mm256_cmp_ps((__m256)sum[2], (__m256)sum[3], _CMP_UNORD_Q));
-    if (__builtin_expect(_mm256_movemask_ps(nan) == 0, 1)) {
-      for (int v = 0; v < 4; v += 2) {
-        const auto packed = _mm256_packus_epi32((__m256i)rounded(sum[v]), (__m256i)rounded(sum[v + 1]));
-        const auto ordered = _mm256_permute4x64_epi64(packed, 0b11'01'10'00);
-        put<kStream>(to + v * V, _mm256_castsi256_si128(ordered));
-        put<kStream>(to + v * V + V, _mm256_extracti128_si256(ordered, 1));
-      }
+    if (__builtin_expect(!has_special(sum), 1)) {
+      put_packed<kStream>(to, narrow_pair(sum[0], sum[1]));
+      put_packed<kStream>(to + 2 * V, narrow_pair(sum[2], sum[3]));
       return;
     }
   }

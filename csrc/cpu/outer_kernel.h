@@ -14,5 +14,8 @@ void outer_range(const OuterParams& p, std::int64_t begin, std::int64_t end, boo
 namespace avx2 {
 void outer_range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stream);
 }
+namespace avx512bf16 {
+void outer_range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stream);
+}
 
 }  // namespace gradext

@@ -103,104 +103,122 @@ __global__ void __launch_bounds__(kThreads, 4) outer_rows(const __grid_constant_
 // T = 1 and any rows. The output falls into runs: stretches of memory without gaps, a sample's [O, I] or, where rows
 // are padded, one row. In a run the 16-byte chunks repeat their position relative to the rows every `period` rows, the
 // least number of rows that fills whole chunks. So a thread takes one position within the period, loads its activations
-// once, and steps from period to period: per store it loads one delta (two where the chunk lies across rows), and it
-// divides only before the loop.
+// once, and steps from period to period: per store it loads two deltas, which differ where the chunk lies across rows,
+// or as many as rows are shorter than a chunk. Nothing is divided but by multiplication.
 struct Runs {
   const void *delta, *activation;
   void* out;
-  std::int64_t I;
   std::int64_t delta_b, delta_o, activation_b, activation_i, out_b, out_o;
-  std::int64_t runs, rows;  // runs in all; rows in each
-  std::int64_t runs_per_sample;
-  std::int64_t period;         // rows
-  std::int64_t period_chunks;  // period * I * sizeof(Out) / 16
-  std::int64_t column_tiles;   // blocks side by side in a period
-  std::int64_t steps;          // periods that one thread takes
-  std::int64_t row_tiles;      // blocks below one another in a run
-  std::int64_t tiles;          // column_tiles * row_tiles * runs / z, rounded up
-  unsigned x, y, z;            // threads of a block: chunks within the period, periods, runs
+  std::int64_t next_delta[4];  // 1 to 4 times y periods further, in bytes
+  Divisor I, runs_per_sample;
+  Divisor column_tiles;         // blocks side by side in a period
+  Divisor row_tiles;            // blocks below one another in a run
+  std::uint32_t runs, length;   // runs in all; elements in each, at most kMostOfRun
+  std::uint32_t period;         // rows
+  std::uint32_t period_chunks;  // period * I * sizeof(Out) / 16
+  std::uint32_t steps;          // periods that one thread takes
+  std::uint32_t tiles;          // column_tiles * row_tiles * runs / z, rounded up
+  std::uint32_t x, y, z;        // threads of a block: chunks within the period, periods, runs
 };
+constexpr std::int64_t kMostOfRun =
+    1 << 29;  // so that 32 bits hold a chunk a step behind the last one of the last block
 
 // What the thread (x, y, z) writes of a tile: one block's share.
 template <class In, class Out>
-__device__ __forceinline__ void write_runs(const Runs& p, std::int64_t tile, unsigned x, unsigned y, unsigned z) {
-  constexpr int kSize = Chunk<Out>::kSize;
+__device__ __forceinline__ void write_runs(const Runs& p, std::uint32_t tile, std::uint32_t x, std::uint32_t y,
+                                           std::uint32_t z) {
+  constexpr std::uint32_t kSize = Chunk<Out>::kSize;
   using Real = Sum<In>;
-  const std::int64_t length = p.rows * p.I;
-  const std::int64_t run_tile = divide(tile, p.column_tiles * p.row_tiles);
-  const std::int64_t within = tile - run_tile * p.column_tiles * p.row_tiles;
-  const std::int64_t row_tile = divide(within, p.column_tiles);
-  const std::int64_t column_tile = within - row_tile * p.column_tiles;
-
-  const std::int64_t run = run_tile * p.z + z;
-  if (run >= p.runs) return;
-  const std::int64_t b = divide(run, p.runs_per_sample);
-  const std::int64_t first_row = run - b * p.runs_per_sample;
-  const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b + first_row * p.delta_o;
+  std::uint32_t column_tile = tile;
+  std::uint32_t row_tile = p.column_tiles(column_tile);
+  std::uint32_t row = p.row_tiles(row_tile) * p.z + z;  // the run, and in it the first row of its sample
+  if (row >= p.runs) return;
+  const std::uint32_t b = p.runs_per_sample(row);
+  const In* delta = static_cast<const In*>(p.delta) + b * p.delta_b + row * p.delta_o;
   const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b;
-  Out* out = static_cast<Out*>(p.out) + b * p.out_b + first_row * p.out_o;
+  Out* out = static_cast<Out*>(p.out) + b * p.out_b + row * p.out_o;
 
   // Elements in front of the first 16-byte boundary, and the whole chunks behind it.
-  const int misplaced = static_cast<int>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(Out));
-  const std::int64_t head = min(static_cast<std::int64_t>(misplaced == 0 ? 0 : kSize - misplaced), length);
-  const std::int64_t chunks = (length - head) / kSize;
+  const auto misplaced = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(Out));
+  const std::uint32_t head = min((kSize - misplaced) % kSize, p.length);
+  const std::uint32_t chunks = (p.length - head) / kSize;
 
-  if (within == 0) {  // the first block of a run writes its ends, too short for a chunk
-    const std::int64_t tail = head + chunks * kSize;
-    const std::int64_t ends = head + length - tail;
-    for (std::int64_t k = y * p.x + x; k < ends; k += p.x * p.y) {
-      const std::int64_t e = k < head ? k : tail + k - head;
-      const std::int64_t o = divide(e, p.I);
-      const Real d = convert<Real>(delta[o * p.delta_o]);
-      store_one(out + e, convert<Out>(d * convert<Real>(activation[(e - o * p.I) * p.activation_i])));
+  if (column_tile == 0 && row_tile == 0) {  // the first block of a run writes its ends, too short for a chunk
+    const std::uint32_t inside = chunks * kSize;
+#pragma unroll 1
+    for (std::uint32_t k = y * p.x + x; k < p.length - inside; k += p.x * p.y) {
+      const std::uint32_t e = k < head ? k : k + inside;
+      std::uint32_t i = e;
+      const Real d = convert<Real>(delta[p.I(i) * p.delta_o]);
+      store_one(out + e, convert<Out>(d * convert<Real>(activation[i * p.activation_i])));
     }
   }
 
-  const std::int64_t position = column_tile * p.x + x;
-  const std::int64_t period = row_tile * p.steps * p.y + y;
-  std::int64_t chunk = period * p.period_chunks + position;
+  const std::uint32_t position = column_tile * p.x + x, period = row_tile * (p.steps * p.y) + y;
+  std::uint32_t chunk = period * p.period_chunks + position;
   if (position >= p.period_chunks || chunk >= chunks) return;
+  const std::uint32_t next = p.period_chunks * p.y, end = min(chunks, chunk + p.steps * next);
 
+  std::uint32_t i = head + position * kSize;
+  const In* d = delta + (period * p.period + p.I(i)) * p.delta_o;
+  auto* to = reinterpret_cast<uint4*>(out + head) + chunk;
+  const std::uint32_t cut = p.I.divisor - i;  // elements of the chunk's first row
   Real a[kSize];
-  int below[kSize];  // rows between the chunk's first element and this one
-  const std::int64_t e = head + position * kSize;
-  const std::int64_t o = divide(e, p.I);
-  std::int64_t i = e - o * p.I;
-  int row = 0;
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) {
+  for (std::uint32_t k = 0; k < kSize; ++k) {
     a[k] = convert<Real>(activation[i * p.activation_i]);
-    below[k] = row;
-    if (++i == p.I) i = 0, ++row;
+    if (++i == p.I.divisor) i = 0;
   }
 
-  const In* d = delta + (period * p.period + o) * p.delta_o;
-  Out* to = out + head + chunk * kSize;
-  const std::int64_t next_delta = p.period * p.y * p.delta_o;
-  const std::int64_t next_chunk = p.period_chunks * p.y;
-#pragma unroll 4
-  for (std::int64_t step = 0; step < p.steps; ++step) {
-    if (chunk >= chunks) break;
-    Chunk<Out> c;
-    if (below[kSize - 1] == 0) {
-      const Real d0 = convert<Real>(*d);
+  if (p.I.divisor < kSize) {
+#pragma unroll 1
+    for (; chunk < end; chunk += next, to += next, d = moved(d, p.next_delta[0])) {
+      Chunk<Out> c;
+      const In* at = d;
+      std::uint32_t left = cut;
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(d0 * a[k]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(convert<Real>(d[below[k] * p.delta_o]) * a[k]);
+      for (std::uint32_t k = 0; k < kSize; ++k) {
+        if (left == 0) at += p.delta_o, left = p.I.divisor;
+        --left;
+        c.element[k] = convert<Out>(convert<Real>(*at) * a[k]);
+      }
+      __stcs(to, c.all);
     }
-    __stcs(reinterpret_cast<uint4*>(to), c.all);
-    d += next_delta;
-    to += next_chunk * kSize;
-    chunk += next_chunk;
+    return;
+  }
+  const std::int64_t below = cut < kSize ? p.delta_o : 0;
+  const auto write = [&](In first, In second, uint4* at) {
+    const Real d0 = convert<Real>(first), d1 = convert<Real>(second);
+    Chunk<Out> c;
+#pragma unroll
+    for (std::uint32_t k = 0; k < kSize; ++k) c.element[k] = convert<Out>((k < cut ? d0 : d1) * a[k]);
+    __stcs(at, c.all);
+  };
+  constexpr std::uint32_t kAtOnce = 4;  // pairs of deltas on their way
+  for (; chunk + (kAtOnce - 1) * next < end; chunk += kAtOnce * next) {
+    In first[kAtOnce], second[kAtOnce];
+#pragma unroll
+    for (std::uint32_t k = 0; k < kAtOnce; ++k) {
+      const In* at = k == 0 ? d : moved(d, p.next_delta[k - 1]);
+      first[k] = *at, second[k] = at[below];
+    }
+#pragma unroll
+    for (std::uint32_t k = 0; k < kAtOnce; ++k) write(first[k], second[k], to + k * next);
+    d = moved(d, p.next_delta[kAtOnce - 1]);
+    to += kAtOnce * next;
+  }
+#pragma unroll 1
+  for (; chunk < end; chunk += next) {
+    write(*d, d[below], to);
+    d = moved(d, p.next_delta[0]);
+    to += next;
   }
 }
 
 // One problem.
 template <class In, class Out>
-__global__ void __launch_bounds__(kThreads, 3) outer_runs(const __grid_constant__ Runs p) {
-  for (std::int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
+__global__ void __launch_bounds__(kThreads, 4) outer_runs(const __grid_constant__ Runs p) {
+  for (std::uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x)
     write_runs<In, Out>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
 }
 
@@ -208,12 +226,14 @@ __global__ void __launch_bounds__(kThreads, 3) outer_runs(const __grid_constant_
 constexpr int kGroup = 16;
 struct Problem {
   bool by_rows;
+  Divisor x, y;  // threads of a block, which here has one dimension
+  std::uint32_t z;
   union {
     Rows rows;
     Runs runs;
   };
-  Problem() : by_rows(false), runs{} {}
-  __host__ __device__ std::int64_t tiles() const { return by_rows ? rows.tiles : runs.tiles; }
+  Problem() : by_rows(false), z(0), runs{} {}
+  __host__ __device__ std::uint32_t tiles() const { return by_rows ? rows.tiles : runs.tiles; }
 };
 struct Group {
   Problem problem[kGroup];
@@ -230,13 +250,13 @@ __global__ void __launch_bounds__(kThreads, 3) outer_group(const __grid_constant
       before += group.problem[problem++].tiles();
     if (problem == group.problems) return;
     const Problem& p = group.problem[problem];
-    const unsigned px = p.by_rows ? p.rows.x : p.runs.x, py = p.by_rows ? p.rows.y : p.runs.y;
-    const unsigned x = threadIdx.x % px, row = threadIdx.x / px, y = row % py, z = row / py;
-    if (z >= (p.by_rows ? p.rows.z : p.runs.z)) continue;
+    std::uint32_t x = threadIdx.x, y = p.x(x);
+    const std::uint32_t z = p.y(y);
+    if (z >= p.z) continue;
     if (p.by_rows)
       write_rows<In, Out, kStream>(p.rows, static_cast<std::uint32_t>(tile - before), x, y, z);
     else
-      write_runs<In, Out>(p.runs, tile - before, x, y, z);
+      write_runs<In, Out>(p.runs, static_cast<std::uint32_t>(tile - before), x, y, z);
   }
 }
 
@@ -337,32 +357,49 @@ Rows plan_rows(const OuterParams& p, std::int64_t element_size, std::int64_t in_
   return r;
 }
 
-Runs plan_runs(const OuterParams& p, std::int64_t element_size, int multiprocessors) {
+Runs plan_runs(const OuterParams& p, std::int64_t element_size, std::int64_t in_size, int multiprocessors) {
   const std::int64_t kSize = 16 / element_size;
   const bool joined = p.O == 1 || p.out_o == p.I;
+  const std::int64_t rows = joined ? p.O : 1, runs = p.B * (joined ? 1 : p.O);
+  const std::int64_t period = kSize / common_divisor(kSize, p.I), period_chunks = period * p.I / kSize;
+  const std::int64_t periods = divide_up(rows, period);
+  // x takes a period in blocks as even as can be, y what x leaves of the threads, z what the run leaves.
+  const std::int64_t column_tiles = divide_up(period_chunks, kThreads);
+  const std::int64_t x = divide_up(period_chunks, column_tiles), y = std::min(periods, kThreads / x);
+  const std::int64_t z = std::min<std::int64_t>(runs, std::min<std::int64_t>(kThreads / (x * y), 64));
+
+  const std::int64_t rows_of_blocks = divide_up(periods, y), others = column_tiles * divide_up(runs, z);
+  const std::int64_t steps = steps_of(rows_of_blocks * others, rows_of_blocks, multiprocessors);
+  const std::int64_t row_tiles = divide_up(rows_of_blocks, steps);
+
   Runs r{};
-  r.delta = p.delta, r.activation = p.activation, r.out = p.out, r.I = p.I;
+  r.delta = p.delta, r.activation = p.activation, r.out = p.out;
   r.delta_b = p.delta_b, r.delta_o = p.delta_o, r.activation_b = p.activation_b, r.activation_i = p.activation_i;
   r.out_b = p.out_b, r.out_o = p.out_o;
-  r.runs_per_sample = joined ? 1 : p.O;
-  r.rows = joined ? p.O : 1;
-  r.runs = p.B * r.runs_per_sample;
-  r.period = kSize / common_divisor(kSize, p.I);
-  r.period_chunks = r.period * p.I / kSize;
-  const std::int64_t periods = divide_up(r.rows, r.period);
-
-  // x takes a period in blocks as even as can be, y what x leaves of the threads, z what the run leaves.
-  r.column_tiles = divide_up(r.period_chunks, kThreads);
-  r.x = static_cast<unsigned>(divide_up(r.period_chunks, r.column_tiles));
-  r.y = static_cast<unsigned>(std::min<std::int64_t>(periods, kThreads / r.x));
-  r.z = static_cast<unsigned>(std::min<std::int64_t>(r.runs, std::min(kThreads / (r.x * r.y), 64u)));
-
-  const std::int64_t rows_of_blocks = divide_up(periods, r.y);
-  const std::int64_t others = r.column_tiles * divide_up(r.runs, r.z);
-  r.steps = steps_of(rows_of_blocks * others, rows_of_blocks, multiprocessors);
-  r.row_tiles = divide_up(rows_of_blocks, r.steps);
-  r.tiles = others * r.row_tiles;
+  for (int k = 0; k < 4; ++k) r.next_delta[k] = (k + 1) * period * y * p.delta_o * in_size;
+  r.I = Divisor(p.I), r.runs_per_sample = Divisor(joined ? 1 : p.O);
+  r.column_tiles = Divisor(column_tiles), r.row_tiles = Divisor(row_tiles);
+  const auto set = [](std::uint32_t& to, std::int64_t value) { to = static_cast<std::uint32_t>(value); };
+  set(r.runs, runs), set(r.length, rows * p.I), set(r.period, period), set(r.period_chunks, period_chunks);
+  set(r.steps, steps), set(r.tiles, row_tiles * others), set(r.x, x), set(r.y, y), set(r.z, z);
   return r;
+}
+
+// Calls function(part) for parts of a problem whose runs, and whose count of runs, 32 bits hold: one, of most.
+template <class In, class Out, class Function>
+void in_parts(const OuterParams& p, Function&& function) {
+  const std::int64_t I = std::min(p.I, kMostOfRun), O = std::clamp<std::int64_t>(kMostOfRun / I, 1, p.O);
+  const std::int64_t B = std::clamp<std::int64_t>((1 << 30) / O, 1, p.B);
+  for (std::int64_t b = 0; b < p.B; b += B)
+    for (std::int64_t o = 0; o < p.O; o += O)
+      for (std::int64_t i = 0; i < p.I; i += I) {
+        OuterParams part = p;
+        part.B = std::min(B, p.B - b), part.O = std::min(O, p.O - o), part.I = std::min(I, p.I - i);
+        part.delta = static_cast<const In*>(p.delta) + b * p.delta_b + o * p.delta_o;
+        part.activation = static_cast<const In*>(p.activation) + b * p.activation_b + i * p.activation_i;
+        part.out = static_cast<Out*>(p.out) + b * p.out_b + o * p.out_o + i;
+        function(part);
+      }
 }
 
 template <class In, class Out>
@@ -387,24 +424,32 @@ void launch_outer(const std::vector<OuterParams>& problems, int device, cudaStre
     group.problems = 0;
     tiles = bytes = 0;
   };
+  const auto add = [&](const OuterParams& p) {
+    Problem& problem = group.problem[group.problems++];
+    problem.by_rows = by_rows(p, sizeof(Out));
+    const auto divide_block = [&](const auto& plan) {
+      problem.x = Divisor(plan.x), problem.y = Divisor(plan.y), problem.z = plan.z;
+    };
+    if (problem.by_rows)
+      divide_block(problem.rows = plan_rows(p, sizeof(Out), sizeof(In), size.multiprocessors));
+    else
+      divide_block(problem.runs = plan_runs(p, sizeof(Out), sizeof(In), size.multiprocessors));
+    tiles += problem.tiles();
+    bytes += p.B * p.O * p.I * static_cast<std::int64_t>(sizeof(Out));
+    if (group.problems == kGroup) launch_group(p);
+  };
   for (const OuterParams& params : problems) {
     const OuterParams p = with_long_rows(params);
     if (p.B == 0 || p.O == 0 || p.I == 0) continue;
-    if (p.T == 1) {
-      Problem& problem = group.problem[group.problems++];
-      problem.by_rows = by_rows(p, sizeof(Out));
-      if (problem.by_rows)
-        problem.rows = plan_rows(p, sizeof(Out), sizeof(In), size.multiprocessors);
-      else
-        problem.runs = plan_runs(p, sizeof(Out), size.multiprocessors);
-      tiles += problem.tiles();
-      bytes += p.B * p.O * p.I * static_cast<std::int64_t>(sizeof(Out));
-      if (group.problems == kGroup) launch_group(p);
-      continue;
+    if (p.T == 1 && by_rows(p, sizeof(Out))) {
+      add(p);
+    } else if (p.T == 1) {
+      in_parts<In, Out>(p, add);
+    } else {
+      const std::int64_t tiles_o = divide_up(p.O, kTile), tiles_i = divide_up(p.I, kTile);
+      check(launch(outer_sum<In, Out>, p.B * tiles_o * tiles_i, dim3(kThreads), stream, p, tiles_o, tiles_i),
+            "kernel launch", kOperation, p, device);
     }
-    const std::int64_t tiles_o = divide_up(p.O, kTile), tiles_i = divide_up(p.I, kTile);
-    check(launch(outer_sum<In, Out>, p.B * tiles_o * tiles_i, dim3(kThreads), stream, p, tiles_o, tiles_i),
-          "kernel launch", kOperation, p, device);
   }
   launch_group(problems.back());
 }

@@ -1,8 +1,8 @@
 """One file for each implementation of the operators in `gradext.ops`, and the `TABLE` that chooses among them.
 
 A backend is a module with ``available() -> str | None`` (None: it works here; else the reason why not) and the
-operators that it does better than `reference`, from which every other operator comes. It takes tensors of the device
-type of its own name, or of those that its ``device_types()`` names.
+operators that it computes better than `reference`, which computes all others. It takes tensors of the device type that
+it is named after, or of those in its ``device_types()``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from . import cpu, cuda, reference, triton
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
-# The backend for every call that names none. Read once: a look-up takes as long as the rest of a choice.
+# The backend of calls without backend=. Read once: reading the environment takes as long as the rest of a choice.
 DEFAULT = os.environ.get("GRADEXT_BACKEND") or None
 
 
 class Call(NamedTuple):
-    """What the table may ask of a call, computed only where a row asks: a choice takes about 1 µs."""
+    """The properties of a call that rows of the table use, computed when used: a choice takes about 1 µs."""
 
     delta: Tensor  # [B, (T,) O]
     out: Any = None  # the result [B, O, I] of `outer`, a tensor; rows for other operators do not ask for it
@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
     @property
     def by_columns(self) -> bool:
-        """Neighbours in a row of the result are no neighbours in memory."""
+        """Neighbours in a row of the result are not adjacent in memory."""
         return self.out.stride(2) != 1 and self.out.shape[2] > 1
 
     @property
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 _FUNCTIONALS = ("dot", "linear", "gram", "weighted_sum", "project")
-# For an operator and a device, the first row that fits; where none does, `reference`.
+# The first row that fits an operator and a device is used; `reference` if none does.
 TABLE = (
     Row(
         ("outer",), "cuda", "T > 8, one type, fp32 or fp64", lambda c: c.positions > 8 and not c.converts,
@@ -122,9 +122,9 @@ _working: dict[tuple[str, ...], ModuleType] = {}
 
 
 def choose(operator: str, name: str | None, device_type: str, call: Call) -> ModuleType:
-    """The backend called ``name`` (or `DEFAULT`), or if both are None the one that the table chooses.
+    """The backend ``name`` (or `DEFAULT`), or the choice of the table if both are None.
 
-    Raises BackendError if the one asked for is unknown, does not work here, or is for another device.
+    Raises BackendError if the named backend is unknown, does not work here, or is for another device.
     """
     name = name or DEFAULT
     if name is None:

@@ -1,4 +1,4 @@
-"""The outer product on CPU tensors, by the compiled kernel where it is the fastest and by torch elsewhere."""
+"""The outer product of CPU tensors, by the compiled kernel, or by torch for results with non-contiguous rows."""
 
 import sys
 
@@ -10,8 +10,8 @@ from . import reference
 
 _C = native.C
 
-# From this many bytes on, a result of its own lies in the workspace: below, torch's allocator reuses memory
-# as well, and wrapping a buffer costs 3 us.
+# New results of at least this many bytes lie in the workspace. Below, the allocator of torch reuses memory too, and
+# wrapping a buffer costs 3 µs.
 _WORKSPACE_FROM = 1 << 20
 
 _CODE = (
@@ -20,7 +20,7 @@ _CODE = (
 
 
 def available() -> str | None:
-    """None where the compiled kernel can be used, else why not."""
+    """None if the compiled kernel can be used, else the reason why not."""
     return native.reason
 
 
@@ -35,14 +35,14 @@ def outer(
     Args:
         delta: ``[B, O]`` or ``[B, T, O]``, any strides.
         activation: ``[B, I]`` or ``[B, T, I]``, with as many dimensions as ``delta``.
-        out: ``[B, O, I]``, any strides, written and returned. Without it the result lies in reused memory of
-            gradext's own from 1 MiB on, which returns to the pool with the tensor.
+        out: ``[B, O, I]``, any strides, written and returned. Without it a result of 1 MiB or more lies in gradext's
+            workspace; its memory returns there when the tensor is freed.
         dtype: of a result without ``out``; the inputs' promoted type by default.
 
-    Sums are kept in fp32, or fp64 for fp64 results, and rounded once. Types the kernel does not take are
-    converted before, which costs B·T·(O + I) elements where the result has B·O·I.
+    Sums are in fp32, or fp64 for fp64 results, and rounded once. Other types are converted first: B·T·(O + I)
+    elements, where the result has B·O·I.
 
-    Cost: writes B·O·I elements, past the cache where they would not fit into it, and reads the inputs once.
+    Cost: writes B·O·I elements, with streaming stores if they exceed the cache, and reads the inputs once.
 
     Raises:
         MemoryError: the result could not be allocated.
@@ -100,9 +100,9 @@ def outer(
 
 
 def empty(B: int, O: int, I: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised result; from 1 MiB on in the workspace, which gets its memory back with the tensor."""
+    """An uninitialised result; of 1 MiB or more in the workspace, where its memory returns when the tensor is freed."""
     nbytes = B * O * I * dtype.itemsize
     if nbytes < _WORKSPACE_FROM or _C is None:
         return torch.empty(B, O, I, dtype=dtype)
-    buffer = _C.HostBuffer(min(nbytes, sys.maxsize))  # more than a size_t holds is refused as memory, too
+    buffer = _C.HostBuffer(min(nbytes, sys.maxsize))  # a size beyond size_t raises MemoryError too
     return torch.frombuffer(buffer, dtype=dtype).view(B, O, I)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .. import ranges
 
-# Intermediates are cut to blocks of about this many elements: on a CPU what stays in a cache of a few MB, elsewhere
-# 512 MB in fp32, so that a call is few launches.
+# Intermediates are computed in blocks of about this many elements: on a CPU so that a block fits a cache of a few MB,
+# elsewhere 512 MB in fp32, so that a call takes few launches.
 BLOCK_ELEMENTS = 1 << 20
 DEVICE_BLOCK_ELEMENTS = 1 << 27
 # Elements of a row, and positions, that are added up one after the other.
 PIECE = 1 << 10
+_HALF = (torch.bfloat16, torch.float16)
 NARROW = 8  # rows or columns of a product up to which torch's is a running sum
 # Of the gradients that a Gram matrix multiplies at once, 64 MB in fp32: fewer would leave the products small and slow.
 GRADIENT_ELEMENTS = 1 << 24
@@ -32,11 +33,11 @@ def available() -> str | None:
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
     """fp32 for half precision, else the type itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in _HALF else dtype
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(accumulation_type(t.dtype)) for t in tensors)
+    return tuple(t.float() if t.dtype in _HALF else t for t in tensors)
 
 
 def outer(
@@ -58,7 +59,7 @@ def outer(
     if dtype == delta.dtype == accumulation_type(dtype) and not _drifts(delta.mT, activation):
         return torch.bmm(delta.mT, activation, out=out)
     # A whole product of another type would need twice the memory: in blocks it stays in the cache.
-    step = _samples_a_block(out.shape[1] * out.shape[2], out.device)
+    step = samples_a_block(out.shape[1] * out.shape[2], out.device)
     for b in range(0, out.shape[0], step):
         out[b : b + step].copy_(_gradients(delta[b : b + step], activation[b : b + step]))
     return out
@@ -99,7 +100,7 @@ def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
 
 
-def _samples_a_block(elements: int, device: torch.device) -> int:
+def samples_a_block(elements: int, device: torch.device) -> int:
     """How many samples of so many elements make a block."""
     return max(1, block_elements(device) // max(1, elements))
 
@@ -116,7 +117,7 @@ def sq_norm(delta: Tensor, activation: Tensor) -> Tensor:
         # One pass over each factor, where an inner product takes two and a temporary.
         return (row_norms(delta) * row_norms(activation)).square()
     squares, least = _sq_norm_of_positions(delta, activation)
-    if squares.device.type == "cpu" and (rows := ranges.outside(squares, least)) is not None:
+    if ranges.may_look(squares) and (rows := ranges.outside(squares, least)) is not None:
         delta, activation = delta[rows], activation[rows]
         by = (ranges.exponents(delta) + ranges.exponents(activation)).amax(1).clamp_min(ranges.NOTHING)
         again, _ = _sq_norm_of_positions(*scaled_factors(delta, activation, by))
@@ -138,7 +139,7 @@ def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, fl
     pieces = max(1, min(4, T // 32)) if delta.device.type == "cpu" else 1
     work = T * (O + I) * (pieces + 1) / (2 * pieces)  # of the Gram matrices, half of which is enough
     by_gram = work < O * I  # not where both are nothing: a T x T matrix is not
-    step = _samples_a_block(T * T if by_gram else O * I, delta.device)
+    step = samples_a_block(T * T if by_gram else O * I, delta.device)
     squares, lost = [], 0.0
     for d, a in _by_blocks(delta, activation, step) if step < B else ((delta, activation),):
         if by_gram:
@@ -157,19 +158,18 @@ def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Te
     And what counts that is lost below the type's range in one of the matrices: the size of the other.
     """
     T, (O, I) = delta.shape[1], (delta.shape[2], activation.shape[2])
-    size, lost, total = -(-T // pieces), 0.0, delta.new_zeros(())
+    size, lost, squares = -(-T // pieces), 0.0, []
     for t in range(0, max(1, T), max(1, size)):
         until = min(t + size, T)
         of_delta, of_activation = (torch.bmm(x[:, t:until], x[:, :until].mT) for x in (delta, activation))
-        if delta.device.type == "cpu":
+        if ranges.may_look(delta):
             lost = max(lost, O * _largest(of_activation) + I * _largest(of_delta))
         product = of_delta.mul_(of_activation)
-        if t == 0:
-            total = product.sum((1, 2))
-        else:
-            total += product[:, :, t:].sum((1, 2)).add_(product[:, :, :t].sum((1, 2)), alpha=2)
+        squares.append(product[:, :, t:].sum((1, 2)))
+        if t > 0:
+            squares[0].add_(squares.pop()).add_(product[:, :, :t].sum((1, 2)), alpha=2)
     # A sum of squares; rounding can fall below zero when the terms cancel.
-    return total.clamp_min_(0), lost
+    return squares[0].clamp_min_(0), lost
 
 
 def _largest(gram: Tensor) -> float:
@@ -216,29 +216,26 @@ def square_sum(delta: Tensor, activation: Tensor) -> Tensor:
     if delta.ndim == 2:
         delta, activation = widen(delta, activation)
         return _product(delta.square().mT, activation.square())
-    total = None
-    for gradients in _gradient_blocks(delta, activation):
-        squares = gradients.square().sum(0)
-        total = squares if total is None else total + squares
-    if total is None:
-        return delta.new_zeros(delta.shape[2], activation.shape[2], dtype=accumulation_type(delta.dtype))
-    return total
+    squares = (gradients.square_().sum(0) for gradients in _gradient_blocks(delta, activation))
+    nothing = delta.new_zeros(delta.shape[2], activation.shape[2], dtype=accumulation_type(delta.dtype))
+    # In place: new totals, block after block, leave holes that the allocator keeps.
+    return functools.reduce(torch.Tensor.add_, squares, nothing)
 
 
 def quadratic(delta: Tensor, activation: Tensor, diag: Tensor) -> Tensor:
     """``Σ_oi diag_oi G[b]_oi²`` -> [B]; T = 1: ``(δ²)ᵀ diag (a²)``, BOI; T > 1: through blocks of gradients, BTOI."""
+    diag = diag.to(accumulation_type(delta.dtype))
     if delta.ndim == 2:
         delta, activation = widen(delta, activation)
         return dot(delta.square(), activation.square(), diag)
-    diag = diag.to(accumulation_type(delta.dtype)).flatten()
-    results = [_row_dots(g.flatten(1).square(), diag.unsqueeze(0)) for g in _gradient_blocks(delta, activation)]
+    results = [(g.square_() * diag).sum((1, 2)) for g in _gradient_blocks(delta, activation)]
     if not results:
         return delta.new_zeros(0, dtype=diag.dtype)
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _gradient_blocks(delta: Tensor, activation: Tensor) -> Iterator[Tensor]:
-    step = _samples_a_block(delta.shape[2] * activation.shape[2], delta.device)
+    step = samples_a_block(delta.shape[2] * activation.shape[2], delta.device)
     for b in range(0, delta.shape[0], step):
         yield _gradients(delta[b : b + step], activation[b : b + step])
 
@@ -252,7 +249,7 @@ def row_norms(x: Tensor, p: float = 2) -> Tensor:
     if p == 1 or not x.shape[1]:
         return x.abs().sum(1)
     norms = unchecked_row_norms(x, p)
-    if p == math.inf or x.device.type != "cpu":
+    if p == math.inf or not ranges.may_look(x):
         return norms
     rows = ranges.outside(norms, ranges.least_power(x.shape[1], x.dtype) ** (1 / p))
     if rows is not None:
@@ -311,7 +308,7 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         if T * H <= T + H:
             rows = linear(delta.flatten(0, 1), activation.flatten(0, 1), weight)
             return rows.reshape(B, T, H).sum(1)
-        step, flat = _samples_a_block(O * I, delta.device), weight.reshape(H, O * I).mT
+        step, flat = samples_a_block(O * I, delta.device), weight.reshape(H, O * I).mT
         # Into one result: small ones between the blocks would keep the allocator from using their memory again.
         result = delta.new_empty(B, H)
         for b in range(0, B, step):
@@ -319,7 +316,7 @@ def linear(delta: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         return result
     if I == 1:  # gradients as they are: one product
         return _product(delta, weight.reshape(H, O).mT) * activation
-    step = _samples_a_block(H * min(O, I), delta.device)
+    step = samples_a_block(H * min(O, I), delta.device)
     result = delta.new_empty(B, H)
     for b in range(0, B, step):
         d, a = delta[b : b + step], activation[b : b + step]

@@ -5,10 +5,10 @@ gradient of sample b. Costs are counted in multiply-adds. Nothing here knows abo
 
 | file | its one job |
 | --- | --- |
-| `products.py` | `GradFactors`: factors of one weight, and what every kind of them offers |
-| `written.py` | `WrittenFactors`: gradients that are there already, of biases and the like |
+| `products.py` | `GradFactors`: factors of one weight, and the methods of every kind of factors |
+| `written.py` | `WrittenFactors`: gradients stored as tensors, of biases and the like |
 | `convolutions.py` | `ConvFactors`: unfolded only while they are used |
-| `embeddings.py` | `EmbeddingFactors`: rows of gradients with the index that looked them up |
+| `embeddings.py` | `EmbeddingFactors`: gradients of positions, with the indices that were looked up |
 | `sums.py` | `SumFactors`: one weight used in several ways; joining of uses and of batches |
 | `inner.py` | inner products between factors of different kinds |
 | `layers.py` | `LayerFactors`, `LayerGrads`: all parameters by name |

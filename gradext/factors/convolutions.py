@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, ranges
-from ..backends.reference import accumulation_type
+from ..backends.reference import accumulation_type, samples_a_block
 from .numerics import widen
 from .products import GradFactors
 
 _convolution_backward = torch.ops.aten.convolution_backward
-# About as many elements are unfolded at a time: what stays in a CPU's cache, and what keeps a GPU busy.
-UNFOLDED_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class Windows(NamedTuple):
@@ -165,12 +163,9 @@ class ConvFactors(GradFactors):
     def _unfolded(self) -> Tensor:
         return self.windows.of(self.image, self.plain.shape[2:], self.groups)
 
-    def _samples_a_block(self, elements: int) -> int:
-        return max(1, UNFOLDED_ELEMENTS.get(self.device.type, 1 << 20) // max(1, elements))
-
     def _samples(self) -> Iterable[ConvFactors]:
         """Blocks of samples whose unfolded image is of a size to work in."""
-        step = self._samples_a_block(self.positions * self.shape[2] * self.groups)
+        step = samples_a_block(self.positions * self.shape[2] * self.groups, self.device)
         for b in range(0, max(1, len(self)), step):
             yield self._map(operator.itemgetter(slice(b, b + step)))
 
@@ -240,7 +235,8 @@ class ConvFactors(GradFactors):
 
     def _squares(self) -> Tensor:
         """By blocks of samples, unfolded one after the other."""
-        return torch.cat([ops.sq_norm(part.delta, part.activation) for part in self._samples()])
+        squares = [ops.sq_norm(part.delta, part.activation) for part in self._samples()]
+        return squares[0] if len(squares) == 1 else torch.cat(squares)
 
     def _norm(self, p: float) -> Tensor:
         return self._root() if p == 2 else super()._norm(p)
@@ -271,7 +267,7 @@ class ConvFactors(GradFactors):
         kernels = weight.reshape(-1, *self.conv_shape[1:]).to(image.dtype)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[plain.ndim - 3]
         pads = [n for pair in reversed(self.windows.padding) for n in pair]
-        step = self._samples_a_block(self.positions * kernels.shape[0])
+        step = samples_a_block(self.positions * kernels.shape[0], self.device)
         found = []
         for b in range(0, max(1, len(self)), step):
             maps = convolve(

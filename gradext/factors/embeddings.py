@@ -85,9 +85,6 @@ class EmbeddingFactors(GradFactors):
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.index, self.delta_rows
 
-    def _is_eager(self) -> bool:
-        return numerics.is_eager(self.delta_rows)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> EmbeddingFactors:
         return self._of(function(self.index), function(self.delta_rows))
 
@@ -258,9 +255,10 @@ class EmbeddingFactors(GradFactors):
 
     def _kron_sums(self) -> tuple[Tensor, Tensor]:
         """The unit vectors' is the diagonal of how often each row was looked up."""
-        rows = widen(self.delta_rows)[0].flatten(0, 1)
-        counts = self._zeros_of(self.rows).index_add_(0, self.index.flatten(), torch.ones_like(rows[:, 0]))
-        return (counts, rows.mT @ rows) if self.by_columns else (rows.mT @ rows, counts)
+        counts, index = self._zeros_of(self.rows), self.index.flatten()
+        counts.index_add_(0, index, counts.new_ones(len(index)))
+        of_rows = ops.weighted_sum(self.delta_rows, self.delta_rows)
+        return (counts, of_rows) if self.by_columns else (of_rows, counts)
 
     def _quadratic(self, diag: Tensor) -> Tensor:
         index, values = self._combined()

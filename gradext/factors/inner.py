@@ -1,4 +1,4 @@
-"""Inner products between the gradients of factors of any two kinds, without forming a gradient where that is dear."""
+"""Inner products between the gradients of factors of any two kinds, without forming large gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.reference import _row_dots
-from . import numerics
+from ..backends.reference import _row_dots, samples_a_block
 from .convolutions import ConvFactors
 from .embeddings import EmbeddingFactors
 from .numerics import total, widen
@@ -91,7 +90,7 @@ def _embeddings(x: EmbeddingFactors, y: EmbeddingFactors) -> Tensor:
     (T, S), C = (x.positions, y.positions), len(y)
     if not T * C * S:
         return x._zeros_of(len(x), C)
-    step = max(1, numerics.BLOCK_ELEMENTS // (T * S * C))
+    step = samples_a_block(T * S * C, x.device)
     columns, column_index = widen(y.delta_rows)[0].flatten(0, 1), y.index.flatten()
     blocks = []
     for b in range(0, max(1, len(x)), step):
@@ -114,7 +113,7 @@ def _embedding_product(embedding: EmbeddingFactors, product: GradFactors) -> Ten
     (B, T), (C, S) = embedding.index.shape, beside.shape[:2]
     if not T * C * S:
         return embedding._zeros_of(B, C)
-    step = max(1, numerics.BLOCK_ELEMENTS // (T * S * C))
+    step = samples_a_block(T * S * C, rows.device)
     beside, looked_up = beside.flatten(0, 1), looked_up.flatten(0, 1)
     blocks = []
     for b in range(0, max(1, B), step):
@@ -128,7 +127,7 @@ def _embedding_product_per_sample(embedding: EmbeddingFactors, product: GradFact
     """``Σ_ts δ'_bs[index_bt] (r_bt · a'_bs)`` -> [B]; BTSD operations."""
     rows, beside, looked_up = _sides(embedding, product)
     (B, T), S = embedding.index.shape, beside.shape[1]
-    step = max(1, numerics.BLOCK_ELEMENTS // max(1, T * S))
+    step = samples_a_block(T * S, rows.device)
     blocks = []
     for b in range(0, max(1, B), step):
         r, a, d, index = (x[b : b + step] for x in (rows, beside, looked_up, embedding.index))

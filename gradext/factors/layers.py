@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,12 @@ from .. import ops, ranges
 from ..backends import reference
 from ..errors import UnsupportedLayerError, listed
 from . import numerics
+from .convolutions import ConvFactors
 from .numerics import total
 from .products import GradFactors, Gradient
 from .written import WrittenFactors
 
-# Gradients of at most so many numbers a sample are laid side by side for their norms: one pass instead of many calls.
+# Gradients of at most this many numbers a sample are concatenated for their norms: one pass instead of many calls.
 SMALL = 1 << 14
 
 
@@ -48,7 +50,7 @@ class Coverage:
 
 
 class LayerFactors(dict[str, GradFactors]):
-    """The factors of several parameters by name: a dict of `GradFactors`, with what sums over all of them.
+    """The factors of several parameters by name: a dict of `GradFactors`, with methods that sum over all of them.
 
     coverage tells, where the factors come from a model, by which rule each was found and what was left out.
 
@@ -92,6 +94,8 @@ class LayerFactors(dict[str, GradFactors]):
                     "leave it out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
                 )
         factors = {name: GradFactors.of(g) if isinstance(g, Tensor) else g.compact() for name, g in found.items()}
+        # A view keeps its base alive, which would seem to be somebody else's.
+        factors = {name: f._map(lambda t: t if t.requires_grad else t.detach()) for name, f in factors.items()}
         return LayerFactors(factors, coverage=coverage)
 
     def kept_apart(self, held: Iterable[Tensor] = ()) -> LayerFactors:
@@ -140,16 +144,16 @@ class LayerFactors(dict[str, GradFactors]):
 
     def sq_norm(self) -> Tensor:
         """``Σ_layers ‖G_layer[b]‖²`` -> [B]."""
-        return _summed([factors.sq_norm() for factors in self._side_by_side()])
+        layers = self._side_by_side()
+        return _squares(layers) if _are_eager(layers) else _summed([factors.sq_norm() for factors in layers])
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all chosen layers' gradients together, ``(Σ_layers ‖G_layer[b]‖²)^½`` -> [B]."""
         layers = self._side_by_side()
         if len(layers) == 1:
             return layers[0].norm()
-        if all(factors._is_eager() for factors in layers):
-            squares = [*_of_products(layers), *(factors._squares() for factors in layers)]
-            return numerics.root(_summed(squares), lambda rows: self.samples(rows)._scaled_norm())
+        if _are_eager(layers):
+            return numerics.root(_squares(layers), lambda rows: self.samples(rows)._scaled_norm())
         return self._scaled_norm()
 
     def _side_by_side(self) -> list[GradFactors]:
@@ -193,9 +197,9 @@ class LayerFactors(dict[str, GradFactors]):
         0 where one of them is zero, and right however small or large they are.
         """
         length = numerics.lengths([reference[name] for name in self if name in reference], self._are_banks(reference))
-        if numerics.is_eager(length) and all(factors._is_eager() for factors in self.values()):
+        if numerics.is_eager(length) and _are_eager(self.values()):
             norm = self.norm()
-            if norm.device.type != "cpu" or numerics.in_middle_of_range(norm, length):
+            if not ranges.may_look(norm) or numerics.in_middle_of_range(norm, length):
                 return numerics.cosine(self.dot(reference), norm, length)
         by = _largest(list(self.values()))
         scaled = self._map(lambda factors: factors._scaled(by))
@@ -263,19 +267,22 @@ class LayerFactors(dict[str, GradFactors]):
     # --- over the batch ----------------------------------------------------------------------------------------------
 
     def sum(self, weights: Tensor | None = None) -> LayerGrads:
-        """``Σ_b w_b G_layer[b]`` by layer."""
-        return self._by_layer(lambda factors: factors.sum(weights))
+        """``Σ_b w_b G_layer[b]`` by layer; those of small parameters may be views of one tensor."""
+        small = self._small()
+        sums = {name: factors.sum(weights) for name, factors in self.items() if name not in small or len(small) == 1}
+        if len(small) > 1:
+            sizes = [math.prod(factors.weight_shape) for factors in small.values()]
+            parts = zip(small.items(), _joined(small.values()).sum(weights).split(sizes), strict=True)
+            sums |= {name: part.reshape(factors.weight_shape) for (name, factors), part in parts}
+        return LayerGrads(((name, sums[name]) for name in self), coverage=self.coverage)
 
     def mean(self) -> LayerGrads:
-        """``(1/B) Σ_b G_layer[b]`` by layer."""
-        return self._by_layer(GradFactors.mean)
+        """``(1/B) Σ_b G_layer[b]`` by layer. Raises ValueError for an empty batch."""
+        return LayerGrads(((name, factors.mean()) for name, factors in self.items()), coverage=self.coverage)
 
     def clipped_sum(self, max_norm: float) -> LayerGrads:
         """``Σ_b min(1, max_norm / ‖G[b]‖) G_layer[b]`` by layer, the norms being those of all layers together."""
         return self.sum(numerics.clipping(self.norm(), max_norm))
-
-    def _by_layer(self, function: Callable[[GradFactors], Tensor]) -> LayerGrads:
-        return LayerGrads(((name, function(factors)) for name, factors in self.items()), coverage=self.coverage)
 
 
 class LayerGrads(dict[str, Tensor]):
@@ -384,25 +391,43 @@ def _joined(parts: Iterable[WrittenFactors]) -> WrittenFactors:
     return parts[0] if len(parts) == 1 else WrittenFactors(torch.cat([part._flat() for part in parts], dim=1))
 
 
-def _of_products(layers: list[GradFactors]) -> list[Tensor]:
-    """The squared norms of the products among the layers, which it takes out of them, in few calls for all of them."""
-    products = [factors for factors in layers if type(factors) is GradFactors]
-    single = [f for f in products if f.delta.ndim == 2 and f.device.type == "cpu"]
+def _are_eager(layers: Iterable[GradFactors]) -> bool:
+    return numerics.is_eager(*(tensor for factors in layers for tensor in factors._tensors()))
+
+
+def _squares(layers: list[GradFactors]) -> Tensor:
+    """The squared norms [B] of all layers' gradients together, of eager factors: in few calls for all of them."""
     squares = []
-    if len(single) > 1 and len({factors.dtype for factors in single}) == 1:
-        # On the CPU those of one position take less time than a call of the operator: looked at together.
-        factors = [factor for f in single for factor in numerics.widen(f.delta, f.activation)]
-        norms = torch.stack([reference.unchecked_row_norms(factor) for factor in factors])
-        least = ranges.least_power(max(factor.shape[1] for factor in factors), norms.dtype) ** 0.5
+    # On the CPU rows take less time than calls of the operators: looked at together.
+    products = [f for f in layers if type(f) is GradFactors and f.delta.ndim == 2 and ranges.may_look(f.delta)]
+    if products and len({factors.dtype for factors in layers}) == 1:
+        written = [factors for factors in layers if type(factors) is WrittenFactors]
+        rows = [f.delta for f in products] + [f._flat() for f in written] + [f.activation for f in products]
+        norms = torch.stack([reference.unchecked_row_norms(row) for row in numerics.widen(*rows)])
+        least = ranges.least_power(max(row.shape[1] for row in rows), norms.dtype) ** 0.5
         if ranges.outside(norms.flatten(), least) is None:
-            squares.append((norms[0::2] * norms[1::2]).square_().sum(0))
-            taken = set(map(id, single))
-            products = [factors for factors in products if id(factors) not in taken]
-            layers[:] = [factors for factors in layers if id(factors) not in taken]
+            norms, activations = norms[: -len(products)], norms[-len(products) :]
+            norms[: len(products)].mul_(activations)
+            squares.append(norms.square_().sum(0))
+            taken = {id(factors) for factors in (*products, *written)}
+            layers = [factors for factors in layers if id(factors) not in taken]
+    layers = list(_unfolded(layers))
+    products = [factors for factors in layers if type(factors) is GradFactors]
     if len(products) > 1:
         squares.append(ops.sq_norm_group([(f.delta, f.activation) for f in products]).sum(0))
-        layers[:] = [factors for factors in layers if type(factors) is not GradFactors]
-    return squares
+        layers = [factors for factors in layers if type(factors) is not GradFactors]
+    return _summed([*squares, *(factors._squares() for factors in layers)])
+
+
+def _unfolded(layers: Iterable[GradFactors]) -> Iterator[GradFactors]:
+    """On a GPU convolutions as products, as far as their unfolded images make one block: all in one launch."""
+    room = reference.DEVICE_BLOCK_ELEMENTS
+    for factors in layers:
+        if type(factors) is ConvFactors and not ranges.may_look(factors.plain):
+            size = len(factors) * factors.positions * factors.shape[2]
+            if size <= room:
+                room, factors = room - size, factors._unfolded_factors()
+        yield factors
 
 
 def _summed(squares: list[Tensor]) -> Tensor:

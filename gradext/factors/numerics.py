@@ -1,9 +1,9 @@
-"""What several kinds of factors compute with: norms of rows and of sums of squares, cosines, clipping, blocks.
+"""Shared by several kinds of factors: norms of rows and of sums of squares, cosines, clipping, blocks.
 
-Norms are right wherever they are in the range of their type, if need be from numbers scaled by powers of two. Where
-nobody looks on and the tensors lie on the CPU, results decide whether that is needed. A GPU would have to be waited
-for: there rows are summed in fp64 and products of several positions as they are, whose squares have to be in range.
-Where autograd records or a transform traces, all is scaled, so that no value decides.
+A norm is right if it is in the range of its type; if squares are not, the numbers are scaled by powers of two. For
+eager tensors on the CPU the results decide whether that is needed. Deciding would wait for a GPU: there rows are summed
+in fp64, and products of several positions are not scaled, so that their squares must be in range. If autograd or a
+transform records, everything is scaled, so that no value decides.
 """
 
 from __future__ import annotations
@@ -17,28 +17,25 @@ from torch import Tensor
 
 from .. import ops, ranges
 from ..backends import reference
-from ..backends.reference import widen
+from ..backends.reference import accumulation_type, widen
 
-__all__ = ["BLOCK_ELEMENTS", "clipping", "cosine", "is_eager", "root", "row_norms", "row_sq_norms", "total", "widen"]
-
-BLOCK_ELEMENTS = reference.BLOCK_ELEMENTS
+__all__ = ["clipping", "cosine", "is_eager", "root", "row_norms", "row_sq_norms", "total", "widen"]
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing records or traces what is done with the tensors."""
+    """Whether neither autograd nor a tracer records operations on the tensors."""
     return ops._is_plain(tensors)
 
 
 def row_norms(x: Tensor, p: float = 2) -> Tensor:
     """``‖x[b]‖_p`` of x [B, n] -> [B]."""
+    eager = is_eager(x)
+    if p == 2 and eager and not ranges.may_look(x) and x.dtype != torch.float64 and x.device.type != "mps":
+        wide = torch.float64  # which that device lacks
+        return torch.linalg.vector_norm(x, p, dim=1, dtype=wide).to(accumulation_type(x.dtype))
     (x,) = widen(x)
-    if p in (1, float("inf")) or not x.shape[1]:
+    if p in (1, float("inf")) or not x.shape[1] or (eager and ranges.may_look(x)):
         return reference.row_norms(x, p)
-    if is_eager(x):
-        if x.device.type == "cpu":
-            return reference.row_norms(x, p)
-        if x.device.type == "cuda" and p == 2 and x.dtype == torch.float32:
-            return torch.linalg.vector_norm(x, p, dim=1, dtype=torch.float64).to(x.dtype)
     return reference.scaled_row_norms(x, p)
 
 
@@ -54,7 +51,7 @@ def row_sq_norms(x: Tensor) -> Tensor:
 def root(squares: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
     """The roots of squared norms [B] of eager factors; ``again(rows)`` gives those that the squares cannot."""
     norms = squares.sqrt()
-    if squares.device.type == "cpu":
+    if ranges.may_look(squares):
         rows = ranges.outside(squares, ranges.least_power(1, squares.dtype))
         if rows is not None:
             norms[rows] = again(rows)

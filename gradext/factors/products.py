@@ -1,8 +1,7 @@
-"""Factors of one weight: per-sample gradients as sums of outer products, and what every kind of factors offers."""
+"""Factors of one weight: per-sample gradients as sums of outer products, and the methods of every kind of factors."""
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, ranges
-from ..backends.reference import accumulation_type, scaled_factors
+from ..backends.reference import accumulation_type, samples_a_block, scaled_factors
 from . import numerics
 from .numerics import row_norms, safe_sqrt, widen
 from .projections import count_sketch, signs
@@ -29,12 +28,12 @@ class GradFactors:
     """Per-sample gradients of one weight in factored form, exact for every T.
 
     activation: [B, I] or [B, T, I], the layer's inputs; delta: [B, O] or [B, T, O], the gradient of each sample's loss
-    with respect to the layer's outputs; weight_shape: the parameter's shape where it is not [O, I] but has the same
-    numbers in the same order. Every method is differentiable in the factors, and in its tensor arguments. Arguments
-    and results that are like the parameter have its shape; [O, I] is taken too.
+    with respect to the layer's outputs; weight_shape: the parameter's shape if it is not [O, I] but has the same
+    numbers in the same order. Every method is differentiable in the factors and in its tensor arguments. Arguments and
+    results of the size of the parameter have its shape; arguments may also have the shape [O, I].
 
-    Other kinds of factors, of gradients that are there already (`of`), of convolutions and embeddings and of a weight
-    used in several ways, have the same methods.
+    Other kinds of factors (of gradients stored as tensors, `of`; of convolutions and embeddings; of a weight used in
+    several ways) have the same methods.
 
     >>> import torch
     >>> factors = GradFactors(activation=torch.tensor([[1.0, 2.0]]), delta=torch.tensor([[3.0]]))
@@ -67,7 +66,7 @@ class GradFactors:
 
     @staticmethod
     def of(gradients: Tensor) -> WrittenFactors:
-        """The factors of gradients [B, *shape] that are there already: small ones, of biases and the like."""
+        """The factors of gradients [B, *shape] stored as tensors: small ones, of biases and the like."""
         from .written import WrittenFactors
 
         return WrittenFactors(gradients)
@@ -271,7 +270,7 @@ class GradFactors:
             yield gradients.reshape(gradients.shape[0], *self.shape[1:])
 
     def _block_size(self) -> int:
-        return max(1, numerics.BLOCK_ELEMENTS // max(1, self.shape[1] * self.shape[2]))
+        return samples_a_block(self.shape[1] * self.shape[2], self.device)
 
     def _over_blocks(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         results = [function(block) for block in self._blocks()]
@@ -402,7 +401,7 @@ class GradFactors:
         length = numerics.lengths([reference], self._is_bank(reference))
         if self._is_eager() and numerics.is_eager(length):
             norm = self.norm()
-            if self.device.type != "cpu" or numerics.in_middle_of_range(norm, length):
+            if not ranges.may_look(norm) or numerics.in_middle_of_range(norm, length):
                 return numerics.cosine(self.dot(reference), norm, length)
         factors = self._scaled(self._exponents())
         return numerics.cosine(factors.dot(reference), factors.norm(), length)
@@ -577,11 +576,8 @@ class GradFactors:
         return self._like_weight(self._sum_of_squares() / len(self))
 
     def _sum_of_squares(self) -> Tensor:
-        if self.positions == 1:
-            activation, delta = self._balanced()._rows()
-            return delta.square().mT @ activation.square()
-        # In place: new totals, block after block, leave holes that the allocator keeps.
-        return functools.reduce(torch.Tensor.add_, (block.square().sum(0) for block in self._blocks()))
+        factors = self._balanced() if self.positions == 1 else self
+        return ops.square_sum(factors.delta, factors.activation)
 
     def kron_fisher(self) -> tuple[Tensor, Tensor]:
         """The Kronecker factors ``A = Σ_bt a aᵀ / (B T)`` [I, I] and ``D = Σ_bt δ δᵀ / B`` [O, O] of the Fisher matrix.
@@ -600,8 +596,7 @@ class GradFactors:
 
     def _kron_sums(self) -> tuple[Tensor, Tensor]:
         """``Σ_bt a aᵀ`` and ``Σ_bt δ δᵀ``."""
-        activation, delta = self._rows()
-        return activation.mT @ activation, delta.mT @ delta
+        return ops.weighted_sum(self.activation, self.activation), ops.weighted_sum(self.delta, self.delta)
 
     def _refuse_empty(self, method: str) -> None:
         if len(self) == 0:
@@ -617,10 +612,8 @@ class GradFactors:
         return self._quadratic(self._matrices(diag, "diag"))
 
     def _quadratic(self, diag: Tensor) -> Tensor:
-        if self.positions == 1:
-            activation, delta = self._balanced()._rows()
-            return ops.dot(delta.square(), activation.square(), diag)
-        return self._over_blocks(lambda gradient: (gradient.square() * diag.to(gradient.dtype)).sum((1, 2)))
+        factors = self._balanced() if self.positions == 1 else self
+        return ops.quadratic(factors.delta, factors.activation, diag)
 
     def quadratic_kron(self, A_inv: Tensor, D_inv: Tensor) -> Tensor:
         """``tr(G[b]ᵀ D⁻¹ G[b] A⁻¹) = Σ_ts (δ_tᵀ D⁻¹ δ_s)(a_sᵀ A⁻¹ a_t)`` -> [B], A_inv [I, I], D_inv [O, O].
@@ -645,7 +638,7 @@ class GradFactors:
         On the CPU, where it costs a look at them.
         """
         tensors = self._tensors()
-        if not self._is_eager() or self.device.type != "cpu":
+        if not self._is_eager() or not ranges.may_look(self.delta):
             return self
         limit = torch.finfo(accumulation_type(self.dtype)).max ** 0.15
         if all(numerics.largest(tensor) <= limit for tensor in tensors):

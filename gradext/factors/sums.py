@@ -22,13 +22,13 @@ from .written import WrittenFactors
 class SumFactors(GradFactors):
     """The sum of several gradients of each sample for one weight, in factors of different kinds.
 
-    A tied embedding's, for one: ``parts`` are those of the look-up, `EmbeddingFactors`, and of the head, a product.
-    Nothing is one-hot, and nothing of the gradients' size is formed unless asked for. What is linear in the gradients
-    is the parts' summed; norms and Gram matrices take the parts' own and their inner products; what has no cheaper form
-    goes through blocks of samples' gradients. Made by `GradFactors.add`.
+    Example: for a tied embedding ``parts`` are those of the look-up, `EmbeddingFactors`, and of the head, a product. No
+    one-hot vectors and no gradients are formed unless `materialize` is called. Linear functions of the gradients are
+    sums over the parts; norms and Gram matrices use those of the parts and their inner products; everything else is
+    computed from blocks of gradients. Made by `GradFactors.add`.
 
-    A squared norm is ``Σ ‖part‖² + 2 Σ ⟨part, part'⟩``: where parts nearly cancel it keeps fewer digits than a norm of
-    the gradient written, and what rounding makes of it below zero is zero.
+    A squared norm is ``Σ ‖part‖² + 2 Σ ⟨part, part'⟩``. If parts nearly cancel, it has fewer correct digits than the
+    norm of the written gradient; negative values from rounding become zero.
 
     >>> import torch
     >>> look_up = EmbeddingFactors(torch.tensor([[0, 2], [3, 3]]), torch.rand(2, 2, 5), rows=4)
@@ -84,9 +84,6 @@ class SumFactors(GradFactors):
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.parts for tensor in part._tensors())
-
-    def _is_eager(self) -> bool:
-        return all(part._is_eager() for part in self.parts)
 
     def _each(self, function: Callable[[GradFactors], GradFactors]) -> GradFactors:
         return add([function(part) for part in self.parts])

@@ -194,10 +194,8 @@ class WrittenFactors(GradFactors):
 
     def _kron_sums(self) -> tuple[Tensor, Tensor]:
         """Of a matrix's columns, with unit vectors for activations."""
-        _, _, I = self.shape
-        (matrices,) = widen(self._as_columns())
-        rows = matrices.transpose(0, 1).flatten(1)  # [O, B·I]
-        return torch.eye(I, dtype=rows.dtype, device=rows.device) * len(self), _product(rows, rows.mT)
+        unit = torch.eye(self.shape[2], dtype=accumulation_type(self.dtype), device=self.device)
+        return unit * len(self), ops.weighted_sum(self.delta, self.delta)
 
     def _quadratic(self, diag: Tensor) -> Tensor:
         return self._over_blocks(lambda gradient: (gradient.square() * diag.to(gradient.dtype)).sum((1, 2)))

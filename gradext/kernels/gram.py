@@ -1,4 +1,4 @@
-"""Inner products between the per-sample gradients of two batches, neither of which is ever formed. No atomics."""
+"""Inner products between the per-sample gradients of two batches, without forming a gradient. No atomics."""
 
 import triton
 import triton.language as tl

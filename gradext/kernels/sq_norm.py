@@ -1,4 +1,4 @@
-"""Squared norms of per-sample gradients that are never written. Deterministic: sums in a fixed order, no atomics."""
+"""Squared norms of per-sample gradients, which are not written. Deterministic: sums in a fixed order, no atomics."""
 
 import triton
 import triton.language as tl
@@ -61,7 +61,7 @@ def sq_norm_gram(
     """
     tiles = tl.cdiv(T, BLOCK_T)
     b = (tl.program_id(0) // tiles).to(tl.int64)
-    # The last tile of positions has the most to do: begin with it, and the tail of the launch stays short.
+    # The last tile of positions has the most work. It comes first, so that the launch does not end with it.
     tile = tiles - 1 - tl.program_id(0) % tiles
     delta_ptr += b * stride_db
     activation_ptr += b * stride_ab

@@ -1,6 +1,6 @@
-"""Sums of per-sample gradients over the batch, and their projections: matrix products that never hold a gradient each.
+"""Sums of per-sample gradients over the batch, and their projections: matrix products that form no single gradient.
 
-Both split their summed dimension among programs, whose shares are added up afterwards in a fixed order: no atomics.
+Both split the summed dimension among programs, whose partial sums are added up afterwards in a fixed order: no atomics.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""What the kernels share: masked loads of a tile with 64-bit offsets, and sums of products in a wide type."""
+"""Shared by the kernels: masked loads of a tile with 64-bit offsets, and sums of products in a wide type."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def widen(x):
-    """x in the type that sums are kept in: fp64 for fp64, else fp32."""
+    """x in the accumulation type: fp64 for fp64, else fp32."""
     if x.dtype == tl.float64:
         return x
     else:
@@ -16,7 +16,7 @@ def widen(x):
 @triton.jit
 def load_tile(pointer, rows, row_count, row_stride, columns, column_count, column_stride):
     """pointer[rows, columns] -> [len(rows), len(columns)], zero outside [row_count, column_count]."""
-    # An index times a stride can pass 2³¹ though neither does.
+    # An index times a stride can exceed 2³¹ although neither does.
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     return tl.load(pointer + offsets, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
 

@@ -1,4 +1,4 @@
-"""Samples that come batch by batch: `DataLoader`s, data sets, generators. They are gone through once, in their order.
+"""Samples that come batch by batch: `DataLoader`s, data sets, generators. They are read once, in their order.
 
 This file knows nothing of models and scores.
 """
@@ -35,9 +35,9 @@ def comes_in_batches(X: object) -> bool:
 
 
 def batches(X) -> Iterator[np.ndarray]:
-    """The batches [n, ...] of ``X``; of tuples and lists, such as (sample, label), the first part.
+    """The batches [n, ...] of ``X``; for tuples and lists, such as (sample, label), the first part.
 
-    Raises TypeError for a batch that is no array, ValueError for one that is not like the first.
+    Raises TypeError for a batch that is not an array, ValueError for one whose shape or type differs from the first.
     """
     loader = DataLoader(X, batch_size=256) if isinstance(X, Dataset) else X
     first = None
@@ -60,13 +60,13 @@ def batches(X) -> Iterator[np.ndarray]:
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """A tensor as an array, on the CPU; half precision becomes single, which numpy's functions know."""
+    """A tensor as an array, on the CPU; half precision becomes single, which numpy's functions support."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
 
 
 def blocks(X) -> Iterator[np.ndarray]:
-    """The same samples in the same order, cut anew into blocks of `rows_at_a_time`, the last of which is smaller."""
+    """The same samples in the same order, cut into blocks of `rows_at_a_time`; the last one may be smaller."""
     held: list[np.ndarray] = []
     count = 0
     for batch in batches(X):
@@ -84,9 +84,9 @@ def blocks(X) -> Iterator[np.ndarray]:
 
 
 def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """``np.concatenate(list(parts))`` in one growing buffer; of no parts an array of none.
+    """``np.concatenate(list(parts))`` in one growing buffer; an empty array for no parts.
 
-    Many small arrays, each kept from among larger ones that are freed, would hold on to the memory between them.
+    Many small arrays, allocated between larger ones that are freed, would keep the allocator from returning memory.
     """
     buffer, part = bytearray(), np.empty(0)
     for part in parts:
@@ -95,10 +95,10 @@ def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def spooled(X) -> np.ndarray:
-    """All samples of ``X`` [N, ...], memory-mapped from a temporary file that is deleted with the last use of it.
+    """All samples of ``X`` [N, ...], memory-mapped from a temporary file that is deleted with its last use.
 
-    So memory holds a batch at a time, yet any row can be read, any number of times, and is the same each time: training
-    draws rows at random, and what is held out must stay held out. Raises OSError where the disk is full.
+    Memory holds one batch at a time, and every row can be read again: training draws rows at random, and rows that are
+    held out must stay held out. Raises OSError if the disk is full.
     """
     with tempfile.TemporaryFile(prefix="gradext-") as file:
         count, empty = 0, np.empty(0)

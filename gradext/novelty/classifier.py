@@ -1,6 +1,6 @@
 """The paper's classifier: two linear layers with a sigmoid between, inliers against noise-distorted inliers.
 
-On gradients its first layer runs on the factors: no [N, O, I] tensor is formed, in training or in scoring.
+Its first layer is applied to the factors of gradients: no [N, O, I] tensor is formed, in training or in scoring.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ DIRECTION_LENGTH, MAGNITUDE_SPREAD = 30.0, 10.0
 class GradientFeatures:
     """Magnitude and direction of gradients as separate inputs, ``[30 g/‖g‖, 10 z(log ‖g‖)]`` -> [N, O·I + 1].
 
-    Raw gradients differ in length by orders of magnitude, which hides their direction from a classifier and saturates
+    Norms of raw gradients differ by orders of magnitude, which hides their direction from a classifier and saturates
     its sigmoids. z standardises with the mean and standard deviation of the training inliers' log-norms. The direction
-    is held as factors with scaled deltas.
+    is stored as factors with scaled deltas.
     """
 
     direction: GradFactors
@@ -71,14 +71,14 @@ def log_norm(gradient: GradFactors) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a classifier sees of a `Characterization`.
+    """The inputs of a classifier, from a `Characterization`.
 
     Gradients are whitened, ``g -> L_D⁻¹ g L_A⁻ᵀ`` with the Cholesky factors of the training inliers' Kronecker factors
     (`GradFactors.kron_fisher`, a ridge added): on the factors, ``a -> L_A⁻¹ a`` and ``δ -> L_D⁻¹ δ``. Their length
-    is then the Kronecker Fisher norm, and directions that inliers leave alone count as much as the others.
+    is then the Kronecker Fisher norm, and directions in which inliers do not vary count as much as the others.
 
     mean and std: of the training inliers' log-norms; activation_whitener [I, I] and delta_whitener [O, O]: the
-    transposes of ``L_A⁻¹`` and ``L_D⁻¹``, None: gradients stay as they are.
+    transposes of ``L_A⁻¹`` and ``L_D⁻¹``; None: gradients are not whitened.
     """
 
     representation: str

@@ -39,11 +39,11 @@ from .training import Checkpoint
 def fit(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     writing.check_writable(out)
-    with _output(arguments), _processes(arguments) as processes, _warnings_told(by_me=processes.rank == 0):
+    with _output(arguments), _processes(arguments) as processes, _printed_warnings(by_me=processes.rank == 0):
         source = _source(
             arguments, size=_size(arguments.size), mode=arguments.mode, pad=arguments.pad, auto_size=True, part="train",
         )  # fmt: skip
-        _tell_notes(source, processes)
+        _print_notes(source, processes)
         chosen = arguments.normal or source.normal
         rows = np.flatnonzero(_normal(source, arguments)) if chosen else np.arange(len(source))
         _check_memory(source, arguments)
@@ -55,7 +55,7 @@ def fit(arguments: argparse.Namespace) -> int:
             verbose=not arguments.quiet and processes.rank == 0,
         )  # fmt: skip
         checkpoint = _checkpoint(arguments, source, rows)
-        with _kept_told(checkpoint.path):
+        with _partial_named(checkpoint.path):
             detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
             if processes.rank > 0:
                 return 0
@@ -85,7 +85,7 @@ def fit(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoint(arguments: argparse.Namespace, source: Source, rows: np.ndarray) -> Checkpoint:
-    """``MODEL.partial``, where a training that is stopped goes on when the same command is run again."""
+    """``MODEL.partial``, from which a stopped training resumes when the same command is run again."""
     out = Path(arguments.out)
     told = {name: value for name, value in vars(arguments).items() if name not in ("run", "json", "quiet", "out")}
     versions = [__version__, torch.__version__, np.__version__, torch.get_num_threads()]
@@ -95,12 +95,12 @@ def _checkpoint(arguments: argparse.Namespace, source: Source, rows: np.ndarray)
 
 def score(arguments: argparse.Namespace) -> int:
     scoring.check_out(arguments.out)
-    with _output(arguments), _processes(arguments) as processes, _warnings_told():
+    with _output(arguments), _processes(arguments) as processes, _printed_warnings():
         rank, world = processes.rank, processes.world
         detector, source = _open(arguments)
         _check_maps(arguments, detector)
         model_id = hashlib.sha256(Path(arguments.model).read_bytes() + repr(detector.offset_).encode()).hexdigest()
-        with _kept_told(scoring.partial_path(arguments.out, rank, world)):
+        with _partial_named(scoring.partial_path(arguments.out, rank, world)):
             scoring.score_to_file(
                 detector, source, arguments.out, model_id=model_id, rank=rank, world=world,
                 progress=not arguments.quiet and rank == 0, maps=arguments.maps,
@@ -122,7 +122,7 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    with _processes(arguments) as processes, _warnings_told():
+    with _processes(arguments) as processes, _printed_warnings():
         detector, source = _open(arguments)
         normal = _normal(source, arguments)
         rows = scoring.shared_rows(detector, len(source), processes.rank, processes.world)
@@ -188,7 +188,7 @@ def report(arguments: argparse.Namespace) -> int:
     writing.check_writable(arguments.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a report is made by one process: run it without torchrun")
-    with _output(arguments), _warnings_told():
+    with _output(arguments), _printed_warnings():
         detector, source = _open(arguments)
         told = arguments.normal is not None or source.normal is not None
         labelled = source.labels is not None and (told or set(source.labels) <= {"0", "1"})
@@ -239,7 +239,7 @@ def images(arguments: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: expected a new or empty folder")
     for row, label in enumerate(image_set.labels.tolist()):
-        # A set without parts of its own: each fifth image is for testing.
+        # A set without a test part: every fifth image is for testing.
         test = row % 5 == 4 if image_set.train is None else row >= image_set.train
         folder = out / ("test" if test else "train") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,11 +261,11 @@ def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
         arguments, image_format=detector.image_format_, part="test",
         fitted_columns=getattr(detector, "feature_names_in_", None),
     )  # fmt: skip
-    _tell_notes(source, Processes())
+    _print_notes(source, Processes())
     return detector, source
 
 
-def _tell_notes(source: Source, processes: Processes) -> None:
+def _print_notes(source: Source, processes: Processes) -> None:
     if processes.rank == 0 and int(os.environ.get("RANK", "0")) == 0:
         for note in source.notes:
             _tell(f"note: {note}")
@@ -288,7 +288,7 @@ def _check_memory(source: Source, arguments: argparse.Namespace) -> None:
 
 
 def _memory() -> int:
-    """Bytes of the machine's memory; where nobody tells, a terabyte."""
+    """Bytes of the machine's memory; a terabyte if it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -296,7 +296,7 @@ def _memory() -> int:
 
 
 def _check_maps(arguments: argparse.Namespace, detector: NoveltyDetector) -> None:
-    """Raise ValueError for ``--maps`` where there are no images, or where maps would lie among the data."""
+    """Raise ValueError for ``--maps`` if there are no images, or if maps would be written among the data."""
     if arguments.maps is None:
         return
     if not is_image(detector.input_shape_):
@@ -309,7 +309,7 @@ def _check_maps(arguments: argparse.Namespace, detector: NoveltyDetector) -> Non
 
 
 def _warn_of_calibration(detector: NoveltyDetector, target_fpr: float | None) -> None:
-    """Few held-out samples are told wherever their threshold is used."""
+    """Warn of few held-out samples in every command that uses their threshold."""
     if detector.contamination is None or target_fpr is not None:
         rate = detector.fitted_fpr_ if target_fpr is None else target_fpr
         for message in guards.of_calibration(len(detector.calibration_.scores), rate):
@@ -317,7 +317,7 @@ def _warn_of_calibration(detector: NoveltyDetector, target_fpr: float | None) ->
 
 
 def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple[Source, np.ndarray]:
-    """The samples of ``--training``, and the rows of the normal ones; all, where labels do not tell them apart."""
+    """The samples of ``--training``, and the rows of the normal ones; all rows if there are no labels."""
     options = {
         "data_dir": arguments.data_dir,
         "image_format": detector.image_format_,
@@ -329,7 +329,7 @@ def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple
     }
     try:
         source = open_source(arguments.training, labels=_label_name(arguments), **options)
-    except DatasetError:  # normal samples alone need no labels; whatever else is wrong is told by the second try
+    except DatasetError:  # normal samples need no labels; the second try raises any other error
         source = open_source(arguments.training, **options)
     labels = np.full(len(source), "") if source.labels is None else source.labels
     wanted = arguments.normal or source.normal or (["0"] if set(labels) <= {"0", "1"} else [])
@@ -338,7 +338,7 @@ def _training(arguments: argparse.Namespace, detector: NoveltyDetector) -> tuple
 
 
 def _label_name(arguments: argparse.Namespace) -> str | None:
-    """The column or array that ``--labels`` names; None where it is a file, which is of one set of samples alone."""
+    """The column or array that ``--labels`` names; None for a file, which has the labels of one set of samples only."""
     return None if arguments.labels is not None and Path(arguments.labels).is_file() else arguments.labels
 
 
@@ -394,7 +394,7 @@ INPUTS = {"data": "the data", "model": "the model", "labels": "the file of label
 
 @contextlib.contextmanager
 def _output(arguments: argparse.Namespace) -> Iterator[None]:
-    """Hold ``--out`` for this command; refused where it is one of the inputs, or another process writes it."""
+    """Lock ``--out`` for this command; raises if it is one of the inputs, or if another process writes it."""
     inputs = {what: getattr(arguments, name, None) for name, what in INPUTS.items()}
     name = str(getattr(arguments, "data", "")).partition(":")[0]
     if name in datasets.NAMES:
@@ -405,8 +405,8 @@ def _output(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept_told(partial: Path) -> Iterator[None]:
-    """Say where what is done is kept, if a command is stopped or cannot write."""
+def _partial_named(partial: Path) -> Iterator[None]:
+    """Print where the finished part is kept, if a command is stopped or cannot write."""
     try:
         yield
     except (KeyboardInterrupt, OSError):
@@ -436,9 +436,9 @@ def _tell(text: str) -> None:
 
 @contextlib.contextmanager
 def _processes(arguments: argparse.Namespace):
-    """The processes that `torchrun` started together, if it did, each with a GPU of its own; else this one.
+    """The processes that `torchrun` started, each with its own GPU; without torchrun this process alone.
 
-    They exchange statistics and scores, a few megabytes, for which gloo is enough on any device.
+    They exchange statistics and scores, a few megabytes, for which gloo suffices on any device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
@@ -454,10 +454,10 @@ def _processes(arguments: argparse.Namespace):
 
 
 @contextlib.contextmanager
-def _warnings_told(by_me: bool = True):
-    """Warnings as one line each on standard error, one of a kind, without file and line of the code.
+def _printed_warnings(by_me: bool = True):
+    """Print warnings as one line each on standard error, one of each kind, without file and line of the code.
 
-    by_me: False where another process tells the same.
+    by_me: False if another process prints the same.
     """
     told = set()
 

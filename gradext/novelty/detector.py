@@ -36,7 +36,7 @@ from .training import Checkpoint, History, auto_epochs, train
 __all__ = ["CLASSIFIER_SCORES", "Batches", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
 NEEDS_LATENT = frozenset(("combined_evidence", "joint_density"))
-HELD_BYTES = 1 << 28  # of single precision: training samples beyond are read anew for each batch
+HELD_BYTES = 1 << 28  # of single precision: larger training sets are read again for each batch
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE, "rotation": RotationNet}
 # Training of an `Autoencoder` without epochs=: steps at least, epochs at least, and steps without progress at its end.
@@ -63,7 +63,7 @@ Detector = TypeVar("Detector", bound="NoveltyDetector")
 def _whole_or_not_at_all(
     fit: Callable[Concatenate[Detector, Arguments], Detector],
 ) -> Callable[Concatenate[Detector, Arguments], Detector]:
-    """A fit that trains whatever the caller's gradient mode, and after a failure of which the detector is as before."""
+    """A fit that trains in any gradient mode of the caller, and that leaves the detector unchanged if it fails."""
 
     @functools.wraps(fit)
     def fitted(self: Detector, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Detector:
@@ -80,10 +80,10 @@ def _whole_or_not_at_all(
 
 
 class NoveltyDetector(OutlierMixin, BaseEstimator):
-    """Novelty detection by what a sample would change in an autoencoder that was trained on normal samples only.
+    """Novelty detection by the gradient that a sample has in an autoencoder trained on normal samples only.
 
-    An autoencoder is trained on ``X``; a sample's novelty is read from the gradient of its reconstruction error with
-    respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
+    An autoencoder is trained on ``X``. The novelty of a sample is computed from the gradient of its reconstruction
+    error with respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
         novelty_score: ``"auto"``: ``"whitened_gradient"`` for tables, ``"local_gradient"`` for an `Autoencoder` of images
@@ -113,50 +113,49 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         hidden_dim, latent_dim: sizes of the model; None: its own defaults (`Autoencoder`, `VAE`).
         epochs: training epochs; None: as many as the held-out loss asks for, a few hundred steps on most sets; 0:
             ``model`` is trained already.
-        batch_size, learning_rate: of Adam; None: 128, less on small sets, and 1e-3, for an `Autoencoder` of
-            tables 2e-3.
+        batch_size, learning_rate: of Adam; None: 128, less on small sets, and 1e-3, or 2e-3 for an `Autoencoder` of
+            tables.
         noise_std, noise_clip: the classifier's training outliers, ``X + N(0, noise_std²)``, clipped to [0, 1] or not.
         validation_fraction: share of ``X`` held out from training to choose the epoch (none with ``epochs=0``). The
-            statistics of label-free scores (`Statistics`) are of the training and the validation part together: a model
-            explains the samples it was trained on too well, but the validation part alone is too small for some.
+            statistics of label-free scores (`Statistics`) are of the training and the validation part together: the
+            errors of training samples are too small, but the validation part alone has too few samples for some scores.
         calibration_fraction: share of ``X`` held out from all of that, for threshold and p-values, which are valid
-            since nothing else has seen these samples.
-        target_fpr: the wanted rate of false alarms on normal samples; sets ``offset_``. `predict`, `decision_function`
-            take another one without a new fit.
+            because nothing else uses these samples.
+        target_fpr: the rate of false alarms on normal samples; sets ``offset_``. `predict` and `decision_function` take
+            another rate without a new fit.
         contamination: the share of ``X`` that is novel, in (0, 0.5]: sets ``offset_`` in place of ``target_fpr`` so
-            that this share of the training samples is called novel. p-values need clean data all the same.
+            that this share of the training samples is called novel. p-values still need clean data.
         random_state: None, an integer or a RandomState.
         device: where to compute, such as ``"cuda"``; None: the CPU.
-        dtype: in which scores are computed: with ``"float64"`` they do not depend on order or batching beyond 1e-9 of
-            their size; ``"float32"`` is faster.
+        dtype: of the scores' computation: with ``"float64"`` they depend on order and batching by at most 1e-9 of their
+            size; ``"float32"`` is faster.
         verbose: whether to show a progress bar (on terminals).
 
     Attributes:
         kind_: what ``model`` came to, one of its names, or ``"own"``.
         model_: the trained model, in ``dtype`` on ``device``.
         history_: the `History` of its losses; None with ``epochs=0``.
-        layers_: the names of the layers that ``layer`` came to, in its order.
+        layers_: the names of the layers that ``layer`` chose, in its order.
         score_: the `FittedScore`, with its statistics or its classifier.
         calibration_: the `Calibration`, novelties [n] of held-out normal samples.
         offset_: the threshold on `score_samples`, below which a sample is called novel.
         fitted_fpr_: the ``target_fpr`` of the fit.
-        loss_: the reconstruction error that ``loss`` came to, ``"bce"`` or ``"mse"``.
+        loss_: the reconstruction error that ``loss`` chose, ``"bce"`` or ``"mse"``.
         input_shape_: a sample's shape as the model takes it.
         scaling_: the `Scaling` by which the model sees the samples, with ``shift``, ``scale``, ``low``, ``high`` [D].
         channels_last_: whether samples come as [H, W, C] and the model sees [C, H, W].
-        ceiling_: highest and median novelty of the training samples. What lies far outside of their range
-            (`Scaling.excess`) is more novel than all of them, whatever a saturated model says of it.
-        profile_: the `guards.Profile` of the scaled training samples, which `score_samples` compares with; None in old
-            files.
-        warnings_: what `fit` warned of, for the report.
-        image_format_: the `ImageFormat` that ``gradext fit`` brought image files to; None where there were none.
+        ceiling_: highest and median novelty of the training samples. A sample far outside of their range
+            (`Scaling.excess`) gets a higher novelty than all of them, even if the model is saturated.
+        profile_: the `guards.Profile` of the scaled training samples, which `score_samples` compares with.
+        warnings_: the warnings of `fit`, for the report.
+        image_format_: the `ImageFormat` to which ``gradext fit`` converted image files; None if there were none.
         n_features_in_: D, the number of values in a sample.
         feature_names_in_: [D], of data frames only.
 
-    Raises in `fit`: ValueError for a parameter or data that do not fit, naming them, what was expected and what came;
-    TypeError for a ``model`` that is no module; RuntimeError where the training loss is no longer finite. In the other
-    methods: NotFittedError before `fit`; ValueError for samples of another shape, of other feature names, or with NaN
-    or infinity. Data that make a detector worthless without an error are told by `DetectorWarning`.
+    Raises in `fit`: ValueError for a wrong parameter or wrong data; TypeError for a ``model`` that is not a module;
+    RuntimeError if the training loss becomes infinite or NaN. In the other methods: NotFittedError before `fit`;
+    ValueError for samples of another shape, of other feature names, or with NaN or infinity. Data that make a detector
+    useless without an error cause a `DetectorWarning`.
 
     >>> import numpy as np
     >>> from gradext.novelty import NoveltyDetector
@@ -227,24 +226,23 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     ) -> NoveltyDetector:
         """Train on normal samples ``X`` [N, ...], flat or image-shaped.
 
-        ``X``: arrays, tensors, data frames, memory maps; or what comes in batches [n, ...] (of tuples the first part is
-        taken): a `DataLoader`, a `Dataset`, a generator, any iterable that cannot be indexed. It is gone through once,
-        in its order, into a temporary file of its own size (`TMPDIR` says where), so that what is held out stays so.
-        Memory holds blocks of at most 1,024 samples and a few numbers for each sample; the training part too where it
-        is at most 256 MB in single precision. The fitted detector is the same, bit for bit, as that of an array in
-        memory. Classifiers beyond that size are trained on as many training samples as are characterised in 256 MB.
+        ``X``: arrays, tensors, data frames, memory maps; or batches [n, ...] (of tuples the first part): a
+        `DataLoader`, a `Dataset`, a generator, any iterable that cannot be indexed. Batches are read once, in their
+        order, into a temporary file of their size (in `TMPDIR`), so that rows that are held out stay held out. Memory
+        holds blocks of at most 1,024 samples and a few numbers for each sample; also the training part if it has at
+        most 256 MB in single precision. The fitted detector is bit for bit that of an array in memory. For larger data,
+        classifiers are trained on as many training samples as are characterised in 256 MB.
 
         ``X_calibration``: normal samples that replace the part held out for threshold and p-values. ``y`` is ignored.
 
         ``process_group``: a group of `torch.distributed` (gloo) whose processes all call this with the same data. They
-        share the passes over it for statistics and calibration; the first one trains, since gradients summed by several
-        would round otherwise for each number of them. All end with the same detector, bit for bit that of one process.
+        divide the passes for statistics and calibration; the first one trains, because the rounding of gradients summed
+        by several would depend on their number. All end with the same detector, bit for bit that of one process.
 
-        ``checkpoint``: where the training goes on, to the same bits, if it was stopped before; needs an integer
-        random_state.
+        ``checkpoint``: from which a stopped training resumes, to the same bits; needs an integer random_state.
 
-        Raises ValueError for data or parameters that do not fit, OSError for a full disk, RuntimeError if the loss
-        becomes NaN. What was fitted before is kept then.
+        Raises ValueError for wrong data or parameters, OSError for a full disk, RuntimeError if the loss becomes NaN.
+        Then the detector keeps its former fit.
         """
         self._check_parameters()
         processes = Processes(process_group)
@@ -404,7 +402,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return scaling
 
     def _without_far_out(self, X: np.ndarray, rows: np.ndarray, *, tell: bool = True) -> np.ndarray:
-        """The rows but for a few that would be all that the model learns: a spike's square is that of a hundred."""
+        """The rows without a few extreme ones that would dominate the training: one spike can equal a hundred rows."""
         if not self.scaling_.bent or len(rows) < 2 or self.epochs == 0:
             return rows
         spread = np.concatenate([self.scaling_.spread(X[part]) for part in _cut(rows, X.shape[1])])
@@ -470,7 +468,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
-        """What is trained, x [B, ...] -> [B]: the model's own ``loss``, else reconstruction error and latent loss."""
+        """The training objective, x [B, ...] -> [B]: the model's ``loss``, or reconstruction error and latent loss."""
         own = getattr(self.model_, "loss", None)
         if callable(own):
             return own
@@ -559,9 +557,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     def score_samples(self, X: Rows | Batches) -> np.ndarray:
-        """How normal each sample is, [N]; higher is more normal, as in scikit-learn. -inf where numbers overflow.
+        """How normal each sample is, [N]; higher is more normal, as in scikit-learn. -inf if numbers overflow.
 
-        ``X``: as in `fit`; what comes in batches is scored as it comes, in its order, without a file.
+        ``X``: as in `fit`; batches are scored one by one, in their order, without a file.
         """
         check_is_fitted(self)
         if not comes_in_batches(X):
@@ -573,7 +571,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return -found
 
     def _novelty_of(self, X: Any, start: int = 0) -> np.ndarray:
-        """Of an array whose first row is sample ``start``; with warnings about the first samples of all."""
+        """The novelty of an array whose first row is sample ``start``; warns about the first samples of all."""
         X = self._validated(X, start=start)
         if start == 0 and self.profile_ is not None:
             first = X[: rows_at_a_time(self.n_features_in_)]
@@ -591,7 +589,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def threshold(self, target_fpr: float | None = None) -> float:
         """The novelty above which a sample is novel: as fitted, or for another rate of false alarms, without a fit.
 
-        A parameter ``target_fpr`` that was changed since the fit counts as one given here.
+        A parameter ``target_fpr`` that was changed since the fit is used as if it were given here.
         """
         check_is_fitted(self)
         if target_fpr is None:
@@ -607,13 +605,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         return self.calibration_.p_values(-self.score_samples(X))
 
     def discoveries(self, X: Rows | Batches, *, fdr: float = 0.1) -> np.ndarray:
-        """Which samples to call novel so that about ``fdr`` of the calls are false at most (Benjamini-Hochberg)."""
+        """Which samples to call novel so that at most about ``fdr`` of the calls are false (Benjamini-Hochberg)."""
         return benjamini_hochberg(self.p_values(X), fdr)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
     def _validated(self, X: Any, *, reset: bool = False, start: int = 0) -> np.ndarray:
-        """``X`` as an array [N, D] of its own type, not copied where that can be; the errors are scikit-learn's.
+        """``X`` as an array [N, D] of its own type, not copied if possible; the errors are scikit-learn's.
 
         start: the number of its first row, for errors.
         """
@@ -650,7 +648,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _as_samples(self, X: np.ndarray, dtype: torch.dtype) -> Tensor:
         """``scaling_(X)`` in the model's shape [N, *input_shape_]."""
-        # Torch's alignment: on it depend the last bits of products.
+        # Torch's alignment, on which the last bits of products depend.
         samples = torch.empty(X.shape, dtype=torch.float64, device="cpu")
         self.scaling_(X, samples.numpy())
         return self._arranged(samples.to(dtype))
@@ -685,7 +683,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     def _novelty(self, X: np.ndarray, rows: np.ndarray, processes: Processes | None = None) -> np.ndarray:
         novelty = self._characterized(X, rows, processes).concatenate(self.score_).double().numpy()
-        novelty = np.where(np.isnan(novelty), np.inf, novelty)  # what overflows is not normal
+        novelty = np.where(np.isnan(novelty), np.inf, novelty)  # a score that overflows is not normal
         if self.ceiling_ is not None:
             excess = np.concatenate([self.scaling_.excess(X[part]) for part in _cut(rows, X.shape[1])])
             novelty = raised(novelty, excess, *self.ceiling_)
@@ -704,14 +702,14 @@ def _explained(training: _Samples, held_out: _Samples) -> float:
 
 
 def _just_above(threshold: float) -> float:
-    """By more than a score moves with its company in a batch: the sample whose score it is stays on one side."""
+    """Higher by more than a score changes with the other samples of its batch, so that a sample stays on one side."""
     return threshold + 1e-9 * abs(threshold)
 
 
 def raised(novelty: np.ndarray, excess: np.ndarray, highest: float, median: float) -> np.ndarray:
-    """Novelties [N], those of samples with an ``excess`` (`Scaling.excess`) at least above the ``highest`` of training.
+    """Novelties [N]; those of samples with an ``excess`` (`Scaling.excess`) are raised above ``highest`` of training.
 
-    A sample that saturates the model has no gradient left, and would be the most normal of all.
+    A sample that saturates the model has a gradient of zero, and would otherwise be the most normal of all.
     """
     unit = max(highest - median, abs(highest), np.finfo(np.float32).tiny)
     with np.errstate(over="ignore"):
@@ -719,7 +717,7 @@ def raised(novelty: np.ndarray, excess: np.ndarray, highest: float, median: floa
 
 
 def working_device(name: str | None) -> torch.device:
-    """The device called ``name``, None being the CPU; ValueError where torch cannot compute on it here."""
+    """The device called ``name``, or the CPU for None; ValueError if torch cannot compute on it here."""
     try:
         return torch.empty(0, device=torch.device(name or "cpu")).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
@@ -732,9 +730,9 @@ def _squeezed(shape: Sequence[int]) -> list[int]:
 
 
 def _arrangement(shape: tuple[int, ...], own: tuple[int, ...] | None) -> tuple[tuple[int, ...], bool]:
-    """The shape in which the model sees samples of ``shape``, and whether these have their channels last.
+    """The shape in which the model takes samples of ``shape``, and whether these have their channels last.
 
-    own: the shape that the model wants. Raises ValueError where the pixels would be scrambled.
+    own: the shape that the model takes. Raises ValueError if a reshape would scramble the pixels.
     """
     if own is None:
         channels_last = len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] > 4
@@ -747,7 +745,7 @@ def _arrangement(shape: tuple[int, ...], own: tuple[int, ...] | None) -> tuple[t
 
 
 class _Samples:
-    """Rows of ``X`` as the model takes them, read and scaled when asked for: ``samples[index]`` [n, *input_shape_]."""
+    """Rows of ``X`` as the model takes them, read and scaled on access: ``samples[index]`` [n, *input_shape_]."""
 
     def __init__(self, detector: NoveltyDetector, X: np.ndarray, rows: np.ndarray, dtype: torch.dtype) -> None:
         self.detector, self.X, self.rows, self.dtype = detector, X, rows, dtype
@@ -787,7 +785,7 @@ def _cut(rows: np.ndarray, features: int) -> Iterator[np.ndarray]:
 
 
 def _warn(messages: Iterable[str], kept: list[str] | None = None) -> None:
-    """Give each as a `DetectorWarning`, and keep it for the report."""
+    """Raise each as a `DetectorWarning`, and store it for the report."""
     for message in messages:
         if kept is not None:
             kept.append(message)

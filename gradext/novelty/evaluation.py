@@ -1,4 +1,4 @@
-"""How well labelled samples are told apart: AUROC with its interval, by label, and by pixel against masks."""
+"""How well scores separate labelled samples: AUROC with its interval, by label, and by pixel against masks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def auroc_interval(novel: np.ndarray, novelty: np.ndarray) -> tuple[float, float
     of_normal = 1 - (ranks[~novel] - rankdata(novelty[~novel])) / m
     area = float(of_novel.mean())
     spread = lambda values: float(values.var(ddof=1)) if len(values) > 1 else 0.25  # noqa: E731
-    # Where the classes do not overlap the variance is zero: one sample more, on the other side, bounds it.
+    # The variance is zero if the classes do not overlap: one more sample, on the other side, bounds it.
     variance = max(spread(of_novel) / m + spread(of_normal) / n, (0.5 / (m * n)) ** 2)
     inside = min(max(area, 0.5 / (m * n)), 1 - 0.5 / (m * n))
     logit, width = math.log(inside / (1 - inside)), 1.96 * math.sqrt(variance) / (inside * (1 - inside))

@@ -21,7 +21,7 @@ ROWS_AT_A_TIME = 256
 def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
     """Each decoder weight's share of the squared gradient norm, ``‖G_l‖² / Σ_k ‖G_k‖²``: name -> [N].
 
-    Where all gradients are zero so are shares.
+    If all gradients are zero, so are the shares.
     """
     samples = _samples(detector, X)
     names = detector.layers_
@@ -39,8 +39,8 @@ def layer_shares(detector: NoveltyDetector, X: Rows) -> dict[str, np.ndarray]:
 def residual(detector: NoveltyDetector, X: Rows) -> np.ndarray:
     """Input minus reconstruction, [N, *input_shape], in units of the scale: pixels in [0, 1], or standard deviations.
 
-    Where a picture is novel, or which feature of a row: its size says more of that than `saliency`, the derivative of
-    the score, which is large wherever the score reacts.
+    It shows where a picture is novel, or which feature of a row. `saliency`, the derivative of the score, is large
+    wherever the score reacts, and shows that less well.
     """
     return _residual_of(detector, _samples(detector, X))
 
@@ -57,7 +57,7 @@ def _residual_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
 
 
 def expected(detector: NoveltyDetector, X: Rows) -> np.ndarray:
-    """The reconstructions in the units of ``X`` itself, [N, D]: what the model expects where it sees what it sees."""
+    """The reconstructions in the units of ``X`` itself, [N, D]: what the model expects for these samples."""
     return _expected_of(detector, _samples(detector, X))
 
 
@@ -79,9 +79,9 @@ def _expected_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
 
 
 def heat(detector: NoveltyDetector, X: Rows) -> np.ndarray:
-    """Maps [N, H, W] of images: the largest size of the `residual` over the channels.
+    """Maps [N, H, W] of images: the largest absolute value of the `residual` over the channels.
 
-    Of a `RotationNet`, which reconstructs nothing, the `saliency`'s in place of the residual's, smoothed.
+    For a `RotationNet`, which has no reconstruction, the `saliency` in place of the residual, smoothed.
     """
     if not is_image(detector.input_shape_):
         raise ValueError(f"X: expected images, but samples have the shape {list(detector.input_shape_)}")
@@ -95,7 +95,7 @@ def heat(detector: NoveltyDetector, X: Rows) -> np.ndarray:
 
 
 class Reason(NamedTuple):
-    """A feature that is not as expected; share: its part of the squared residual of the sample."""
+    """A feature with an unexpected value; share: its part of the squared residual of the sample."""
 
     feature: str
     value: float
@@ -157,7 +157,7 @@ def _saliency(detector: NoveltyDetector, batch: Tensor) -> Tensor:
 def nearest_training(
     detector: NoveltyDetector, X: Rows, X_training: Rows, *, k: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ``X_training`` whose gradients point most nearly the same way, and the cosines: two times [N, k].
+    """Rows of ``X_training`` whose gradients have the largest cosine, and the cosines: two arrays [N, k].
 
     ``cos(G_i, G_j)`` of the detector's layers, from the factored Gram matrix: no gradient is written.
     """
@@ -176,7 +176,7 @@ def nearest_training(
 
 
 class _Shifted(nn.Module):
-    """``model(x + shift)``: an input to differentiate by, since gradext takes inputs as constants."""
+    """``model(x + shift)``: shift is differentiated, because gradext treats inputs as constants."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`FittedScore`: a score together with what it keeps of the training inliers. Plain data, no closures."""
+"""`FittedScore`: a score together with what it has learned from the training inliers. Plain data, no closures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FittedScore:
         return self.differentiable(sample)
 
     def differentiable(self, sample: Characterization) -> Tensor:
-        """The same with its graph, where ``sample`` has one."""
+        """The same, differentiable if ``sample`` is."""
         if self.classifier is None or self.features is None:
             return SCORES[self.name](sample, self.statistics)
         return self.classifier(self.features(sample))
@@ -47,7 +47,7 @@ class FittedScore:
         return {"features": scale, **whiteners, **self.classifier.state_dict()}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> FittedScore:
-        """The same score with other learned values, named as `tensors` names them."""
+        """The same score with other learned values, by the names of `tensors`."""
         if self.classifier is None or self.features is None:
             return replace(self, statistics=Statistics.from_tensors(tensors))
         state = dict(tensors)
@@ -72,9 +72,9 @@ def fit_score(
     seed: int = 0,
     **classifier: Any,
 ) -> FittedScore:
-    """The score called ``name`` (of `SCORES`, or ``"<representation>_classifier"``) with what it keeps of the inliers.
+    """The score ``name`` (of `SCORES`, or ``"<representation>_classifier"``), fitted to the inliers.
 
-    ``distorted``: the characterised training outliers, needed by classifiers only, which take no blocks; further
+    ``distorted``: the characterised training outliers, which only classifiers need (these take no blocks); further
     arguments go to `train_classifier`.
     """
     if name in SCORES:

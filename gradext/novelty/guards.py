@@ -1,6 +1,6 @@
-"""What makes a detector worthless without an error: each check gives a warning with its evidence, or None.
+"""Checks for what makes a detector useless without an error. Each returns a warning with its evidence, or None.
 
-Every message begins with a name of its kind, up to the colon.
+Every message begins with the name of its kind, up to the colon.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FENCE = 3.0  # interquartile ranges beyond the upper quartile: "far out" in Tuke
 
 
 class DetectorWarning(UserWarning):
-    """The detector works as asked, but what it says may be worth little."""
+    """The detector works, but its results may be useless."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What the scaled training samples looked like: range, and mean and spread of every channel's mean by image.
+    """The scaled training samples: their range, and mean and spread of the means of every channel over an image.
 
-    channel_mean, channel_std: of three channels, else empty.
+    channel_mean, channel_std: for three channels, else empty.
     """
 
     low: float
@@ -64,7 +64,7 @@ class Profile:
 
 
 def of_features(low: np.ndarray, high: np.ndarray, alone: bool) -> Iterator[str]:
-    """low, high [D]: each feature's training range; alone: whether each is a quantity of its own, not a pixel."""
+    """low, high [D]: each feature's training range; alone: whether features are separate quantities, not pixels."""
     constant = np.flatnonzero(low == high)
     if len(constant) == len(low):
         yield "constant data: all training samples are the same, so that nothing can be learned from them"
@@ -76,9 +76,9 @@ def of_features(low: np.ndarray, high: np.ndarray, alone: bool) -> Iterator[str]
 
 
 def far_out(spread: np.ndarray) -> np.ndarray:
-    """Which of the training samples, by their `Scaling.spread` [N], would be all that a model learns, bool [N].
+    """Which training samples, by their `Scaling.spread` [N], would dominate the training, bool [N].
 
-    Beyond ``Q3 + 3 (Q3 - Q1)`` of the logarithms, if that is at most `FEW` of them: more are a kind of their own.
+    Those beyond ``Q3 + 3 (Q3 - Q1)`` of the logarithms, if they are at most `FEW` of all: more form their own kind.
     """
     logs = np.log(np.maximum(spread, np.finfo(np.float64).tiny))
     lower, upper = np.quantile(logs, [0.25, 0.75])
@@ -141,10 +141,10 @@ def of_calibration(n: int, target_fpr: float) -> Iterator[str]:
 
 
 def of_input(samples: Tensor, beyond: np.ndarray, profile: Profile) -> Iterator[str]:
-    """Samples [N, *input_shape] in units of the scale that do not look as the training samples did.
+    """Samples [N, *input_shape] in units of the scale that do not look like the training samples.
 
-    beyond: [N], which of them lie far outside of a feature's training range. One such sample may be a novelty, half of
-    them are on another scale.
+    beyond: [N], which of them lie far outside of the training range of a feature. One such sample may be a novelty; if
+    half of them are, they are on another scale.
     """
     low, high, span = samples.min().item(), samples.max().item(), profile.span
     if span == 0:

@@ -1,7 +1,7 @@
-"""Ready models for novelty detection.
+"""Models for novelty detection.
 
-A model's forward gives ``(reconstruction, mu, logvar)``, its ``loss(x)`` the training objective [B], and it has a
-``decoder`` whose layers `gradext.batch_layer_grads` finds.
+The forward of a model returns ``(reconstruction, mu, logvar)``, its ``loss(x)`` the training objective [B], and it has
+a ``decoder`` whose layers `gradext.batch_layer_grads` finds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Autoencoder(nn.Module):
 
     forward: x [B, D] or image-shaped [B, ...] with D elements a sample -> reconstruction [B, D]. hidden_dim, latent_dim
     None: 128 and half of D, at most 20; from 196 elements on, 256 and 32. Trained by the squared error on values about
-    zero: a VAE's divergence keeps a small table's columns from being learned, a sigmoid's ends hide what lies outside.
+    zero: the divergence of a VAE prevents learning the columns of a small table, and a sigmoid hides values outside.
 
     >>> import torch
     >>> Autoencoder(input_dim=64)(torch.randn(5, 1, 8, 8)).shape
@@ -116,10 +116,10 @@ class VAE(nn.Module):
 
 
 class ConvVAE(VAE):
-    """A `VAE` of images [C, H, W]: two convolutions down by two each, two transposed ones up, LeakyReLU between.
+    """A `VAE` of images [C, H, W]: two convolutions with stride 2, two transposed ones, LeakyReLU between.
 
-    H and W: multiples of 4; the first layer of the decoder is linear, its last a transposed convolution. Forward takes
-    and gives what that of the VAE does, reconstruction [B, C·H·W].
+    H and W: multiples of 4; the first layer of the decoder is linear, the last a transposed convolution. Inputs and
+    outputs are those of `VAE`, reconstruction [B, C·H·W].
 
     >>> import torch
     >>> reconstruction, mu, logvar = ConvVAE((1, 8, 8), channels=4, latent_dim=2)(torch.rand(5, 64))
@@ -157,10 +157,10 @@ class ConvVAE(VAE):
 
 
 class RotationNet(nn.Module):
-    """A small residual network that is trained to tell by which quarter turn an image was rotated.
+    """A small residual network that is trained to predict by how many quarter turns an image was rotated.
 
-    What a network learns of normal images that way it does not find in novel ones, whose turn it tells badly. The turn
-    is known when scoring too, so that a sample's own loss has a true gradient: of the last layer, over all turns.
+    Its prediction is worse for novel images, which lack the features that it has learned from normal ones. The rotation
+    is known when scoring too, so that each sample has a loss with a gradient: of the last layer, over all rotations.
     Source: Golan and El-Yaniv, "Deep anomaly detection using geometric transformations", NeurIPS 2018.
 
     forward: images [B, C, H, W] in [0, 1], H = W a multiple of 4 -> logits [B, V, 4], of the views by the turns that

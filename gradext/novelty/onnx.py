@@ -1,8 +1,8 @@
 """A fitted detector's scoring function as an ONNX graph (`pip install onnx`), gradient scores included.
 
-Where a model is a chain of linear layers and activations, the gradient of its reconstruction error with respect to a
-layer has a closed form: at a sigmoid under binary cross entropy it begins as ``p - x``, and every layer carries it back
-by one product. That is a plain graph, in which any score, label-free or a classifier, is computed from the factors.
+If a model is a chain of linear layers and activations, the gradient of its reconstruction error with respect to a layer
+has a closed form: at a sigmoid under binary cross entropy it begins as ``p - x``, and every layer carries it back by
+one product. This is a plain graph, in which every score, label-free or a classifier, is computed from the factors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .representations import RECONSTRUCTION_LOSSES, Characterization, characteri
 from .scaling import MARGIN, SOFT, VECTORS
 from .writing import atomic_write
 
-# act'(z) of what an activation made of z, y = act(z): (layer, z, y) -> derivative. Torch's own are unknown to ONNX.
+# act'(z) for y = act(z): (layer, z, y) -> derivative. ONNX has no operators for torch's own.
 DERIVATIVES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
     nn.ReLU: lambda m, z, y: (y > 0).to(y.dtype),
     nn.LeakyReLU: lambda m, z, y: m.negative_slope + (1 - m.negative_slope) * (z > 0).to(z.dtype),
@@ -52,17 +52,17 @@ TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}  # of them, relative to 
 
 
 class ScoringGraph(nn.Module):
-    """X [N, D] -> novelty [N] of a fitted `NoveltyDetector`, in operators that ONNX knows.
+    """X [N, D] -> novelty [N] of a fitted `NoveltyDetector`, in operators that ONNX has.
 
-    The model has to be an `nn.Sequential`, or a module that calls its parts ``encoder`` and ``decoder``, or
-    ``encoder``, ``mu`` (beside it ``logvar``) and ``decoder`` one after the other, as `VAE` does; each made of linear
+    The model must be an `nn.Sequential`, or a module that calls its parts ``encoder`` and ``decoder``, or ``encoder``,
+    ``mu`` (beside it ``logvar``) and ``decoder`` one after the other, as `VAE` does; each consists of linear
     layers on [N, features], convolutions of images (chosen layers are linear ones: of a `ConvVAE` the first), the
     activations of `DERIVATIVES`, Flatten, Unflatten, Identity and Dropout; or a `RotationNet`. Under the binary cross
     entropy it ends in a sigmoid. ``dtype``: of `DTYPES`; None: `default_dtype`.
 
-    onnxruntime computes ELU, GELU, Softplus and convolutions in fp32 alone. Inputs outside of [0, 1] that saturate that
-    sigmoid altogether may score differently. Raises NotFittedError; ValueError for other models, with what stands in
-    the way, and where random samples get other scores than the detector's.
+    onnxruntime computes ELU, GELU, Softplus and convolutions in fp32 only. Inputs outside of [0, 1] that saturate that
+    sigmoid completely may get other scores. Raises NotFittedError; ValueError for other models, with the reason, and if
+    random samples get other scores than the detector's.
     """
 
     shift: Tensor
@@ -95,7 +95,7 @@ class ScoringGraph(nn.Module):
         self.register_buffer("width", torch.from_numpy(scaling.width))
         self.bent, self.ceiling = scaling.bent, detector.ceiling_
         self.to("cpu", self.dtype).eval().requires_grad_(False)
-        # Of a sample before and after each layer: numbers, for what ONNX makes of a tensor's own shape holds for one N.
+        # Shapes of one sample before and after each layer, as numbers: a shape that ONNX traces holds for one N only.
         values = list(itertools.accumulate(
             self.layers, lambda h, layer: layer(h), initial=torch.zeros(1, *detector.input_shape_, dtype=self.dtype)
         ))  # fmt: skip
@@ -160,13 +160,13 @@ class ScoringGraph(nn.Module):
 
     @torch.no_grad()
     def _check(self, detector: NoveltyDetector, fitted: torch.dtype) -> None:
-        """What a module's forward does, nothing tells but running it."""
+        """Run a module's forward: there is no other way to know what it does."""
         uniform = np.random.default_rng(0).random((PROBES, detector.n_features_in_))
         scaling = detector.scaling_
         X = scaling.low + scaling.width * (1.4 * uniform - 0.2)
         X[0, 0] = scaling.high[0] + 9 * scaling.width[0]
         with warnings.catch_warnings():
-            # Of samples unlike those of training, of columns without names.
+            # Warnings about samples unlike those of training, or about columns without names.
             warnings.simplefilter("ignore", UserWarning)
             expected = -torch.from_numpy(detector.score_samples(X))
         found = self(torch.from_numpy(X).to(self.dtype)).double()
@@ -192,7 +192,7 @@ def _through_convolution(layer: Any, delta: Tensor, shape: torch.Size) -> Tensor
     if type(layer) is nn.ConvTranspose2d:
         return F.conv2d(delta, layer.weight, **options)
     steps = zip(shape[1:], delta.shape[2:], layer.stride, layer.padding, layer.kernel_size, layer.dilation, strict=True)
-    # What the windows leave over at the end, of which the transpose knows nothing.
+    # The rest that the windows leave at the end, which the transpose does not cover.
     rest = tuple(size - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for size, n, s, p, k, d in steps)
     return F.conv_transpose2d(delta, layer.weight, output_padding=rest, **options)
 
@@ -250,7 +250,7 @@ class _PlainFactors(GradFactors):
 
 
 def default_dtype(detector: NoveltyDetector) -> str:
-    """The detector's own; of models with convolutions ``"float32"``, the only one in which onnxruntime has them."""
+    """The detector's own; for models with convolutions ``"float32"``, the only one for which onnxruntime has them."""
     if any(isinstance(module, CONVOLUTIONS) for module in detector.model_.modules()):
         return "float32"
     fitted = next(detector.model_.parameters()).dtype
@@ -278,7 +278,7 @@ def export_onnx(detector: NoveltyDetector, path: str | os.PathLike, *, dtype: st
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs onnxscript
-        # Of checks that the shapes have passed.
+        # Warnings of checks that the shapes have passed.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         torch.onnx.export(
             graph, (example,), content,  # type: ignore[arg-type]  # the older exporter takes files too

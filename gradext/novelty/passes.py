@@ -1,7 +1,7 @@
-"""Passes over data block by block, by one process or by several that share the blocks.
+"""Passes over data block by block, by one process or by several that divide the blocks.
 
-What a pass gives is the same to the last bit however many processes share it: concatenations are in the order of the
-blocks, and totals are taken along one binary tree over the blocks, of which every process computes some branches.
+The result of a pass does not depend on the number of processes, bit for bit: concatenations are in the order of the
+blocks, and totals follow one binary tree over the blocks, of which every process computes some branches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ S = TypeVar("S")
 
 
 def share(count: int, rank: int, world: int) -> range:
-    """The part of ``range(count)`` for one of ``world`` processes; the parts of all follow one another."""
+    """The contiguous part of ``range(count)`` for one of ``world`` processes, in their order."""
     return range(count * rank // world, count * (rank + 1) // world)
 
 
@@ -47,7 +47,7 @@ class Processes:
         return found
 
     def by_first(self, call: Callable[[], T]) -> T:
-        """What ``call()`` returns in the first process; should it raise, all raise the same."""
+        """What ``call()`` returns in the first process; if it raises, all processes raise the same."""
         if self.group is None:
             return call()
         box: list = [None]
@@ -65,9 +65,9 @@ class Processes:
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Generic[T]):
-    """``count`` blocks of data, ``read(0)``, ``read(1)``, ..., for the processes to share.
+    """``count`` blocks of data, ``read(0)``, ``read(1)``, ..., which the processes divide.
 
-    like: an empty tensor of the type and on the device of what the blocks hold.
+    like: an empty tensor of the type and on the device of the blocks' content.
     """
 
     read: Callable[[int], T]

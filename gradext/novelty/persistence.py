@@ -1,8 +1,8 @@
 """Saving and loading a fitted `NoveltyDetector`: one safetensors file whose metadata are one JSON object.
 
-Nothing in a file is executed, and nothing is believed before it is checked: lengths and offsets (safetensors), a
-SHA-256 of description and tensors, the type of every entry, the shape and type of every tensor against what the
-described architecture has. The JSON object, format version 3:
+Nothing in a file is executed. Everything is checked before use: lengths and offsets (by safetensors), a SHA-256 of
+description and tensors, the type of every entry, the shape and type of every tensor against the described
+architecture. The JSON object, format version 3:
 
     format, format_version, versions    what wrote the file
     parameters                          of the estimator, but for a ``model`` of one's own and ``random_state``
@@ -52,15 +52,15 @@ NOT_SAVED = ("random_state", "device")
 
 
 class ModelFileError(ValueError):
-    """A model file that is missing, damaged, of a newer format, or not what it says."""
+    """A model file that is missing, damaged, of another format, or inconsistent."""
 
 
 def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
-    """Write a fitted detector to ``path``, whole or not at all.
+    """Write a fitted detector to ``path``; an error leaves the old file unchanged.
 
-    The architecture of a ``model`` of your own is code, which no file holds: hand one to `load`. Raises NotFittedError,
-    ValueError for a ``layer`` that is neither a name, nor several, nor None, or for parameters set since that no fit
-    would take, OSError where the file cannot be written.
+    The architecture of a ``model`` of your own is code, which the file does not hold: pass one to `load`. Raises
+    NotFittedError, ValueError for a ``layer`` that is neither a name, nor several, nor None, or for parameters set
+    since that a fit would refuse, OSError if the file cannot be written.
 
     >>> import tempfile
     >>> X = np.random.default_rng(0).random((100, 16))
@@ -80,11 +80,11 @@ def save(detector: NoveltyDetector, path: str | os.PathLike) -> None:
     own = detector.kind_ == "own"
     if own:
         del parameters["model"]
-    # As fitted, whatever `set_params` has said since.
+    # As fitted: `set_params` may have changed parameters since.
     parameters |= {"novelty_score": score.name, "dtype": next(name for name in DTYPES if DTYPES[name] == dtype)}
     if parameters["input_shape"] is not None:
         parameters["input_shape"] = [int(size) for size in parameters["input_shape"]]
-    # What `load` would refuse is told here.
+    # `save` raises what `load` would refuse.
     NoveltyDetector(**{**parameters, "model": detector.model})._check_parameters()
     description = {
         "format": FORMAT,
@@ -132,11 +132,11 @@ def _architecture(model: nn.Module) -> dict:
 
 
 def load(path: str | os.PathLike, *, model: nn.Module | None = None, device: str | None = None) -> NoveltyDetector:
-    """The detector in a file that `save` wrote; it gives the same scores, bit for bit on the same machine.
+    """The detector in a file that `save` wrote; its scores are the same, bit for bit on the same machine.
 
-    ``model``: for a detector with a model of your own, one of the same architecture, whose weights do not matter; it is
-    copied. Raises ModelFileError for a file that is missing, cut short, altered, or of a newer format,
-    ValueError for a ``device`` that does not work here.
+    ``model``: for a detector with a model of your own, one of the same architecture, with any weights; it is copied.
+    Raises ModelFileError for a file that is missing, cut short, altered, or of another format, ValueError for a
+    ``device`` that does not work here.
     """
     working_device(device)
     description, tensors = _read(Path(path))
@@ -270,7 +270,7 @@ def _rebuild(
         detector.model_ = copy.deepcopy(model).to(dtype)
     else:
         sizes = _sizes(architecture, kind)
-        with torch.device("meta"):  # sizes that no tensor has are found before memory is asked for
+        with torch.device("meta"):  # sizes that no tensor has are found before memory is allocated
             made = MODELS[kind](**sizes).to(dtype)
         if made.input_dim != D:
             raise ModelFileError(f"input_dim: expected {D} as n_features, but got {made.input_dim}")
@@ -279,7 +279,7 @@ def _rebuild(
     detector.model_.load_state_dict(state, assign=not own)
     detector.model_.to(working_device(device)).eval()
 
-    # What the score must hold: its names, shapes and types for this model, from two samples of zeros.
+    # The names, shapes and types that the score must have for this model, from two samples of zeros.
     zeros = torch.zeros(2, *detector.input_shape_, dtype=dtype, device="cpu")
     layers = _entry(description, "layers", list)
     if not _is_named(layers):
@@ -309,7 +309,7 @@ def _rebuild(
 
 
 def _sizes(architecture: dict, kind: str) -> dict[str, Any]:
-    """The sizes of a model of gradext's, as its ``sizes`` gave them."""
+    """The sizes of one of gradext's models, as in its ``sizes``."""
     sizes = {name: value for name, value in architecture.items() if name != "type"}
     for name, value in sizes.items():
         numbers = value if isinstance(value, list) and value else [value]

@@ -1,4 +1,4 @@
-"""The pictures: drawn on `matplotlib.figure.Figure` objects, so that no global state and no display is needed."""
+"""Pictures, drawn on `matplotlib.figure.Figure` objects, which need no global state and no display."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def overlap(inliers: np.ndarray, outliers: np.ndarray) -> tuple[float, np.ndarra
 
 
 def _edges(low: float, high: float, samples: int) -> np.ndarray:
-    """Of at most 40 bins, and fewer on small sets, where one would hold less than two samples on average."""
+    """Edges of at most 40 bins; fewer on small sets, so that a bin holds at least two samples on average."""
     return np.linspace(low, high if high > low else low + 1, 1 + max(1, min(40, samples // 2)))
 
 
@@ -53,7 +53,7 @@ def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def draw_histogram(ax: Axes, inliers: np.ndarray, outliers: np.ndarray, title: str, unit: str) -> None:
-    """Histograms of one score for inliers and outliers, their overlap shaded and given in percent."""
+    """Histograms of one score for inliers and outliers, with their overlap shaded and in percent."""
     share, edges = overlap(inliers, outliers)
     heights = [_shares(values, edges) for values in (inliers, outliers)]
     for height, colour, label in zip(heights, (INLIER, OUTLIER), ("normal", "novel"), strict=True):
@@ -86,7 +86,7 @@ def draw_roc(ax: Axes, scores: Mapping[str, np.ndarray], outlier: np.ndarray) ->
 
 
 def draw_precision_recall(ax: Axes, novelty: np.ndarray, outlier: np.ndarray) -> None:
-    """Precision over recall of the novel samples; the dotted line is what chance gives."""
+    """Precision over recall of the novel samples; the dotted line is chance."""
     precision, recall, _ = precision_recall_curve(outlier, novelty)
     label = f"average precision {average_precision_score(outlier, novelty):.3f}"
     ax.step(recall, precision, where="post", color=INLIER, linewidth=2, label=label)
@@ -113,7 +113,7 @@ def draw_reliability(ax: Axes, p_values: np.ndarray, band: float | None) -> None
 
 
 def draw_distribution(ax: Axes, novelty: np.ndarray, threshold: float, unit: str) -> None:
-    """One histogram, of samples whose labels are not known."""
+    """One histogram, of samples without labels."""
     edges = _edges(novelty.min(), np.quantile(novelty, 0.99), len(novelty))
     heights = _shares(novelty, edges)
     ax.stairs(heights, edges, fill=True, color=INLIER, alpha=0.35)
@@ -124,13 +124,13 @@ def draw_distribution(ax: Axes, novelty: np.ndarray, threshold: float, unit: str
 
 def draw_threshold(ax: Axes, threshold: float) -> None:
     ax.axvline(threshold, color=INK, linewidth=1.2, linestyle="--", label="threshold")
-    ax.legend(loc="upper right", fontsize=9, handlelength=1.2)  # a word beside the line would meet the curves
+    ax.legend(loc="upper right", fontsize=9, handlelength=1.2)  # a label beside the line would overlap the curves
     if not ax.get_xlim()[0] <= threshold <= ax.get_xlim()[1]:
         ax.set_xlim(min(ax.get_xlim()[0], threshold), max(ax.get_xlim()[1], threshold * 1.02))
 
 
 def draw_images(ax: Axes, images: np.ndarray, outlier: np.ndarray, title: str, columns: int) -> None:
-    """A grid of images [N, H, W] or [N, C, H, W], each framed in the colour of what it really is."""
+    """A grid of images [N, H, W] or [N, C, H, W], each framed in the colour of its true class."""
     images = np.stack([images] * 3, axis=1) if images.ndim == 3 else images
     height, width = images.shape[2:]
     frame = max(1, round(height / 14))

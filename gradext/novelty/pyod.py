@@ -1,4 +1,4 @@
-"""`NoveltyDetector` as a PyOD detector (`pip install pyod`): the same scores under PyOD's verbs."""
+"""`NoveltyDetector` as a PyOD detector (`pip install pyod`): the same scores by PyOD's methods."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """pytorch-ood's gradient detectors (`pip install pytorch-ood`) from factors: equal values, no gradient is written.
 
-pytorch-ood forms every sample's gradients by ``vmap(grad)``, [B, O, I] numbers a layer; here norms come from B(O + I).
-It imports torchvision, which has to be built for the torch that is there: for CUDA, or for the CPU alone.
+pytorch-ood forms the gradients of every sample by ``vmap(grad)``, [B, O, I] numbers a layer; here norms are computed
+from B(O + I). It imports torchvision, which must be built for the installed torch: for CUDA, or for the CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The HTML report: one file with everything in it, no script, nothing loaded from elsewhere."""
+"""The HTML report: one file that contains everything, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def page(
     title: str,
     progress: bool = True,
 ) -> str:
-    """The report on a source's samples. normal: [N], which rows are normal; None: not known.
+    """The report on the samples of a source. normal: [N], which rows are normal; None: unknown.
 
-    ``training``: samples, and the rows of them among which those nearest to the most novel are shown. Raises ValueError
-    where no sample could be read.
+    ``training``: samples, and their rows among which the nearest to the most novel ones are shown. Raises ValueError if
+    no sample can be read.
     """
     parts = list(novelties(detector, source, progress=progress))
     index, novelty = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
@@ -84,7 +84,7 @@ def page(
     pixels = evaluation.pixel_auroc(detector, source) if source.masks else None
     blocks = [
         _facts(detector, ranked, outlier, both, source, pixels),
-        _told(detector),
+        _warnings_of_the_fit(detector),
         _section("Scores", _plots(detector, ranked, p_values, outlier, both), _plots_note(outlier, both)),
         _most_novel(
             detector, source, index[top], novelty[top], p_values[top], None if outlier is None else outlier[top]
@@ -137,8 +137,8 @@ def _facts(detector, novelty, outlier, both: bool, source: Source, pixels: float
     return f'<div class="facts">{cells}</div>'
 
 
-def _told(detector) -> str:
-    """What `fit` warned of, and what few held-out samples promise."""
+def _warnings_of_the_fit(detector) -> str:
+    """The warnings of `fit`, and what few held-out samples guarantee."""
     told = list(detector.warnings_)
     if detector.contamination is None:
         told += [
@@ -146,11 +146,11 @@ def _told(detector) -> str:
         ]
     if not told:
         return ""
-    return _section("Told in the fit", f"<ul>{''.join(f'<li>{_e(message)}</li>' for message in told)}</ul>")
+    return _section("Warnings of the fit", f"<ul>{''.join(f'<li>{_e(message)}</li>' for message in told)}</ul>")
 
 
 def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
-    """Each plot a picture of its own: beside each other on a wide screen, one below the other on a phone."""
+    """Each plot is a separate picture: side by side on a wide screen, one below the other on a phone."""
     unit = detector.score_.name.replace("_", " ")
     known = p_values[~outlier] if outlier is not None and not outlier.all() else p_values
     n, m = len(detector.calibration_.scores), len(known)
@@ -189,7 +189,7 @@ def _plots_note(outlier, both: bool) -> str:
         )
     if outlier is None:
         return "No labels: these are all samples' p-values. Normal ones follow the diagonal, novel ones rise above it."
-    return "All samples are of one kind, so that nothing can be said of how well kinds are told apart."
+    return "All samples are of one kind, so the separation of normal and novel samples is unknown."
 
 
 def _most_novel(detector, source, rows, novelty, p_values, outlier) -> str:

@@ -1,4 +1,4 @@
-"""What a trained autoencoder says of samples: the paper's three representations, in one pass over the data."""
+"""The paper's three representations of samples by a trained autoencoder, in one pass over the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .models import latent_loss, rotation_loss, turns_made
 
 @dataclass(frozen=True, eq=False)
 class Characterization:
-    """N samples as the model sees them; indexing gives that of some of them.
+    """The representations of N samples; indexing selects samples.
 
     reconstruction: [N, D], the binary cross entropy of every pixel, nats, or its squared error; latent: [N, L], the
     Kullback-Leibler divergence to N(0, 1) of every latent dimension, nats (L = 0: no VAE); gradients: the factors of
@@ -31,7 +31,7 @@ class Characterization:
 
     @property
     def gradient(self) -> GradFactors:
-        """The gradient that the scores of one layer use: of the layer that was chosen first."""
+        """The gradient that scores of one layer use: that of the layer that was chosen first."""
         return next(iter(self.gradients.values()))
 
     @property
@@ -57,11 +57,11 @@ class Characterization:
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """Binary cross entropy of every element, ``-[t log p + (1 - t) log(1 - p)]`` -> [B, D]; nats.
 
-    Linear in t, hence defined for the paper's noise-distorted images too, whose values leave [0, 1], where
-    `F.binary_cross_entropy` refuses them. Logarithms end at -100 as there.
+    Linear in t, and so defined for the paper's noise-distorted images too, whose values leave [0, 1] and which
+    `F.binary_cross_entropy` refuses. Logarithms are clamped at -100 as there.
     """
     target = target.reshape(output.shape)
-    # Where a sigmoid has saturated: the gradient is zero in place of NaN.
+    # If a sigmoid is saturated, the gradient is zero instead of NaN.
     p, q = output > 0, output < 1
     log_p = torch.where(p, torch.where(p, output, 1).log(), -100).clamp_min(-100)
     log_q = torch.where(q, torch.log1p(-torch.where(q, output, 0)), -100).clamp_min(-100)
@@ -154,8 +154,8 @@ def _of_turns(model: Any, x: Tensor) -> Characterization:
 def factors_of(model: nn.Module, batch: Tensor, loss: str, layers: LayerChoice) -> LayerFactors:
     """The gradients of the reconstruction error called ``loss``.
 
-    By name it has a closed form, exact where a sigmoid saturates; but only for targets in [0, 1]. Samples that leave it
-    are taken apart, so that no sample's gradient depends on its company.
+    A loss by name has a closed form, which is exact where a sigmoid saturates, but only for targets in [0, 1]. Samples
+    outside are computed separately, so that no sample's gradient depends on the other samples.
     """
     if loss == "rotation":
         return batch_layer_factors(model, batch, loss=_summed_turns, layers=layers)
@@ -177,7 +177,7 @@ def _summed_turns(output: Tensor, target: Tensor) -> Tensor:
 
 
 def layer_names(model: nn.Module, x: Tensor, layer: LayerChoices, loss: str) -> list[str]:
-    """The weights' names in the order of the choice, read off samples ``x``: what runs first is known by running.
+    """The weights' names in the order of the choice, found by running the model on samples ``x``.
 
     A choice is ``"first"`` or ``"last"`` of the decoder's weight matrices (of the model's, where it has no decoder) in
     order of execution, None for all of these, ``"all"`` for those of the whole model, or anything that

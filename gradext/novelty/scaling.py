@@ -1,7 +1,7 @@
-"""From samples as they come to what a model sees: one scale for a whole image, one for each column of a table.
+"""From raw samples to the model's inputs: one scale for a whole image, one for each column of a table.
 
-Real tables hold spikes, sentinels such as -9999 and heavy tails. A column's scale is taken from its quantiles, and what
-lies far out is drawn in by a logarithm: it stays far out, in its order, and leaves the others their room.
+Real tables have spikes, sentinels such as -9999 and heavy tails. The scale of a column is taken from its quantiles, and
+values far outside are compressed by a logarithm, which keeps their order.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 
 SOFT = 3.0  # standard deviations up to which the scale is linear
 TAILS = (0.02, 0.98)  # quantiles between which spread is measured
-WIDE = 2.0  # a spread beyond so many of the quartiles' is that of another kind of value among the column's own
-SAMPLED = 1 << 22  # numbers that quantiles are taken of; of more a sample
-FLAT_IMAGE = 64  # columns from which on rows in [0, 1] are taken for flat images, which keep their scale
-FLAT_BYTES = 196  # columns from which on whole numbers up to 255 are
-MARGIN = 2.0  # widths of its training range by which a feature may leave it without a word
-IMAGE_SPREAD = 3.0  # pixels are divided by so many of their standard deviations for models that want centred values
+WIDE = 2.0  # a spread of more than this many times the quartiles' is that of another kind of value in the column
+SAMPLED = 1 << 22  # quantiles are taken of at most so many numbers; of more, of a sample
+FLAT_IMAGE = 64  # rows in [0, 1] of at least this many columns are treated as flat images, which keep their scale
+FLAT_BYTES = 196  # so are whole numbers up to 255 of at least this many columns
+MARGIN = 2.0  # a feature may leave its training range by this many widths of it without a warning
+IMAGE_SPREAD = 3.0  # pixels are divided by this many of their standard deviations for models of centred values
 CHOICES = ("auto", "robust", "minmax", "none")
 VECTORS = ("shift", "scale", "low", "high", "floor", "span")
 
@@ -28,8 +28,8 @@ VECTORS = ("shift", "scale", "low", "high", "floor", "span")
 class Scaling:
     """``y = (soft((x - shift) / scale) - floor) / span`` by feature; all vectors are [D].
 
-    bent: whether soft is there, or left out. low, high: the training range of x. floor and span bring the result to
-    [0, 1] or to a mean of zero, as the model wants it.
+    bent: whether soft is applied. low, high: the training range of x. floor and span scale the result to [0, 1] or to a
+    mean of zero, as the model takes it.
     """
 
     bent: bool
@@ -58,7 +58,7 @@ class Scaling:
         return out
 
     def inverse(self, Y: np.ndarray) -> np.ndarray:
-        """The x of which y was made, [N, D]."""
+        """The x that is scaled to y, [N, D]."""
         u = np.asarray(Y, np.float64) * self.span + self.floor
         if self.bent:
             far = np.sign(u) * (SOFT + np.expm1(np.clip(np.abs(u) - SOFT, 0, 700)))
@@ -67,7 +67,7 @@ class Scaling:
 
     @property
     def width(self) -> np.ndarray:
-        """How wide the training range of each feature is, [D]; of one that never changes, its own size, at least 1."""
+        """The width of the training range of each feature, [D]; for a constant its absolute value, at least 1."""
         width = self.high - self.low
         return np.where(width > 0, width, _own_size(self.high))
 
@@ -82,9 +82,9 @@ class Scaling:
         return bool(ends.min() >= 0 and ends.max() <= 1)
 
     def excess(self, X: np.ndarray) -> np.ndarray:
-        """How far the most extreme feature of each sample lies outside of the training range, [N].
+        """How far the most extreme feature of each sample lies outside of its training range, [N].
 
-        In widths of that range, beyond the first `MARGIN`: 0 for all that lies within so many of it.
+        In widths of that range, beyond the first `MARGIN`: 0 for everything within them.
         """
         X = np.asarray(X, np.float64)
         beyond = np.maximum(X - self.high, self.low - X) / self.width - MARGIN
@@ -103,9 +103,9 @@ def fit_scaling(
 
     shape: of a sample, channels first. centred: whether the model wants values about zero; else they end in [0, 1].
 
-    auto: bytes, and images of whatever type in 0..255, are divided by 255; values in [0, 1] of images, flat ones too,
-    stay as they are; images of other whole numbers are divided by a power of two less 1; all else is robust, by feature
-    for tables and by channel for images.
+    auto: bytes, and images of any type in 0..255, are divided by 255; images in [0, 1], flat ones too, are unchanged;
+    images of other whole numbers are divided by a power of two less 1; everything else is robust, by feature for tables
+    and by channel for images.
     """
     D = X.shape[1]
     low, high = np.full(D, np.inf), np.full(D, -np.inf)
@@ -161,16 +161,16 @@ def fit_scaling(
 
 
 def is_image(shape: tuple[int, ...]) -> bool:
-    """Whether a sample is a picture: [H, W], or [C, H, W] of up to 4 channels, of at least 4 pixels a side."""
+    """Whether a sample is an image: [H, W], or [C, H, W] with up to 4 channels, with at least 4 pixels on each side."""
     return (len(shape) == 2 or (len(shape) == 3 and shape[0] <= 4)) and min(shape[-2:]) >= 4
 
 
 def _robust(sample: np.ndarray, low: np.ndarray, high: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Centre and spread of each column, [D]: mean and standard deviation between the `TAILS`.
 
-    Where these are wide beside the quartiles, the column holds values of another kind, and the quartiles alone count;
-    where nothing lies between (mostly zeros) the plain standard deviation. groups: how many groups of neighbouring
-    columns have a scale of their own.
+    If these are wide compared with the quartiles, the column has values of another kind, and only the quartiles are
+    used; if nothing lies between (mostly zeros), the plain standard deviation. groups: how many groups of neighbouring
+    columns have a common scale.
     """
     D = len(low)
     each = D // groups
@@ -189,5 +189,5 @@ def _robust(sample: np.ndarray, low: np.ndarray, high: np.ndarray, groups: int) 
 
 
 def _own_size(value: np.ndarray) -> np.ndarray:
-    """The scale of what never changes: its size, at least 1."""
+    """The scale of a constant feature: its absolute value, at least 1."""
     return np.maximum(1.0, np.abs(value))

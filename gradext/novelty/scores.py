@@ -1,7 +1,7 @@
 """Label-free scores: one function each, from a `Characterization` to a novelty [N]; higher is more novel.
 
-Scores of one layer use the layer that was chosen first, combinations all that were chosen. What they compare a sample
-with is taken from inliers, best from held-out ones: a model explains the samples it was trained on too well.
+Scores of one layer use the layer that was chosen first, combinations use all chosen layers. Statistics come from
+inliers, best from held-out ones: the errors of training samples are too small.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..statistics import GradStatistics
 from .passes import Blocks
 from .representations import Characterization, product, with_constant
 
-RIDGE = 0.1  # added to every second moment, times their mean: a few thousand samples leave most directions unknown
-BASIS = 256  # directions of a delta that are whitened one by one; what lies in the others is by one number
-WRITTEN = 1024  # length of a delta up to which its second moments are written out; of longer ones some rows are kept
+RIDGE = 0.1  # times the mean, added to every second moment: a few thousand samples leave most directions unknown
+BASIS = 256  # directions of a delta that are whitened one by one; all others are scaled by one number
+WRITTEN = 1024  # second moments of deltas up to this length are computed; of longer ones, some rows are kept
 KEPT_NUMBERS, KEPT_ROWS = 1 << 23, 2048  # of them at most, over all inliers
 NEIGHBOURS = 2048  # inliers that `local_gradient` compares with, at most
 WHOLE = 4096  # numbers of a gradient up to which `gradient_mahalanobis` takes all their correlations
@@ -29,7 +29,7 @@ NEAREST, LOCAL = 5, 20  # which neighbour's distance counts of gradients; of how
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What scores keep of the inliers, all of it tensors; None where no score that was asked for needs it.
+    """The statistics of inliers that scores use, all tensors; None if no requested score needs it.
 
     Of the layer that was chosen first: mean_gradient [O, I]; inverse_fisher [O, I], one over the diagonal of the
     empirical Fisher matrix; activation_inverse [I, I], the inverse of its Kronecker factor ``Σ a aᵀ / (N T)``. Of that
@@ -71,7 +71,7 @@ class Statistics:
 
     @staticmethod
     def of(inliers: Characterization | Blocks[Characterization], scores: Iterable[str] | None = None) -> Statistics:
-        """What the named scores need of the inliers; None: what any of them needs.
+        """The statistics that the named scores need; None: those that any score needs.
 
         At most two passes over blocks; memory O(I² + O² + OI), with O the length of what stands for the delta (see
         `delta_norm`), and a number for every inlier and layer.
@@ -91,7 +91,7 @@ class Statistics:
         return Statistics(**kept).with_moments_of_numbers(blocks, needed)
 
     def with_moments_of_numbers(self, blocks: Blocks[Characterization], needed: Container[str]) -> Statistics:
-        """The fields that come from a few numbers of each inlier."""
+        """The fields that are computed from a few numbers of each inlier."""
         joint = "joint_moments" in needed
         numbers: dict[str, Callable[[Characterization], Tensor]] = {}
         if joint or "gradient_moments" in needed:
@@ -125,7 +125,7 @@ class Statistics:
         return replace(self, **{name: value.to(blocks.like).contiguous() for name, value in kept.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are kept, by field; ``delta_inverses`` by field and place."""
+        """The fields that are not None, by name; ``delta_inverses`` by name and place."""
         kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "delta_inverses"}
         kept |= {f"delta_inverses.{k}": inverse for k, inverse in enumerate(self.delta_inverses)}
         return {name: value for name, value in kept.items() if value is not None}
@@ -161,7 +161,7 @@ def _second_moments(blocks: Blocks[Characterization], needed: Container[str]) ->
     sums, others = blocks.total(sums_of, merged)
 
     def plain(value: Tensor) -> Tensor:
-        # The order in memory decides how products round, and is not saved.
+        # Rounding of products depends on the order in memory, which is not saved.
         return value.to(blocks.like).contiguous()
 
     kept: dict[str, Any] = {}
@@ -210,7 +210,7 @@ def _whiteners(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
 
 
 def _is_finite(factor: Tensor) -> Tensor:
-    """Of which samples the squares do not overflow, [N]: one that does would leave no direction of the others."""
+    """Which samples have squares that do not overflow, [N]: one that does would hide all directions of the others."""
     return factor.square().flatten(1).sum(1).isfinite()
 
 
@@ -221,7 +221,7 @@ def _rows_of(seen: Characterization, rows: int) -> Tensor:
 
 
 def _leading_directions(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows [n, O]: eigenvectors of their second moments [O, K], the eigenvalues [K], the mean of all others."""
+    """For rows [n, O]: eigenvectors of their second moments [O, K], the eigenvalues [K], the mean of all others."""
     n, O = rows.shape
     values, vectors = torch.linalg.eigh(rows @ rows.mT / n)
     values, vectors = values.flip(0), vectors.flip(1)
@@ -298,8 +298,8 @@ def gradient_norm(sample: Characterization, statistics: Statistics) -> Tensor:
 def delta_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``(Σ_t ‖δ_t‖²)^½``: the gradient's norm without the activation's.
 
-    In this score and those made of it, a gradient that is held as it is (`GradFactors.of`: those of most convolutions)
-    stands for its own delta.
+    In this score and those built on it, a gradient that is stored itself (`GradFactors.of`: those of most convolutions)
+    is used as its own delta.
     """
     return torch.linalg.vector_norm(sample.gradient.delta.flatten(1), dim=1)
 
@@ -310,7 +310,7 @@ def gradient_cosine(sample: Characterization, statistics: Statistics) -> Tensor:
 
 
 def diagonal_fisher(sample: Characterization, statistics: Statistics) -> Tensor:
-    """``(Σ_oi g_oi² / F_oi)^½``: every weight's change in units of what inliers ask of it.
+    """``(Σ_oi g_oi² / F_oi)^½``: the change of every weight in units of its changes for inliers.
 
     F is the diagonal of the empirical Fisher matrix, as in Kirkpatrick et al., PNAS 2017.
     """
@@ -344,9 +344,9 @@ def whitened_gradient(sample: Characterization, statistics: Statistics) -> Tenso
     """``(‖δ̃‖ ‖δ̃ ãᵀ‖)^½``: the geometric mean of the whitened delta's norm and the whitened gradient's.
 
     δ̃ = L_D⁻¹ δ and ã = L_A⁻¹ (a, 1) have the inliers' unit second moments, so that ``‖δ̃ ãᵀ‖`` is the Kronecker Fisher
-    norm of weight and bias together: how far the sample would move the layer, in units of what inliers ask of it. For
-    one position the score is ``‖δ̃‖ ‖ã‖^½``: the residual's Mahalanobis distance counts in full, the activation's by its
-    root, for it tells less.
+    norm of weight and bias together: how far the sample would move the layer, in units of its changes for inliers. For
+    one position the score is ``‖δ̃‖ ‖ã‖^½``: the Mahalanobis distance of the residual, times the root of the
+    activation's, which separates less.
     """
     whitener, basis, gains = (
         _kept(value) for value in (statistics.activation_whitener, statistics.delta_basis, statistics.delta_gains)
@@ -381,7 +381,7 @@ def local_gradient(sample: Characterization, statistics: Statistics) -> Tensor:
 def log_norm_density(sample: Characterization, statistics: Statistics) -> Tensor:
     """``Σ_l z_l² / 2``: minus the log density, constants aside, of normals fitted to every layer's log gradient norm.
 
-    z standardises with the inliers' mean and standard deviation. Source: Dauncey et al., "Approximations to the Fisher
+    z standardises by the inliers' mean and standard deviation. Source: Dauncey et al., "Approximations to the Fisher
     information metric of deep generative models for out-of-distribution detection", 2024. Gradients that are too small
     count as novel too.
     """
@@ -396,9 +396,9 @@ def combined_delta_norm(sample: Characterization, statistics: Statistics) -> Ten
 def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> Tensor:
     """``Σ_(l<L) z(log whitened ‖δ_l‖) + z(log ‖δ_L‖)``: as `combined_delta_norm`, all but the last one whitened.
 
-    Choose the output layer last. Whitening a hidden layer's delta weighs up directions that inliers leave alone; the
-    output's delta is the residual of every pixel, of which it would weigh up those that are always blank. Of an only
-    layer, which is whitened, it is z of the `whitened_delta_norm`.
+    Choose the output layer last. Whitening the delta of a hidden layer gives weight to directions in which inliers do
+    not vary; the delta of the output is the residual of every pixel, and whitening would give weight to pixels that are
+    always blank. For a single layer, which is whitened, it is z of the `whitened_delta_norm`.
     """
     whitened = _standardise(_log_whitened_norms(sample, statistics), _kept(statistics.whitened_moments))
     last = _standardise(_log_delta_norms(sample), _kept(statistics.delta_moments))[:, len(statistics.delta_inverses) :]
@@ -408,18 +408,18 @@ def combined_whitened_norm(sample: Characterization, statistics: Statistics) -> 
 def joint_density(sample: Characterization, statistics: Statistics) -> Tensor:
     """``zᵀ C⁻¹ z / 2``, z of every layer's log gradient norm and of the logs of both losses, C their correlations.
 
-    Minus the log density, constants aside, of one normal fitted to all of them, where `log_norm_density` fits one each:
-    a sample is novel, too, whose gradients are not as large as its losses lead to expect.
+    Minus the log density, up to constants, of one normal fitted to all of them, where `log_norm_density` fits one each:
+    a sample is also novel if its gradients are smaller than its losses suggest.
     """
     z = _standardise(_log_norms_and_losses(sample), _kept(statistics.joint_moments))
     return _half_square(z, _kept(statistics.joint_inverse))
 
 
 def combined_evidence(sample: Characterization, statistics: Statistics) -> Tensor:
-    """``z(joint density) + z(reconstruction error) + z(latent loss)``: the losses' evidence and the gradients'.
+    """``z(joint density) + z(reconstruction error) + z(latent loss)``: evidence of losses and gradients.
 
-    The losses are large for what the model explains worse than the inliers, the `joint_density` for what is unlike
-    them in either direction.
+    The losses are large for samples that the model reconstructs worse than inliers, the `joint_density` for samples
+    that differ from them in either direction.
     """
     found = torch.cat([joint_density(sample, statistics)[:, None], _losses(sample)], dim=1)
     return _standardise(found, _kept(statistics.evidence_moments)).sum(1)
@@ -505,14 +505,14 @@ def _whitened_norm(delta: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _log(norms: Tensor) -> Tensor:
-    """Logarithms, with the smallest normal number in place of zero."""
+    """Logarithms, of the smallest normal number for zero."""
     return norms.clamp_min(torch.finfo(norms.dtype).tiny).log()
 
 
 def _moments(values: Tensor) -> Tensor:
     """Mean and standard deviation over the samples, [N, K] -> [K, 2]; the deviation at least the type's epsilon."""
     wide = values.double()
-    # From the first sample on, so that the mean of equal numbers is that number: a spread of zero forgives no rounding.
+    # Relative to the first sample, so that the mean of equal numbers is exact: their spread of zero allows no rounding.
     mean = wide[0] + (wide - wide[0]).mean(0)
     spread = wide.std(0, correction=0).clamp_min(torch.finfo(values.dtype).eps)
     return torch.stack([mean, spread], dim=1).to(values.dtype)
@@ -523,7 +523,7 @@ def _standardise(values: Tensor, moments: Tensor) -> Tensor:
 
 
 def _ridge(moments: Tensor) -> Tensor:
-    """`RIDGE` times the mean; positive for gradients that are all zero, which have no scale of their own."""
+    """`RIDGE` times the mean; a positive constant if all gradients are zero, which have no scale."""
     return (RIDGE * moments.mean()).clamp_min(torch.finfo(torch.float32).tiny)
 
 

@@ -1,8 +1,8 @@
 """Scores of a whole source into a file: in bounded memory, resumable, by one process or several.
 
-Rows are written to ``OUT.partial`` block by block. When all are there, the table is written under its own name at once.
-A run that was stopped is taken up after the last whole block. Several processes (`torchrun`) each write a contiguous
-share of the rows to a file of their own; the first one puts them together in the order of the rows.
+Rows are written to ``OUT.partial`` block by block. When all are written, the table appears under its name. A stopped
+run resumes after the last whole block. Several processes (`torchrun`) each write a contiguous part of the rows to a
+file of their own; the first one joins them in the order of the rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAP_WHITE = 0.25  # of the range of the pixels
 def novelties(
     detector: NoveltyDetector, source: Source, rows: np.ndarray | None = None, *, progress: bool = True
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """By block: the rows asked for [n], and of those that could be read the rows [m] and novelties [m]."""
+    """By block: the requested rows [n]; for those that could be read, their rows [m] and novelties [m]."""
     for asked, block, found in scored_blocks(detector, source, rows, progress=progress):
         yield asked, block.index, found
 
@@ -47,7 +47,7 @@ def novelties(
 def scored_blocks(
     detector: NoveltyDetector, source: Source, rows: np.ndarray | None = None, *, progress: bool = True
 ) -> Iterator[tuple[np.ndarray, Block, np.ndarray]]:
-    """By block: the rows asked for [n], those that could be read with their samples, and their novelties [m]."""
+    """By block: the requested rows [n], those that could be read with their samples, and their novelties [m]."""
     rows = np.arange(len(source)) if rows is None else rows
     size = block_rows(detector)
     lines, done = ProgressLines(len(rows), "scoring", "sample", shown=progress, quiet=2.0), 0
@@ -63,7 +63,7 @@ def scored_blocks(
 
 
 def in_finite_numbers(novelty: np.ndarray, threshold: float) -> np.ndarray:
-    """The same order, what overflows above all else and the threshold, for metrics and pictures of finite numbers."""
+    """Finite numbers in the same order, for metrics and pictures; an overflow is the largest, above the threshold."""
     overflows = np.isposinf(novelty)
     above = np.nextafter(np.max(novelty, where=~overflows, initial=threshold), np.inf)
     return np.where(overflows, above, novelty)
@@ -74,7 +74,7 @@ def block_rows(detector: NoveltyDetector) -> int:
 
 
 def shared_rows(detector: NoveltyDetector, N: int, rank: int, world: int) -> np.ndarray:
-    """The rows of one process: whole blocks, so that it computes the bits that a process alone would."""
+    """The rows of one process: whole blocks, so that its results are bit for bit those of a single process."""
     size = block_rows(detector)
     blocks = share(-(-N // size), rank, world)
     return np.arange(blocks.start * size, min(N, blocks.stop * size))
@@ -91,11 +91,10 @@ def score_to_file(
     progress: bool = True,
     maps: str | os.PathLike | None = None,
 ) -> Path:
-    """Score this process's share of the rows, going on where an earlier run was stopped -> its file of rows.
+    """Score this process's part of the rows, resuming a stopped run -> its file of rows.
 
-    ``model_id`` names the detector: a file left over from another one, or from other data, is refused. With one process
-    `finish` makes the table of it; with several, once all of them are through. ``maps``: a folder, into which the
-    `explain.heat` of each image is written as a picture.
+    ``model_id`` identifies the detector: a file of another detector or of other data raises. `finish` makes the table
+    of the files of all processes. ``maps``: a folder, into which the `explain.heat` of each image is written.
     """
     check_out(out)
     partial = partial_path(out, rank, world)
@@ -109,7 +108,7 @@ def score_to_file(
             p_values = detector.calibration_.p_values(found)
             index, why = block.index, [[""] * len(REASON)] * len(found)
             if tables and len(found):
-                # Six digits: the last ones depend on how many rows are reconstructed together.
+                # Six digits: further ones depend on how many rows are reconstructed together.
                 why = [
                     [r[0].feature, *(f"{number:.6g}" for number in r[0][1:])]
                     for r in explain.reasons(detector, block.samples, k=1)
@@ -138,7 +137,7 @@ def score_to_file(
 
 @contextlib.contextmanager
 def _appending(partial: Path) -> Iterator[io.FileIO]:
-    """The file; gone again where the run fails before anything is in it: the mended command may be another run."""
+    """The file; removed if the run fails before anything is written: the corrected command may be another run."""
     with open(partial, "ab", buffering=0) as file:  # a buffer would be tried again when the file is closed
         try:
             yield file
@@ -159,7 +158,7 @@ def _append(file: io.FileIO, text: str) -> None:
 
 
 def check_out(out: str | os.PathLike) -> None:
-    """Raise ValueError or OSError for a table that could not be written, before anything is computed."""
+    """Raise ValueError or OSError for a table that cannot be written, before anything is computed."""
     path = Path(out)
     if path.suffix.lower() not in FILE_TYPES:
         raise ValueError(f"--out {path}: expected a file of type {', '.join(FILE_TYPES)}")
@@ -177,7 +176,7 @@ def partial_path(out: str | os.PathLike, rank: int = 0, world: int = 1) -> Path:
 
 
 def _resume(partial: Path, head: str) -> int | None:
-    """How many rows are there, after cutting off what was not written whole; None: nothing is."""
+    """How many rows the file has, after an incomplete last line is cut off; None: there is no file."""
     try:
         content = partial.read_bytes()
     except FileNotFoundError:
@@ -198,9 +197,9 @@ def _resume(partial: Path, head: str) -> int | None:
 
 
 def _write_maps(folder: Path, names: list[str], maps: np.ndarray) -> None:
-    """FOLDER/NAME.png of each: black where all is as expected, white where the residual is largest.
+    """FOLDER/NAME.png of each image: black for a residual of zero, white for the largest.
 
-    White is the largest of the picture, or `MAP_WHITE`, if that is more: noise stays dark.
+    White is the largest residual of the picture, but at least `MAP_WHITE`, so that noise stays dark.
     """
     for name, values in zip(names, maps, strict=True):
         path = (folder / name).with_suffix(".png")
@@ -210,9 +209,9 @@ def _write_maps(folder: Path, names: list[str], maps: np.ndarray) -> None:
 
 
 def finish(out: str | os.PathLike, rows: int, world: int = 1, *, reasons: bool = False) -> list[dict]:
-    """Put the shares together under the name ``out``, delete them, and return the rows that have an error.
+    """Join the parts under the name ``out``, delete them, and return the rows that have an error.
 
-    ``reasons``: with the columns of `REASON`. Raises DatasetError where a row is missing or doubled.
+    ``reasons``: with the columns of `REASON`. Raises DatasetError if a row is missing or doubled.
     """
     path, columns = Path(out), COLUMNS + (REASON if reasons else ())
     partials = [partial_path(path, rank, world) for rank in range(world)]

@@ -23,7 +23,7 @@ from .writing import atomic_write, clear_leftovers
 
 @dataclass
 class History:
-    """Mean loss a sample by epoch, nats; ``best_epoch`` (from 0) is the one whose weights were kept."""
+    """Mean loss of a sample by epoch, nats; ``best_epoch`` (from 0) is the one whose weights were kept."""
 
     train: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
@@ -32,9 +32,9 @@ class History:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that holds a training after its last epochs, so that a run that was stopped goes on to the same result.
+    """A file with the state of a training, from which a stopped run resumes with the same result.
 
-    run: names data, options and versions, all that the result depends on; the file of another run is refused.
+    run: identifies data, options and versions, everything that the result depends on; the file of another run raises.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Checkpoint:
     SECONDS: ClassVar[float] = 10.0  # between two writings
 
     def load(self) -> dict | None:
-        """What the last `save` of this run got; None: there is nothing. ValueError: another's, or damaged."""
+        """The state of the last `save` of this run; None: there is no file. ValueError: of another run, or damaged."""
         if not self.path.exists():
             return None
         try:
@@ -61,20 +61,20 @@ class Checkpoint:
             torch.save({"run": self.run, **state}, file)
 
     def remove(self) -> None:
-        """Once its result is kept."""
+        """Delete the file, after the result is saved."""
         self.path.unlink(missing_ok=True)
         clear_leftovers(self.path)
 
 
 def auto_epochs(samples: int, batch_size: int, *, steps: int = 2000, least: int = 50) -> int:
-    """``least`` epochs, or on small sets as many as make so many steps."""
+    """``least`` epochs, or more on small sets, for at least ``steps`` steps."""
     return max(least, math.ceil(steps / math.ceil(samples / batch_size)))
 
 
 class ProgressLines:
-    """Where standard error is no terminal, and shows no bar: a line each tenth of the way, with the time left.
+    """If standard error is not a terminal, which shows a bar: a line at each tenth, with the time left.
 
-    quiet: seconds before the first line, for what is over at once.
+    quiet: seconds before the first line, so that short work prints nothing.
     """
 
     def __init__(self, total: int, what: str, unit: str, *, shown: bool, begun: int = 0, quiet: float = 0.0) -> None:
@@ -82,7 +82,7 @@ class ProgressLines:
         self.shown, self.start, self.tenth = shown and not sys.stderr.isatty(), time.monotonic(), 0
 
     def at(self, done: int, state: str = "") -> None:
-        """So many of the total are done."""
+        """``done`` of the total are done."""
         tenth, passed = 10 * done // max(1, self.total), time.monotonic() - self.start
         if not self.shown or tenth <= self.tenth or passed < self.quiet:
             return
@@ -92,15 +92,15 @@ class ProgressLines:
         print(f"{self.what}: {self.unit} {done} of {self.total}{state}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def end(self, state: str) -> None:
-        """The last line."""
+        """Print the last line."""
         if self.shown and self.tenth:
             print(f"{self.what}: {state}, {time.monotonic() - self.start:.0f} s", file=sys.stderr, flush=True)
 
 
 class PlainAdam:
-    """Adam (Kingma and Ba, ICLR 2015) without torch's: its first use imports the compiler, over a second of CPU.
+    """Adam (Kingma and Ba, ICLR 2015). The first use of torch's imports the compiler, over a second of CPU time.
 
-    Only that of the defaults, ``β = (0.9, 0.999), ε = 1e-8``, on plain tensors.
+    Only with the defaults, ``β = (0.9, 0.999), ε = 1e-8``, on plain tensors.
     """
 
     BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -171,7 +171,7 @@ class OneCycle:
 
 
 class Samples(Protocol):
-    """N samples that need not be in memory: ``samples[index] -> [n, ...]`` of an index or a slice."""
+    """N samples, in memory or not: ``samples[index] -> [n, ...]`` for an index or a slice."""
 
     def __len__(self) -> int: ...
 
@@ -295,10 +295,10 @@ def _set_random_states(states: list[Tensor], order: torch.Generator, device: tor
 class GradientAlignment:
     """GradCon's training penalty, ``-weight · mean_b mean_l cos(∇_l L_b, m_l)``; nats.
 
-    It makes the inliers' gradients point the same way, so that a gradient that does not is novel (`gradient_cosine`).
-    L_b is a sample's reconstruction error, m_l the mean gradient of layer l over all batches so far. The cosines are
-    those of every sample, as in scoring, where GradCon takes the batch's; they come from the factors and keep their
-    graph, so that no gradient of a sample is written in training either. The first batch has no penalty.
+    It aligns the gradients of inliers, so that a gradient in another direction is novel (`gradient_cosine`).
+    L_b is the reconstruction error of a sample, m_l the mean gradient of layer l over all batches so far. The cosines
+    are those of every sample, as in scoring; GradCon takes that of the batch. They are computed from the factors and
+    are differentiable, so that training writes no per-sample gradient. The first batch has no penalty.
     Source: Kwon, Prabhushankar, Temel, AlRegib, "Backpropagated gradient representations for anomaly detection", ECCV
     2020.
     """

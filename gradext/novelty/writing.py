@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are whole, and that nobody else writes or reads meanwhile."""
+"""Files that appear under their names only when they are complete, and locks on files that are being written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # on Windows, where nobody is kept out
+except ImportError:  # on Windows, where there are no locks
     fcntl = None  # type: ignore[assignment]
 
-# What a folder of samples holds, beside which results may lie.
+# The files of a folder of samples. Results may be written beside them, not over them.
 KEPT_SUFFIXES = frozenset(
     (
         *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2", ".heic", ".heif"),
@@ -26,7 +26,7 @@ KEPT_SUFFIXES = frozenset(
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raise OSError where ``path`` could not be written, before there is something to lose."""
+    """Raise OSError if ``path`` cannot be written, before anything is computed."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -39,7 +39,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """A file that appears under its name only when it is whole; until then, and after an error, the old one stays."""
+    """A file that appears under its name when it is complete; until then, and after an error, the old one stays."""
     path = Path(path)
     check_writable(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -62,16 +62,16 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **options: Any) -> I
 
 
 def clear_leftovers(path: str | os.PathLike) -> None:
-    """Remove what writes of ``path`` left behind that were killed in the middle."""
+    """Remove the temporary files of writes of ``path`` that were killed."""
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
 
 
 def refuse_inputs(out: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None]) -> None:
-    """Raise ValueError where ``out`` is one of the ``inputs``, {what it is: path}, or a picture within one.
+    """Raise ValueError if ``out`` is one of the ``inputs``, {what it is: path}, or a picture inside one.
 
-    By the file, not by its name: links, ``..`` and relative paths are followed.
+    Files are compared, not names: links, ``..`` and relative paths are followed.
     """
     for path in (Path(out), Path(f"{os.fspath(out)}.partial")):
         for what, given in inputs.items():
@@ -92,9 +92,9 @@ def refuse_inputs(out: str | os.PathLike, inputs: Mapping[str, str | os.PathLike
 
 @contextlib.contextmanager
 def alone(path: str | os.PathLike) -> Iterator[None]:
-    """Hold the output ``path`` for this process, by a lock on ``.NAME.lock`` beside it; ValueError where another does.
+    """Lock the output ``path`` for this process, by ``.NAME.lock`` beside it; ValueError if another process holds it.
 
-    The lock goes with the process, however it ends; the file is removed at the end, or by the next run.
+    The lock ends with the process; the file is removed at the end, or by the next run.
     """
     path = Path(path)
     lock = path.with_name(f".{path.name}.lock")
@@ -116,7 +116,7 @@ def alone(path: str | os.PathLike) -> Iterator[None]:
             raise ValueError(
                 f"--out {path}: another process is writing it; wait for its end, or choose another name"
             ) from None
-        os.close(descriptor)  # its last owner removed it meanwhile
+        os.close(descriptor)  # its last holder has removed it
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The judge of the core's tests: per-sample gradients against plain autograd in fp64, and the model left as it was.
+"""The judge of the core's tests: per-sample gradients against plain autograd in fp64, and an unchanged model.
 
 A case is a function without arguments that makes everything anew (a model may keep state) and returns a dict:
 
@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import gradext
+
+from .common import assert_right, largest_of
 
 
 @pytest.fixture(autouse=True)
@@ -112,20 +114,6 @@ def backward_by_backward(case: dict) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in found]) for name in found[0]}
 
 
-def assert_right(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance=1e-9, largest=None) -> None:
-    largest = _largest(expected) if largest is None else largest
-    for name, value in found.items():
-        want = expected[name]
-        assert value.shape == want.shape, name
-        if want.numel():
-            error, scale = (value - want).abs().max().item(), want.abs().max().item()
-            assert error <= tolerance * scale + 1e-12 * largest, f"{name}: error {error:.2e} at a scale of {scale:.2e}"
-
-
-def _largest(tensors: Mapping[str, Tensor]) -> float:
-    return max((value.abs().max().item() for value in tensors.values() if value.numel()), default=0.0)
-
-
 def by_grads(case: dict) -> Mapping[str, Tensor]:
     keys = {"loss": case["loss"], "target": case["target"], **case["options"]}
     return gradext.batch_layer_grads(case["model"], case["x"], **keys)
@@ -201,7 +189,7 @@ def _judge(make_case: Callable[[], dict]) -> None:
             elif case["trains"]:
                 losses_of(case).sum().backward()
                 total = {name: value.sum(0) for name, value in expected.items()}
-                assert_right(gradients(model), total, case["tolerance"], _largest(expected))
+                assert_right(gradients(model), total, case["tolerance"], largest_of(expected))
     assert all(refused) if refused else case["outcome"] != "refused"
 
 

@@ -1,4 +1,4 @@
-"""Promises that hold from call to call: order, random numbers, the caller's tensors, models that change in between."""
+"""What holds between calls: order, random numbers, the caller's tensors, models that change."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import gradext
 
-B, D = 5, 6
+from .common import D, linear, squared
 
-
-def squared(output: Tensor, target: Tensor) -> Tensor:
-    return output.square().flatten(1).sum(1)
+B = 5
 
 
 class Chain(nn.Module):
@@ -29,10 +27,6 @@ class Chain(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.change(x)
-
-
-def linear(into: int = D, out: int = D) -> nn.Linear:
-    return nn.Linear(into, out)
 
 
 @pytest.mark.parametrize("training", [False, True])

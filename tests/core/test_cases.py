@@ -1,4 +1,4 @@
-"""Models, losses and hooks that once gave wrong numbers, each kind in several variants: right, or refused by name."""
+"""Models, losses and hooks that once gave wrong numbers, several variants of each: right, or refused by name."""
 
 from __future__ import annotations
 
@@ -19,37 +19,17 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import gradext
 
+from .common import B, D, Net, Product, linear, x_of
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
     pytest.mark.filterwarnings("ignore:Full backward hook"),
 ]
-B, D = 4, 6
-
-
-class Net(nn.Module):
-    """Members by name, and a forward over them."""
-
-    def __init__(self, forward, **members):
-        super().__init__()
-        for name, member in members.items():
-            setattr(self, name, member)
-        self._run = forward
-
-    def forward(self, *args, **kwargs):
-        return self._run(self, *args, **kwargs)
-
-
-def linear(**options) -> nn.Linear:
-    return nn.Linear(D, D, **options)
 
 
 def two_layers(middle=torch.tanh) -> Net:
     return Net(lambda m, x: m.b(middle(m.a(x))), a=linear(), b=linear())
-
-
-def x_of(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (B, D)))
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:
@@ -57,18 +37,6 @@ def mse(output: Tensor, target: Tensor) -> Tensor:
 
 
 # --- weights, and forms of weights, in code that no function mode sees -----------------------------------------------
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
 
 
 class NewProduct(torch.autograd.Function):
@@ -1363,7 +1331,7 @@ def test_nothing_is_held_when_a_call_is_over():
     assert gone() is None
 
 
-# --- the company of a sample -----------------------------------------------------------------------------------------
+# --- the other samples of a batch ------------------------------------------------------------------------------------
 
 
 def reconstruction():
@@ -1373,7 +1341,7 @@ def reconstruction():
 
 @pytest.mark.parametrize("value", [1.0000001, -1e-9, 7.0, float("nan")])
 @pytest.mark.parametrize("place", [0, 5])
-def test_auto_does_not_depend_on_the_company(place, value):
+def test_auto_does_not_depend_on_other_samples(place, value):
     """One pixel outside of [0, 1] changes no other sample's gradient; that it is refused is right too."""
     model, x = reconstruction()
     others = [k for k in range(8) if k != place]

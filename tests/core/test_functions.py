@@ -1,4 +1,4 @@
-"""Torch's functions of samples and a parameter where every dimension is as large as the batch: shapes tell nothing."""
+"""Functions of samples and a parameter where every dimension equals the batch size, so that shapes decide nothing."""
 
 from __future__ import annotations
 

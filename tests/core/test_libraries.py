@@ -1,4 +1,4 @@
-"""Cases of model libraries: complete and exact, or refused by name. Each is skipped where its library is missing."""
+"""Models of libraries: complete and exact, or refused by name. Skipped if the library is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradext
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore")]
 B, T, V = 4, 7, 61
 TOLERANCE = 1e-6  # some models normalise in single precision, whatever their type
 

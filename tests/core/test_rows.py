@@ -1,4 +1,4 @@
-"""Where the graph says that the samples lie; a function that mixes or moves them leaves them to a proof."""
+"""Where the graph says that samples lie; functions that mix or move them need a proof."""
 
 import pytest
 import torch

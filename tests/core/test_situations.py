@@ -1,4 +1,4 @@
-"""Plausible models and losses, as people bring them: every parameter exact, in whatever order a model has its rows."""
+"""Common models and losses: every parameter exact, in whatever order a model has its rows."""
 
 from __future__ import annotations
 
@@ -14,40 +14,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gradext
 
+from .common import B, D, Net, T, V, linear, parameter, tokens, x_of
+
+H = 2  # heads
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-B, T, D, V, H = 4, 3, 6, 11, 2
-
-
-class Net(nn.Module):
-    """Members by name, and a forward over them."""
-
-    def __init__(self, forward, **members):
-        super().__init__()
-        for name, member in members.items():
-            if isinstance(member, Tensor) and not isinstance(member, nn.Parameter):
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-        self._run = forward
-
-    def forward(self, *args, **kwargs):
-        return self._run(self, *args, **kwargs)
-
-
-def linear(into: int = D, out: int = D, **options) -> nn.Linear:
-    return nn.Linear(into, out, **options)
-
-
-def x_of(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (B, D)))
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(0, V, shape or (B, T))
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
 
 
 def case(forward, x, members=None, **more):

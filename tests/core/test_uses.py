@@ -1,4 +1,4 @@
-"""Uses of parameters that once gave a wrong number: each sample alone, or ∂ losses[b] by plain autograd, judges."""
+"""Uses of parameters that once gave a wrong number, against each sample alone or ∂ losses[b] by autograd."""
 
 import warnings
 
@@ -9,15 +9,7 @@ from torch import nn
 
 import gradext
 
-B = 4
-
-
-def own_gradients(model: nn.Module, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-    """∂ losses[b] / ∂ parameter of a graph, one backward a sample."""
-    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
-    return {
-        name: torch.stack(g) for (name, _), g in zip(model.named_parameters(), zip(*rows, strict=True), strict=True)
-    }
+from .common import B, Product, own_gradients
 
 
 def assert_right(found, expected):
@@ -181,18 +173,6 @@ def test_deltas_that_are_parts_of_one_another_are_undone_once():
     (losses * torch.tensor([1.0, 2.0, 0.5, 3.0])).mean().backward()
     for name, value in watch.grads().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        return g @ weight.mT, x.mT @ g
 
 
 @pytest.mark.parametrize("unseen", [False, True])

@@ -17,28 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 
-B, T, D, V = 4, 3, 6, 11
-
-
-class Net(nn.Module):
-    """Members by name, and a forward over them."""
-
-    def __init__(self, forward, **members):
-        super().__init__()
-        for name, member in members.items():
-            setattr(self, name, member)
-        self._run = forward
-
-    def forward(self, *args, **kwargs):
-        return self._run(self, *args, **kwargs)
-
-
-def linear(into: int = D, out: int = D) -> nn.Linear:
-    return nn.Linear(into, out)
-
-
-def x_of(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (B, D)))
+from .common import B, D, Net, Product, T, V, linear, own_gradients, squared, x_of
 
 
 def autoencoder() -> Net:
@@ -47,19 +26,6 @@ def autoencoder() -> Net:
         "decoder": nn.Sequential(linear(3, D), nn.LayerNorm(D)),
     }
     return Net(lambda m, x: m.decoder(m.encoder(x)), **layers)
-
-
-def squared(output: Tensor) -> Tensor:
-    return output.square().flatten(1).sum(1)
-
-
-def own_gradients(model: nn.Module, losses: Tensor) -> dict[str, Tensor]:
-    """∂ losses[b] / ∂ parameter by B backwards of plain torch."""
-    named = dict(model.named_parameters())
-    rows = [
-        torch.autograd.grad(loss, list(named.values()), retain_graph=True, materialize_grads=True) for loss in losses
-    ]
-    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(named)}
 
 
 # --- any forward -----------------------------------------------------------------------------------------------------
@@ -263,18 +229,6 @@ def test_second_derivatives(right):
 
 
 # --- training --------------------------------------------------------------------------------------------------------
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
 
 
 def transformer():
@@ -1155,3 +1109,31 @@ def test_an_input_that_the_model_overwrites():
     with pytest.raises(gradext.CaptureError, match=r"x: the model overwrites its input.*target="):
         gradext.batch_layer_grads(model, x.clone(), loss="mse")
     assert set(gradext.batch_layer_grads(model, x.clone(), loss="mse", target=x)) == {"a.weight", "a.bias"}
+
+
+def test_what_was_kept_of_a_training_steps_backward_is_taken_once():
+    """The deltas of the weighted losses become those of each sample's own in place."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.rand(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    with gradext.watch(model, train=True) as watch:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+    before = watch.factors(losses).norm()
+    losses.mean().backward()
+    torch.testing.assert_close(watch.factors().norm(), before)
+    for again in (watch.factors, watch.grads):
+        with pytest.raises(RuntimeError, match="keep its result"):
+            again()
+
+
+def test_factors_after_a_training_step_take_no_memory_anew(monkeypatch):
+    """What the backward has left is theirs; the input alone is the caller's, and copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+    x = torch.rand(5, 4, 6)
+    with gradext.watch(model, train=True) as watch:
+        losses = model(x).square().sum((1, 2))
+    losses.mean().backward()
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t: copied.append(t) or clone(t))
+    watch.factors()
+    assert [t.data_ptr() for t in copied] == [x.data_ptr()]

@@ -1,4 +1,4 @@
-"""One model through gradext, and whether every parameter of every sample is there and right."""
+"""One model through gradext: whether every parameter of every sample is present and right."""
 
 import importlib
 import warnings

@@ -1,4 +1,4 @@
-"""Models ready to be judged, and what they are judged by: each sample alone, by plain autograd.
+"""Models ready to be judged, and the oracle: each sample alone, by plain autograd.
 
 Knows nothing of gradext.
 """

@@ -1,4 +1,4 @@
-"""docs/models.md: every model of the zoo, whether it is complete and exact, and its time against two other ways.
+"""Writes docs/models.md: every model of the zoo, whether it is complete and exact, and its time.
 
 python -m tests.zoo.table [--out FILE] [--only WORD ...]
 """

@@ -1,4 +1,4 @@
-"""Real models: every parameter that requires grad is in the result, and is each sample's own gradient."""
+"""Real models: every parameter that requires grad is in the result, with each sample's own gradient."""
 
 import pytest
 import torch
