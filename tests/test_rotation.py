@@ -122,7 +122,9 @@ def test_the_model_is_chosen_by_the_normal_images(kind, X, tmp_path):
     np.testing.assert_array_equal(again.score_samples(X), detector.score_samples(X))
 
 
-@pytest.mark.parametrize("given", [{"novelty_score": "gradient_norm"}, {"latent_dim": 4}, {"epochs": 2}, {"layer": "last"}])
+@pytest.mark.parametrize(
+    "given", [{"novelty_score": "gradient_norm"}, {"latent_dim": 4}, {"epochs": 2}, {"layer": "last"}]
+)
 def test_what_is_asked_of_an_autoencoder_makes_one(given):
     X = photographs(np.random.default_rng(0), 120, 9)
     assert NoveltyDetector(random_state=0, **given).fit(X).kind_ == "autoencoder"

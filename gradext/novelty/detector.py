@@ -86,18 +86,19 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     error with respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
-        novelty_score: ``"auto"``: ``"whitened_gradient"`` for tables, ``"local_gradient"`` for an `Autoencoder` of images
-            (from 196 values on), ``"gradient_mahalanobis"`` for a `RotationNet`; a label-free score of the gradient, these, ``"gradient_norm"``,
-            ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``, ``"kronecker_fisher"``,
-            ``"whitened_delta_norm"``, ``"gradient_mahalanobis"``, ``"local_gradient"``; of several layers' gradients,
+        novelty_score: ``"auto"``: ``"local_gradient"`` for an `Autoencoder` of images (from 196 values on),
+            ``"gradient_mahalanobis"`` for a `RotationNet`, ``"whitened_gradient"`` for all else; a label-free score of
+            the gradient, these, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``,
+            ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of several layers' gradients,
             ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of these and both losses,
             ``"joint_density"``, ``"combined_evidence"``; of the losses alone, ``"reconstruction_error"``,
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
-            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); ``"auto"``: an `Autoencoder`,
-            or a `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x ->
-            reconstruction`` or ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
+            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); ``"auto"``: for images
+            a `RotationNet`, where held-out ones tell that it is of use (docs/detection.md), else an `Autoencoder`, or a
+            `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x -> reconstruction`` or
+            ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
             ``loss(x) -> [B]``, that is what is trained.
         input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``. Images
             [N, H, W, C] become [N, C, H, W], unless it says otherwise.
@@ -133,6 +134,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     Attributes:
         kind_: what ``model`` came to, one of its names, or ``"own"``.
+        trial_: of ``model="auto"`` and images what was read off held-out ones, the share that leading directions
+            ``explained`` and the share of turns ``told``; empty where nothing was tried.
         model_: the trained model, in ``dtype`` on ``device``.
         history_: the `History` of its losses; None with ``epochs=0``.
         layers_: the names of the layers that ``layer`` chose, in its order.
@@ -350,11 +353,12 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _tells_turns(
         self, X: np.ndarray, training: np.ndarray, validation: np.ndarray, seed: int, processes: Processes
     ) -> bool:
-        """Of ``model="auto"`` and images: whether a `RotationNet`, trained for a few seconds, tells held-out turns well.
+        """Of ``model="auto"`` and images: whether a `RotationNet`, trained for seconds, tells held-out turns well.
 
         Then it is the model. Left to the autoencoder is what looks alike turned (digits 0 and 8), and what it explains
         well, tried by linear directions: textures, parts that always lie alike, of which a defect changes little.
         """
+        self.trial_: dict[str, float] = {}
         shape = self.input_shape_
         asked = (self.novelty_score, self.layer, self.loss, self.hidden_dim, self.latent_dim, self.epochs)
         if self.model != "auto" or asked != ("auto", "auto", "auto", None, None, None) or not is_image(shape):
@@ -368,11 +372,14 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.scaling_.within_unit:
             samples = _Samples(self, X, training[: 64 * TRIAL_STEPS], torch.float32)
             held_out = _Samples(self, X, validation[: 64 * TRIAL_STEPS], torch.float32)
-            if processes.by_first(lambda: _explained(samples, held_out)) < EXPLAINED:
+            self.trial_["explained"] = processes.by_first(lambda: _explained(samples, held_out))
+            if self.trial_["explained"] < EXPLAINED:
                 self._make_model(samples[:2], seed, in_unit_range=True)
                 self._train(samples, held_out, seed, processes, None, steps=TRIAL_STEPS)
-                told = processes.by_first(lambda: np.mean([self.model_.accuracy(block) for block in held_out.blocks()]))
-                if told >= (TOLD_COLOUR if colours else TOLD_GREY):
+                self.trial_["told"] = processes.by_first(
+                    lambda: float(np.mean([self.model_.accuracy(block) for block in held_out.blocks()]))
+                )
+                if self.trial_["told"] >= (TOLD_COLOUR if colours else TOLD_GREY):
                     _warn(guards.of_features(self.scaling_.low, self.scaling_.high, alone=False), self.warnings_)
                     return True
         self.kind_ = kind
@@ -464,7 +471,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if kind == "rotation":
             if not is_image(self.input_shape_):
                 raise ValueError(f"model: 'rotation' is of images, but samples have shape {list(self.input_shape_)}")
-            return RotationNet((1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS}))
+            return RotationNet(
+                (1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS})
+            )
         return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:

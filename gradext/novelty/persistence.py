@@ -216,7 +216,7 @@ def _rebuild(
         raise ModelFileError(f"model: expected {kind!r} as in the architecture, or 'auto', but got {named!r}")
     detector = NoveltyDetector(**parameters, model=model if own else named, device=device)
     detector._check_parameters()
-    detector.kind_ = kind
+    detector.kind_, detector.trial_ = kind, {}
     if not _is_named(detector.layer):
         raise ModelFileError(f"layer: expected a name, several or None, but got {detector.layer!r}")
     if isinstance(detector.layer, list):

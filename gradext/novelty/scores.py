@@ -38,7 +38,7 @@ class Statistics:
     activation_whitener [I + 1, I + 1], the transposed inverse Cholesky factor of the activations with a constant 1, the
     input of a bias; delta_basis [O, K], the K leading eigenvectors of ``Σ δ δᵀ / N``, and delta_gains [K + 1], one over
     the roots of their eigenvalues and of the mean of all others.
-    gradient_whitener [O I, O I], the transposed inverse Cholesky factor of the gradients' covariance, about mean_gradient.
+    gradient_whitener [O I, O I], the transposed inverse Cholesky factor of the gradients' covariance.
     neighbour_activation [M, (T,) I] and neighbour_delta [M, (T,) O], in single precision, of up to `NEIGHBOURS`
     inliers; neighbour_reach [M] and neighbour_density [M], the distance of each one's activation to its 20th neighbour
     and its local density; local_moments [2, 2] of the two logarithms that `local_gradient` adds up.
@@ -251,9 +251,16 @@ def _neighbours(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
     reach = near.values[:, -1]
     density = 1 / torch.maximum(near.values, reach[near.indices]).mean(1).clamp_min(least)
     logs = _local_logs(of_activations, of_gradients, reach, density)
-    return {"neighbour_activation": activation.to(blocks.like.device), "neighbour_delta": delta.to(blocks.like.device)} | {
+    return {
+        "neighbour_activation": activation.to(blocks.like.device),
+        "neighbour_delta": delta.to(blocks.like.device),
+    } | {
         name: value.to(blocks.like)
-        for name, value in (("neighbour_reach", reach), ("neighbour_density", density), ("local_moments", _moments(logs)))
+        for name, value in (
+            ("neighbour_reach", reach),
+            ("neighbour_density", density),
+            ("local_moments", _moments(logs)),
+        )
     }
 
 
@@ -449,7 +456,11 @@ JOINT = ("joint_moments", "joint_inverse")
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "whitened_gradient": ("activation_whitener", "delta_basis", "delta_gains"),
     "local_gradient": (
-        "neighbour_activation", "neighbour_delta", "neighbour_reach", "neighbour_density", "local_moments",
+        "neighbour_activation",
+        "neighbour_delta",
+        "neighbour_reach",
+        "neighbour_density",
+        "local_moments",
     ),
     "gradient_cosine": ("mean_gradient",),
     "gradient_mahalanobis": ("mean_gradient", "gradient_whitener"),
