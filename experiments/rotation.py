@@ -8,8 +8,8 @@ No outlier is seen before the test. ``softmax`` is the score of the literature, 
 all others are of the gradient of the last layer.
 
 Every trained detector is kept in --models as ``<class>-<seed>.gradext``; one that is there is not trained again, so
-that scores can be added. Results: ``<out>/rotation-cifar-10.jsonl``, with --epochs ``rotation-cifar-10-<epochs>.jsonl``, one line a class, and the
-table ``.md``.
+that scores can be added. Results: ``<out>/rotation-cifar-10.jsonl``, one line a class, and the table ``.md``; with
+--epochs N ``rotation-cifar-10-N``.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "c
 STEPS, WIDE_STEPS, EPOCHS, PATIENCE = 300, 500, 5, 100
 # Training steps of a `RotationNet`, with batches of 64: as asked for, and as ``model="auto"`` tries one.
 TURN_STEPS, TRIAL_STEPS, TRIAL_CHANNELS = 1200, 60, 12
-TRIAL_LEAST, TRIAL_SIDE = 100, 8  # images, pixels from which on it is tried
+TRIAL_LEAST, TRIAL_SIDES = 100, range(8, 65, 4)  # images at least and pixels a side with which it is tried
 TOLD_GREY, TOLD_COLOUR = 0.85, 0.6  # share of held-out turns that it must tell after that
 EXPLAINED, DIRECTIONS, EXPLAINED_BY = 0.9, 32, 1000  # share of held-out images that leading directions may explain
 
@@ -364,9 +364,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if self.model != "auto" or asked != ("auto", "auto", "auto", None, None, None) or not is_image(shape):
             return False
         side, colours = shape[-1], len(shape) == 3 and shape[0] >= 3
-        if shape[-2] != side or side % 4 or side < TRIAL_SIDE or len(training) < TRIAL_LEAST:
+        if shape[-2] != side or side not in TRIAL_SIDES or len(training) < TRIAL_LEAST:
             return False
-        kind, self.kind_ = self.kind_, "rotation"
+        kind, self.kind_, device = self.kind_, "rotation", working_device(self.device)
         parts = list(_cut(training, X.shape[1]))
         self.scaling_ = fit_scaling(X, parts, shape, self.scaling, centred=False)
         if self.scaling_.within_unit:
@@ -376,8 +376,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             if self.trial_["explained"] < EXPLAINED:
                 self._make_model(samples[:2], seed, in_unit_range=True)
                 self._train(samples, held_out, seed, processes, None, steps=TRIAL_STEPS)
+                network: Any = self.model_
                 self.trial_["told"] = processes.by_first(
-                    lambda: float(np.mean([self.model_.accuracy(block) for block in held_out.blocks()]))
+                    lambda: float(np.mean([network.accuracy(block.to(device)) for block in held_out.blocks()]))
                 )
                 if self.trial_["told"] >= (TOLD_COLOUR if colours else TOLD_GREY):
                     _warn(guards.of_features(self.scaling_.low, self.scaling_.high, alone=False), self.warnings_)

@@ -240,7 +240,8 @@ def _neighbours(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
         usable = _is_finite(seen.gradient.delta) & _is_finite(seen.gradient.activation)
         return getattr(seen.gradient, factor)[usable][:: max(1, int(usable.sum()) // rows)][:rows].float()
 
-    activation, delta = (blocks.concatenate(lambda seen, f=f: some(seen, f)) for f in ("activation", "delta"))
+    activation = blocks.concatenate(lambda seen: some(seen, "activation"))
+    delta = blocks.concatenate(lambda seen: some(seen, "delta"))
     own = GradFactors(activation.double(), delta.double())
     of_activations, of_gradients = _distances(own, own)
     for distances in (of_activations, of_gradients):
