@@ -86,7 +86,7 @@ class Statistics:
             kept |= _whiteners(blocks)
         if "neighbour_delta" in needed:
             kept |= _neighbours(blocks)
-        if "gradient_whitener" in needed:
+        if "gradient_whitener" in needed and (scores is not None or kept["mean_gradient"].numel() <= WHOLE):
             kept["gradient_whitener"] = _whole_whitener(blocks, kept["mean_gradient"])
         return Statistics(**kept).with_moments_of_numbers(blocks, needed)
 
