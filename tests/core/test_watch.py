@@ -19,6 +19,8 @@ import gradext
 
 from .common import B, D, Net, Product, T, V, linear, own_gradients, squared, x_of
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 
 def autoencoder() -> Net:
     layers = {
