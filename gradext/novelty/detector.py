@@ -94,7 +94,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
-            ``"rotation"``, a `RotationNet` (natural images, whose orientation is visible); ``"auto"``: an `Autoencoder`,
+            ``"rotation"``, a `RotationNet` (natural images, whose turn is visible); ``"auto"``: an `Autoencoder`,
             or a `VAE` if the score needs a latent loss; or an autoencoder of your own, ``x -> reconstruction`` or
             ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method ``loss(x) -> [B]``,
             that loss is trained.
