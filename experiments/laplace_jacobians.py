@@ -86,7 +86,7 @@ def main() -> None:
         approximation = Laplace(copy.deepcopy(model), "classification", "all", "diag", backend=backend)
         approximation.fit(data)
         approximation.optimize_prior_precision()
-        nll = -approximation(x[1200:], link_approx="probit").gather(1, y[1200:, None]).log().mean()
+        nll = -approximation(x[1200:1300], link_approx="probit").gather(1, y[1200:1300, None]).log().mean()
         print(f"{name}: negative log likelihood {nll:.4f} of the test images")
     calls = {name: lambda b=b: b(model, "classification").jacobians(x[:100]) for name, b in backends.items()}
     ms = {name: row["best"] for name, row in measure.in_turns(calls, 6).items()}

@@ -150,19 +150,22 @@ class WatchMode(TorchFunctionMode):
         """The values among the arguments of a call, the other tensors, and whether these hold samples."""
         values: list[Value] = []
         others: list[Tensor] = []
-        sampled = False
+        sampled, token = False, self.token
         for tensor in tensors_of((args, kwargs) if kwargs else args):
             mark = getattr(tensor, _MARK, None)
-            if mark != self.token:
+            if mark == token:
+                others.append(tensor)
+                sampled = sampled or tensor.ndim > 0 or tensor.is_floating_point()
+            else:
                 value = self.values.get(id(tensor))
                 # A constant with a history may have been written to by way of a view of it.
-                if value is None and tensor.requires_grad and (mark != -self.token or tensor.grad_fn is not None):
+                if value is None and tensor.requires_grad and (mark != -token or tensor.grad_fn is not None):
                     value = self._adopted(tensor)
-                if value is not None:
+                if value is None:
+                    others.append(tensor)
+                    sampled = sampled or self._is_sample(tensor)
+                else:
                     values.append(value)
-                    continue
-            others.append(tensor)
-            sampled = sampled or self._is_sample(tensor)
         if func in _WHOLE:
             sampled = any(map(self._is_sample, others[: _WHOLE[func]]))
         return values, others, sampled
@@ -236,8 +239,7 @@ class WatchMode(TorchFunctionMode):
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
             plain = isinstance(tensor, Tensor) and not (tensor.requires_grad and recorded)
             if plain and (sampled or not hasattr(tensor, _MARK)):  # in place it may come from outside
-                with contextlib.suppress(AttributeError, RuntimeError):
-                    setattr(tensor, _MARK, mark)
+                setattr(tensor, _MARK, mark)
         written = args[0] if args and (result is None or result is args[0]) else None  # None: __setitem__
         if sampled and isinstance(written, Tensor):
             for tensor in (written, written._base):
@@ -247,10 +249,8 @@ class WatchMode(TorchFunctionMode):
     def _note_hidden(self, values: list[Value]) -> None:
         """What the forward of a custom autograd function does with a parameter leaves no graph."""
         names = {name for value in values for name in value.names}
-        if names - self.hidden.keys():
-            function = _custom_function()
-            if function is not None:
-                self.hidden |= dict.fromkeys(names, function)
+        if names - self.hidden.keys() and (function := _custom_function()) is not None:
+            self.hidden |= dict.fromkeys(names, function)
 
     # --- calls with values --------------------------------------------------------------------------------------------
 
@@ -367,7 +367,7 @@ class WatchMode(TorchFunctionMode):
     def held(self) -> list[Tensor]:
         """The tensors that the entries hold, but for those that come from outside."""
         found = [t for entry in self.entries for t in (*tensors_of([entry.args, entry.kwargs]), *entry.outputs)]
-        return [t for t in (*found, *self.captured.values()) if t.requires_grad or t.grad_fn is not None]
+        return [t for t in found if t.requires_grad or t.grad_fn is not None]
 
     def differentiate(self, root: Root, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False) -> list:
         """The gradients at ``inputs`` for one at the root; a checkpointed forward meets the same stand-ins again."""

@@ -95,23 +95,24 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
-            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); ``"auto"``: for images
-            a `RotationNet`, where held-out ones tell that it is of use (docs/detection.md), else an `Autoencoder`, or a
-            `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x -> reconstruction`` or
-            ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
-            ``loss(x) -> [B]``, that is what is trained.
-        input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``. Images
-            [N, H, W, C] become [N, C, H, W], unless it says otherwise.
+            ``"rotation"``, a `RotationNet` (natural images, whose turn is visible); ``"auto"``: for images a
+            `RotationNet`, if held-out ones show that it is of use (docs/detection.md), else an `Autoencoder`, or a
+            `VAE` if the score needs a latent loss; or an autoencoder of your own, ``x -> reconstruction`` or
+            ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method ``loss(x) -> [B]``,
+            that loss is trained.
+        input_shape: the shape of a sample as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``. Images
+            [N, H, W, C] become [N, C, H, W], unless this shape says otherwise.
         layer: the decoder layer, ``"first"`` (the paper's for novel classes), ``"last"`` (for novel conditions, and of
             the `Autoencoder` for all), or a module's name; or several, such as ``("first", "last")``: scores of one
             layer take the first of them. ``"auto"``: the last of an `Autoencoder`, for ``"local_gradient"`` the first
             of its encoder; the first of all others.
-        loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce where the output ends in a sigmoid
-            and ``X`` lies in [0, 1].
-        scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"robust"``: by each
-            feature's quantiles, what lies far out drawn in by a logarithm; ``"auto"``: images in 0..255 of whatever
-            type are divided by 255, images in [0, 1] stay, tables are scaled as by robust (`fit_scaling` tells all).
-        hidden_dim, latent_dim: sizes of the model; None: its own defaults (`Autoencoder`, `VAE`).
+        loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce if the output ends in a sigmoid and
+            ``X`` lies in [0, 1].
+        scaling: ``"none"``; ``"minmax"``: the training range of every feature becomes [0, 1]; ``"robust"``: by the
+            quantiles of each feature, with a logarithm for values far outside; ``"auto"``: images in 0..255 of any type
+            are divided by 255, images in [0, 1] are unchanged, tables are scaled as by robust (all cases:
+            `fit_scaling`).
+        hidden_dim, latent_dim: sizes of the model; None: the model's defaults (`Autoencoder`, `VAE`).
         epochs: training epochs; None: as many as the held-out loss asks for, a few hundred steps on most sets; 0:
             ``model`` is trained already.
         batch_size, learning_rate: of Adam; None: 128, less on small sets, and 1e-3, or 2e-3 for an `Autoencoder` of

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 B, D = 4, 6
 
 
@@ -140,6 +142,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes(tmp_path):
     """DistributedDataParallel over gloo, with accumulation: gradients are averaged, norms are each rank's own."""
