@@ -259,12 +259,10 @@ class Backward:
             return [(self.parameter_names[id(value)], gradient)]
         names = sorted(self.mode.values[id(value)].names)
         leaves = [self.mode.chosen[name] for name in names]
-        again = value
-        if self.weights is not None:  # the training step has freed the value's own graph
-            again = self._rebuilt(value)
-            changed = any(leaf._version != self.mode.values[id(leaf)].version for leaf in leaves)
-            if changed or not rules.close(again.detach()[None], value.detach()[None]):
-                raise CaptureError(f"{listed(names)}: changed since the forward, or made at random; {BEFORE}")
+        again = value if self.weights is None else self._rebuilt(value)  # the training step has freed its graph
+        changed = any(leaf._version != self.mode.values[id(leaf)].version for leaf in leaves)
+        if again is not value and (changed or not rules.close(again.detach()[None], value.detach()[None])):
+            raise CaptureError(f"{listed(names)}: changed since the forward, or made at random; {BEFORE}")
         found = rules.batched_grad((again,), leaves, (self._written(value, gradient),), self.create_graph)
         return [(name, g) for name, g in zip(names, found, strict=True) if g is not None]
 

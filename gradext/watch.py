@@ -80,7 +80,8 @@ class watch:
         layers, exclude: which parameters, see `gradext.batch_layer_grads`.
         train: watch a training step: the losses keep their graph to the parameters, and after the user's own
             ``losses.mean().backward()`` ``watch.factors()`` gives the factors of that very backward, for each sample's
-            own loss, without a second forward or backward. Samples whose loss had weight 0 in it come out as NaN.
+            own loss, without a second forward or backward. Samples whose loss had weight 0 in it come out as NaN;
+            penalties on the model's outputs in the same backward are part of them.
         fallback: None: uses of parameters that cannot be seen are added by one backward a sample, with one warning;
             ``"error"`` raises instead.
         mixing: ``"error"`` refuses samples whose losses depend on other samples' rows beyond constants; ``"allow"``
