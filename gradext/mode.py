@@ -365,11 +365,6 @@ class WatchMode(TorchFunctionMode):
 
     # --- after the run ------------------------------------------------------------------------------------------------
 
-    def held(self) -> list[Tensor]:
-        """The tensors that the entries hold, but for those that come from outside."""
-        found = [t for entry in self.entries for t in (*tensors_of([entry.args, entry.kwargs]), *entry.outputs)]
-        return [t for t in found if t.requires_grad or t.grad_fn is not None]
-
     def differentiate(self, root: Root, gradient: Tensor, inputs: Sequence, retain=True, create_graph=False) -> list:
         """The gradients at ``inputs`` for one at the root; a checkpointed forward meets the same stand-ins again."""
         assert root.edge is not None  # as the losses depend on something

@@ -172,8 +172,7 @@ class watch:
         losses [B]: each sample's own loss, from inside the block. After a training step's backward they may be left
         out: the last one-dimensional result of the block is taken. Then one call takes what was kept of the backward.
         """
-        found = LayerFactors.of(self._gradients_of(losses), self.coverage)
-        return found.kept_apart(() if self._mode is None else self._mode.held())
+        return LayerFactors.of(self._gradients_of(losses), self.coverage).kept_apart()
 
     def grads(self, losses: Tensor | None = None) -> LayerGrads:
         """The gradients themselves, {parameter name: [B, *parameter.shape]}."""

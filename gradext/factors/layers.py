@@ -100,13 +100,10 @@ class LayerFactors(dict[str, GradFactors]):
                 factors[name] = f._map(lambda t: t if t.requires_grad else t.detach())
         return LayerFactors(factors, coverage=coverage)
 
-    def kept_apart(self, held: Iterable[Tensor] = ()) -> LayerFactors:
-        """The same in memory that nothing else holds: what it shares with others, who may overwrite it, is copied.
-
-        held: tensors that are known to share memory with it, and stay as they are.
-        """
+    def kept_apart(self) -> LayerFactors:
+        """The same in memory that nothing else holds: what it shares with others, who may overwrite it, is copied."""
         tensors = {id(t): t for factors in self.values() for t in factors._tensors()}
-        shared = held_elsewhere([*tensors.values(), *held])
+        shared = held_elsewhere(tensors.values())
         copies = {i: t.clone() for i, t in tensors.items() if shared(t)}
         return self._map(lambda factors: factors._map(lambda t: copies.get(id(t), t))) if copies else self
 

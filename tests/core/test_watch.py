@@ -1162,15 +1162,17 @@ def test_a_value_that_is_not_made_the_same_again_is_refused(change):
         watch.factors()
 
 
-def test_the_caller_may_overwrite_what_the_model_returned_beside_the_losses(right):
+@pytest.mark.parametrize("train", [False, True])
+def test_the_caller_may_overwrite_what_the_model_returned_beside_the_losses(train, right):
     torch.manual_seed(0)
     model, x = nn.Sequential(linear(), nn.GELU(), linear()), x_of()
     expected = own_gradients(model, squared(model(x)))
-    with gradext.watch(model, train=True) as watch:
+    with gradext.watch(model, train=train) as watch:
         features = model[1](model[0](x))
         losses = squared(model[2](features))
-    losses.mean().backward()
-    factors = watch.factors()
+    if train:
+        losses.mean().backward()
+    factors = watch.factors(losses)
     with torch.no_grad():
         features.zero_()
     right(factors.materialize(), expected)
