@@ -104,10 +104,10 @@ def command(step: str, arguments: argparse.Namespace) -> list[str]:
     if step == "build":
         return [*python, "setup.py", "build_ext", "--inplace"]
     if step == "tests":
-        return [*pytest, f"tests/{files[0]}", "-k", KEY_TESTS if arguments.device == "cuda" else "group or table"]
+        return [*pytest, f"tests/ops/{files[0]}", "-k", KEY_TESTS if arguments.device == "cuda" else "group or table"]
     if step == "all_tests":
         files += ["triton_operators.py"] if arguments.device == "cuda" else []
-        return [*pytest, *(f"tests/{name}" for name in files)]
+        return [*pytest, *(f"tests/ops/{name}" for name in files)]
     tools = {"memcheck": "memcheck", "races": "racecheck"}
     if step in tools and arguments.device == "cuda":
         options = ["--tool", tools[step], "--error-exitcode", "9", "--kernel-name", "kernel_substring=gradext"]

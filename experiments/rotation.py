@@ -7,8 +7,9 @@ threshold; the test part is the original one, 1,000 inliers and as many outliers
 No outlier is seen before the test. ``softmax`` is the score of the literature, the summed cross entropy of the views;
 all others are of the gradient of the last layer.
 
-Every trained detector is kept in --models as ``<class>-<seed>.gradext``; one that is there is not trained again, so that
-scores can be added. Results: ``<out>/rotation-cifar-10.jsonl``, one line a class, and the table ``.md``.
+Every trained detector is kept in --models as ``<class>-<seed>.gradext``; one that is there is not trained again, so
+that scores can be added. Results: ``<out>/rotation-cifar-10.jsonl``, one line a class, and the table ``.md``; with
+--epochs N ``rotation-cifar-10-N``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     epochs = 1 if options.quick else options.epochs
     tasks = [{"inlier": c, "seed": seed, "epochs": epochs} for seed in options.seeds for c in options.classes]
-    log = options.out / ("rotation-cifar-10" + ("-quick" if options.quick else "") + ".jsonl")
+    length = "-quick" if options.quick else "" if epochs is None else f"-{epochs}"
+    log = options.out / f"rotation-cifar-10{length}.jsonl"
     work = functools.partial(evaluate, data_dir=options.data_dir, models=options.models)
     runs.run(log, tasks, work, jobs=options.jobs, description="rotation")
     text = render([row for row in runs.read(log) if row["epochs"] == epochs])

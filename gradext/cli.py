@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model",
         default="auto",
         choices=("auto", "autoencoder", "vae", "conv", "rotation"),
-        help="auto (default), autoencoder, vae (the paper's), conv (a convolutional vae, for images), rotation (a network "
-        "that tells turned images apart, for natural ones)",
+        help="auto (default: by the data), autoencoder, vae (the paper's), conv (a convolutional vae, for images), "
+        "rotation (a network that tells turned images apart, for natural ones)",
     )
     fit.add_argument("--epochs", type=int, metavar="N", help="training epochs (default: by the held-out loss)")
     fit.add_argument("--hidden-dim", type=int, metavar="N", help="hidden units of the model (default: by the data)")

@@ -147,8 +147,9 @@ def checked(loss: str, output: Tensor, target: Tensor) -> tuple[str, Tensor]:
 
 
 def _refuse_outside_unit_interval(target: Tensor, asked: str) -> None:
-    inside = ((target >= 0) & (target <= 1)).reshape(len(target), -1).all(1)
-    if not inside.all():
+    low, high = (bound.item() for bound in target.aminmax())
+    if not (low >= 0 and high <= 1):
+        inside = ((target >= 0) & (target <= 1)).reshape(len(target), -1).all(1)
         wrong = (~inside).nonzero().flatten().tolist()
         shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
         because = " (the model ends in a sigmoid)" if asked == "auto" else ""

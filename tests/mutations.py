@@ -48,22 +48,22 @@ FAULTS = (
     Fault(
         "core", "the dilation of a convolution is ignored", "gradext/rules.py",
         "Windows(kernel, stride, dilation, pads)", "Windows(kernel, stride, (1,) * dimensions, pads)",
-        "test_zoo.py dilat",
+        "core/test_zoo.py dilat",
     ),
     Fault(
         "core", "binary cross entropy begins with the wrong sign", "gradext/losses.py",
         "gradient = _widened(output) - target", "gradient = target - _widened(output)",
-        "test_losses.py saturates",
+        "core/test_losses.py saturates",
     ),
     Fault(
         "core", "the fallback gives every gradient to the first sample", "gradext/fallback.py",
         "found[k][b] = dense(g)", "found[k][0] += dense(g)",
-        "test_fallback.py cannot_be_seen",
+        "core/test_fallback.py cannot_be_seen",
     ),
     Fault(
         "core", "samples that mix are not refused", "gradext/fallback.py",
         "int(count.max()) > 1", "int(count.max()) > len(gradient)",
-        "test_fallback.py mixes",
+        "core/test_fallback.py mixes",
     ),
     Fault(
         "core", "exclude= leaves nothing out by pattern", "gradext/selection.py",
@@ -73,63 +73,63 @@ FAULTS = (
     Fault(
         "core", "the last samples of a batch are dropped", "gradext/streaming.py",
         "range(0, parts.count, size)", "range(0, parts.count - size + 1, size)",
-        "test_streaming.py",
+        "core/test_streaming.py",
     ),
     Fault(
         "operators", "half of the Gram matrix is counted once", "gradext/backends/reference.py",
         "alpha=2)", "alpha=1)",
-        "test_ops.py norms",
+        "ops/test_ops.py norms",
     ),
     Fault(
         "operators", "the C++ kernel leaves out the end of a row", "csrc/cpu/outer_kernel.cpp",
         "if (tail > 0) to_stage(tail);", "if (tail > 1) to_stage(tail);",
-        "test_native.py",
+        "ops/test_native.py",
     ),
     Fault(
         "operators", "the threads of the C++ kernel skip the last part", "csrc/cpu/outer.cpp",
         "parallel(threads, parts, work);", "parallel(threads, parts - 1, work);",
-        "test_native.py",
+        "ops/test_native.py",
     ),
     Fault(
         "operators", "the Triton kernel writes beyond the end of a row", "gradext/kernels/outer.py",
         "mask=(o < O)[:, None] & (i < I)[None, :], cache", "mask=(o < O)[:, None] & (i >= 0)[None, :], cache",
-        "test_triton.py operators and few",
+        "ops/test_triton.py operators and few",
     ),
     Fault(
         "operators", "gradients are clipped by the wrong side", "gradext/factors/numerics.py",
         ".clamp_max(1)", ".clamp_min(1)",
-        "test_statistics.py clipped_sums",
+        "core/test_statistics.py clipped_sums",
     ),
     Fault(
         "detector", "p-values do not count the sample itself", "gradext/novelty/calibration.py",
         "return (1 + above) / (len(self.scores) + 1)", "return above / len(self.scores)",
-        "test_calibration.py p_value",
+        "novelty/test_calibration.py p_value",
     ),
     Fault(
         "detector", "a score of equal size is called novel", "gradext/novelty/detector.py",
         "return threshold + 1e-9 * abs(threshold)", "return threshold - 1e-9 * abs(threshold)",
-        "test_calibration.py",
+        "novelty/test_calibration.py",
     ),
     Fault(
         "detector", "the last epoch is kept, not the best", "gradext/novelty/training.py",
         "    model.load_state_dict(best)\n", "",
-        "test_novelty.py train",
+        "novelty/test_novelty.py train",
     ),
     Fault(
         "detector", "a score takes the norm's square", "gradext/novelty/scores.py",
         ".clamp_min(0).sqrt()", ".clamp_min(0)",
-        "test_novelty.py formula",
+        "novelty/test_novelty.py formula",
     ),
     Fault(
         "data", "the test part is in the training part", "gradext/datasets.py",
         "in_test, in_validation = part == fold, part == (fold + 1) % FOLDS",
         "in_test, in_validation = part == fold, part == fold",
-        "test_datasets.py split",
+        "novelty/test_datasets.py split",
     ),
     Fault(
         "data", "an --out that is an input by a link is overwritten", "gradext/novelty/writing.py",
         "path.samefile(source)", "path == source",
-        "test_commands.py input",
+        "novelty/test_commands.py input",
     ),
 )  # fmt: skip
 

@@ -95,7 +95,9 @@ class LayerFactors(dict[str, GradFactors]):
                 )
         factors = {name: GradFactors.of(g) if isinstance(g, Tensor) else g.compact() for name, g in found.items()}
         # A view keeps its base alive, which would seem to be somebody else's.
-        factors = {name: f._map(lambda t: t if t.requires_grad else t.detach()) for name, f in factors.items()}
+        for name, f in factors.items():
+            if any(t._base is not None for t in f._tensors()):
+                factors[name] = f._map(lambda t: t if t.requires_grad else t.detach())
         return LayerFactors(factors, coverage=coverage)
 
     def kept_apart(self, held: Iterable[Tensor] = ()) -> LayerFactors:
@@ -103,15 +105,10 @@ class LayerFactors(dict[str, GradFactors]):
 
         held: tensors that are known to share memory with it, and stay as they are.
         """
-        shared = held_elsewhere([*(t for factors in self.values() for t in factors._tensors()), *held])
-        copies: dict[int, Tensor] = {}
-
-        def own(t: Tensor) -> Tensor:
-            if id(t) not in copies:
-                copies[id(t)] = t.clone() if shared(t) else t
-            return copies[id(t)]
-
-        return self._map(lambda factors: factors._map(own))
+        tensors = {id(t): t for factors in self.values() for t in factors._tensors()}
+        shared = held_elsewhere([*tensors.values(), *held])
+        copies = {i: t.clone() for i, t in tensors.items() if shared(t)}
+        return self._map(lambda factors: factors._map(lambda t: copies.get(id(t), t))) if copies else self
 
     def samples(self, index: Any) -> LayerFactors:
         """The factors of some samples in all layers: an integer (kept as a batch of one), a slice, a mask or a list."""

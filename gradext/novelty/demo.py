@@ -26,7 +26,7 @@ from .detector import CLASSIFIER_SCORES, fit_score
 from .models import VAE, ConvVAE
 from .plots import novelty_figure
 from .representations import LayerChoices, characterize, distort
-from .scores import SCORES, Statistics
+from .scores import NEEDS, SCORES, Statistics
 from .training import History, train
 
 # The curves of the picture: more could not be distinguished.
@@ -114,11 +114,16 @@ def fit_all_scores(
     inliers, held_out = (characterize(model, part, layer=layer) for part in (x, validation))
     distorted = characterize(model, distort(x, std=noise_std, clip=noise_clip, seed=seed), layer=layer)
     statistics = Statistics.of(held_out)
+    label_free = {
+        name: score
+        for name, score in SCORES.items()
+        if all(getattr(statistics, field) is not None for field in NEEDS[name])
+    }
     classifiers = {name: fit_score(name, inliers, distorted, seed=seed, **classifier) for name in CLASSIFIER_SCORES}
 
     def score(samples: Tensor) -> dict[str, np.ndarray]:
         seen = characterize(model, samples, layer=layer)
-        values = {name: function(seen, statistics) for name, function in SCORES.items()}
+        values = {name: function(seen, statistics) for name, function in label_free.items()}
         values |= {name: classifier(seen) for name, classifier in classifiers.items()}
         return {name: value.double().numpy() for name, value in values.items()}
 
@@ -179,6 +184,8 @@ def auroc_table(results: dict[int, dict[str, float]]) -> str:
     for title, names in groups:
         rows.append([f"*{title}*", *[""] * (len(head) - 1)])
         for name in names:
+            if not all(name in results[c] for c in classes):  # of a layer that is too large for it
+                continue
             values = [results[c][name] for c in classes]
             values += [float(np.mean(values))] if len(classes) > 1 else []
             rows.append([name.replace("_", " "), *(f"{value:.3f}" for value in values)])

@@ -43,8 +43,9 @@ MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "c
 STEPS, WIDE_STEPS, EPOCHS, PATIENCE = 300, 500, 5, 100
 # Training steps of a `RotationNet`, with batches of 64: as asked for, and as ``model="auto"`` tries one.
 TURN_STEPS, TRIAL_STEPS, TRIAL_CHANNELS = 1200, 60, 12
-TRIAL_LEAST, TRIAL_SIDE = 100, 8  # images, pixels from which on it is tried
-TOLD_GREY, TOLD_COLOUR = 0.85, 0.5  # share of held-out turns that it must tell after that
+TRIAL_LEAST, TRIAL_SIDES = 100, range(8, 65, 4)  # images at least and pixels a side with which it is tried
+TOLD_GREY, TOLD_COLOUR = 0.85, 0.6  # share of held-out turns that it must tell after that
+EXPLAINED, DIRECTIONS, EXPLAINED_BY = 0.9, 32, 1000  # share of held-out images that leading directions may explain
 
 
 class Rows(Protocol):
@@ -85,31 +86,33 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     error with respect to one decoder layer (or, for comparison, from the error and the latent loss themselves).
 
     Parameters:
-        novelty_score: ``"auto"``: ``"whitened_gradient"`` for tables, ``"local_gradient"`` for an `Autoencoder` of images
-            (from 196 values on), ``"gradient_mahalanobis"`` for a `RotationNet`; a label-free score of the gradient, these, ``"gradient_norm"``,
-            ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``, ``"kronecker_fisher"``,
-            ``"whitened_delta_norm"``, ``"gradient_mahalanobis"``, ``"local_gradient"``; of several layers' gradients,
+        novelty_score: ``"auto"``: ``"local_gradient"`` for an `Autoencoder` of images (from 196 values on),
+            ``"gradient_mahalanobis"`` for a `RotationNet`, ``"whitened_gradient"`` for all else; a label-free score of
+            the gradient, these, ``"gradient_norm"``, ``"delta_norm"``, ``"gradient_cosine"``, ``"diagonal_fisher"``,
+            ``"kronecker_fisher"``, ``"whitened_delta_norm"``; of several layers' gradients,
             ``"log_norm_density"``, ``"combined_delta_norm"``, ``"combined_whitened_norm"``; of these and both losses,
             ``"joint_density"``, ``"combined_evidence"``; of the losses alone, ``"reconstruction_error"``,
             ``"latent_loss"``; or the paper's classifiers trained against noise,
             ``"gradient_classifier"``, ``"reconstruction_classifier"``, ``"latent_classifier"``. Formulas: `SCORES`.
         model: ``"autoencoder"``, an `Autoencoder`; ``"vae"``, a `VAE`; ``"conv"``, a `ConvVAE` (images);
-            ``"rotation"``, a `RotationNet` (natural images, whose turn can be told); ``"auto"``: an `Autoencoder`,
-            or a `VAE` where the score needs a latent loss; or an autoencoder of your own, ``x ->
-            reconstruction`` or ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method
-            ``loss(x) -> [B]``, that is what is trained.
-        input_shape: a sample's shape as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``. Images
-            [N, H, W, C] become [N, C, H, W], unless it says otherwise.
+            ``"rotation"``, a `RotationNet` (natural images, whose turn is visible); ``"auto"``: for images a
+            `RotationNet`, if held-out ones show that it is of use (docs/detection.md), else an `Autoencoder`, or a
+            `VAE` if the score needs a latent loss; or an autoencoder of your own, ``x -> reconstruction`` or
+            ``x -> (reconstruction, mu, logvar)``. It is copied, never changed. If it has a method ``loss(x) -> [B]``,
+            that loss is trained.
+        input_shape: the shape of a sample as ``model`` takes it, such as (1, 28, 28); None: the shape in ``X``. Images
+            [N, H, W, C] become [N, C, H, W], unless this shape says otherwise.
         layer: the decoder layer, ``"first"`` (the paper's for novel classes), ``"last"`` (for novel conditions, and of
             the `Autoencoder` for all), or a module's name; or several, such as ``("first", "last")``: scores of one
             layer take the first of them. ``"auto"``: the last of an `Autoencoder`, for ``"local_gradient"`` the first
             of its encoder; the first of all others.
-        loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce where the output ends in a sigmoid
-            and ``X`` lies in [0, 1].
-        scaling: ``"none"``; ``"minmax"``: every feature's training range becomes [0, 1]; ``"robust"``: by each
-            feature's quantiles, what lies far out drawn in by a logarithm; ``"auto"``: images in 0..255 of whatever
-            type are divided by 255, images in [0, 1] stay, tables are scaled as by robust (`fit_scaling` tells all).
-        hidden_dim, latent_dim: sizes of the model; None: its own defaults (`Autoencoder`, `VAE`).
+        loss: the reconstruction error, ``"bce"``, ``"mse"``, or ``"auto"``: bce if the output ends in a sigmoid and
+            ``X`` lies in [0, 1].
+        scaling: ``"none"``; ``"minmax"``: the training range of every feature becomes [0, 1]; ``"robust"``: by the
+            quantiles of each feature, with a logarithm for values far outside; ``"auto"``: images in 0..255 of any type
+            are divided by 255, images in [0, 1] are unchanged, tables are scaled as by robust (all cases:
+            `fit_scaling`).
+        hidden_dim, latent_dim: sizes of the model; None: the model's defaults (`Autoencoder`, `VAE`).
         epochs: training epochs; None: as many as the held-out loss asks for, a few hundred steps on most sets; 0:
             ``model`` is trained already.
         batch_size, learning_rate: of Adam; None: 128, less on small sets, and 1e-3, or 2e-3 for an `Autoencoder` of
@@ -132,6 +135,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
 
     Attributes:
         kind_: what ``model`` came to, one of its names, or ``"own"``.
+        trial_: of ``model="auto"`` and images what was read off held-out ones, the share that leading directions
+            ``explained`` and the share of turns ``told``; empty where nothing was tried.
         model_: the trained model, in ``dtype`` on ``device``.
         history_: the `History` of its losses; None with ``epochs=0``.
         layers_: the names of the layers that ``layer`` chose, in its order.
@@ -349,29 +354,36 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _tells_turns(
         self, X: np.ndarray, training: np.ndarray, validation: np.ndarray, seed: int, processes: Processes
     ) -> bool:
-        """Of ``model="auto"`` and images: whether a `RotationNet`, trained for a few seconds, tells held-out turns well.
+        """Of ``model="auto"`` and images: whether a `RotationNet`, trained for seconds, tells held-out turns well.
 
-        Then it is the model. What looks alike turned (digits 0 and 8) is left to the autoencoder.
+        Then it is the model. Left to the autoencoder is what looks alike turned (digits 0 and 8), and what it explains
+        well, tried by linear directions: textures, parts that always lie alike, of which a defect changes little.
         """
+        self.trial_: dict[str, float] = {}
         shape = self.input_shape_
         asked = (self.novelty_score, self.layer, self.loss, self.hidden_dim, self.latent_dim, self.epochs)
         if self.model != "auto" or asked != ("auto", "auto", "auto", None, None, None) or not is_image(shape):
             return False
         side, colours = shape[-1], len(shape) == 3 and shape[0] >= 3
-        if shape[-2] != side or side % 4 or side < TRIAL_SIDE or len(training) < TRIAL_LEAST:
+        if shape[-2] != side or side not in TRIAL_SIDES or len(training) < TRIAL_LEAST:
             return False
-        kind, self.kind_ = self.kind_, "rotation"
+        kind, self.kind_, device = self.kind_, "rotation", working_device(self.device)
         parts = list(_cut(training, X.shape[1]))
         self.scaling_ = fit_scaling(X, parts, shape, self.scaling, centred=False)
         if self.scaling_.within_unit:
             samples = _Samples(self, X, training[: 64 * TRIAL_STEPS], torch.float32)
             held_out = _Samples(self, X, validation[: 64 * TRIAL_STEPS], torch.float32)
-            self._make_model(samples[:2], seed, in_unit_range=True)
-            self._train(samples, held_out, seed, processes, None, steps=TRIAL_STEPS)
-            told = processes.by_first(lambda: np.mean([self.model_.accuracy(block) for block in held_out.blocks()]))
-            if told >= (TOLD_COLOUR if colours else TOLD_GREY):
-                _warn(guards.of_features(self.scaling_.low, self.scaling_.high, alone=False), self.warnings_)
-                return True
+            self.trial_["explained"] = processes.by_first(lambda: _explained(samples, held_out))
+            if self.trial_["explained"] < EXPLAINED:
+                self._make_model(samples[:2], seed, in_unit_range=True)
+                self._train(samples, held_out, seed, processes, None, steps=TRIAL_STEPS)
+                network: Any = self.model_
+                self.trial_["told"] = processes.by_first(
+                    lambda: float(np.mean([network.accuracy(block.to(device)) for block in held_out.blocks()]))
+                )
+                if self.trial_["told"] >= (TOLD_COLOUR if colours else TOLD_GREY):
+                    _warn(guards.of_features(self.scaling_.low, self.scaling_.high, alone=False), self.warnings_)
+                    return True
         self.kind_ = kind
         return False
 
@@ -461,7 +473,9 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if kind == "rotation":
             if not is_image(self.input_shape_):
                 raise ValueError(f"model: 'rotation' is of images, but samples have shape {list(self.input_shape_)}")
-            return RotationNet((1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS}))
+            return RotationNet(
+                (1, *self.input_shape_)[-3:], **({} if self.model == kind else {"channels": TRIAL_CHANNELS})
+            )
         return MODELS[kind](self.n_features_in_, **given)
 
     def _objective(self) -> Callable[[Tensor], Tensor]:
@@ -685,6 +699,17 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             excess = np.concatenate([self.scaling_.excess(X[part]) for part in _cut(rows, X.shape[1])])
             novelty = raised(novelty, excess, *self.ceiling_)
         return novelty
+
+
+def _explained(training: _Samples, held_out: _Samples) -> float:
+    """The share of held-out images' variance about one grey that the training mean and leading directions explain."""
+    seen, new = (part[:EXPLAINED_BY].flatten(1) for part in (training, held_out))
+    mean = seen.mean(0)
+    _, vectors = torch.linalg.eigh((seen - mean) @ (seen - mean).mT)
+    directions = torch.linalg.qr((seen - mean).mT @ vectors[:, -DIRECTIONS:]).Q
+    centred = new - mean
+    unexplained = (centred - centred @ directions @ directions.mT).square().sum()
+    return 1 - float(unexplained / (new - seen.mean()).square().sum().clamp_min(1e-12))
 
 
 def _just_above(threshold: float) -> float:

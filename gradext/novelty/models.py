@@ -164,9 +164,9 @@ class RotationNet(nn.Module):
     Source: Golan and El-Yaniv, "Deep anomaly detection using geometric transformations", NeurIPS 2018.
 
     forward: images [B, C, H, W] in [0, 1], H = W a multiple of 4 -> logits [B, V, 4], of the views by the turns that
-    were made: view v is the image, mirrored where v is 4 and more, turned v mod 4 times; V = 8. In training there are four
-    views of each image, which is mirrored or not and shifted by up to an eighth of its side, at random. Where the
-    processor multiplies in bfloat16, training does.
+    were made: view v is the image, mirrored where v is 4 and more, turned v mod 4 times; V = 8. In training there are
+    four views of each image, which is mirrored or not and shifted by up to an eighth of its side, at random. Where
+    the processor multiplies in bfloat16, training does.
 
     >>> import torch
     >>> RotationNet((3, 8, 8), channels=4).eval()(torch.rand(5, 3, 8, 8)).shape
@@ -239,7 +239,9 @@ def _shifted(x: Tensor, most: int) -> Tensor:
     """Each of [B, C, H, W] by its own number of pixels up to ``most``, down or up and left or right; edges mirrored."""
     B, _, H, W = x.shape
     padded = nn.functional.pad(x, (most,) * 4, mode="reflect")
-    down, right = (torch.randint(2 * most + 1, (B, 1), device=x.device) + torch.arange(n, device=x.device) for n in (H, W))
+    down, right = (
+        torch.randint(2 * most + 1, (B, 1), device=x.device) + torch.arange(n, device=x.device) for n in (H, W)
+    )
     rows = torch.arange(B, device=x.device)[:, None, None]
     return padded[rows, :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
 

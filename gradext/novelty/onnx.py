@@ -241,9 +241,7 @@ class _PlainFactors(GradFactors):
 
     def quadratic_kron(self, A_inv: Tensor, D_inv: Tensor) -> Tensor:
         if self.delta.ndim == 2:
-            of_delta, of_activation = (
-                ((v @ M) * v).sum(1) for v, M in ((self.delta, D_inv), (self.activation, A_inv))
-            )
+            of_delta, of_activation = (((v @ M) * v).sum(1) for v, M in ((self.delta, D_inv), (self.activation, A_inv)))
             return of_delta * of_activation
         gradient = self.materialize()
         return ((D_inv @ gradient @ A_inv) * gradient).flatten(1).sum(1)

@@ -214,9 +214,9 @@ def _rebuild(
     named = parameters.pop("model", "auto")
     if named not in ("auto", None if own else kind):
         raise ModelFileError(f"model: expected {kind!r} as in the architecture, or 'auto', but got {named!r}")
-    detector = NoveltyDetector(**parameters, model=model if own else named, device=device)
+    detector = NoveltyDetector(**parameters, model=model if own else named, device=device)  # type: ignore[arg-type]
     detector._check_parameters()
-    detector.kind_ = kind
+    detector.kind_, detector.trial_ = kind, {}
     if not _is_named(detector.layer):
         raise ModelFileError(f"layer: expected a name, several or None, but got {detector.layer!r}")
     if isinstance(detector.layer, list):

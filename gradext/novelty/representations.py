@@ -144,7 +144,7 @@ def characterize(
 
 @torch.no_grad()
 def _of_turns(model: Any, x: Tensor) -> Characterization:
-    """Of a `RotationNet` and its last layer, by one forward: δ is softmax minus the turn that was made, for each view."""
+    """Of a `RotationNet` and its last layer, by one forward: δ is softmax minus the turn that was made, by view."""
     features = model.features(x)
     logits = model.head(features)
     gradient = GradFactors(features, logits.softmax(2) - turns_made(logits))
@@ -210,7 +210,9 @@ def with_constant(gradient: GradFactors) -> GradFactors:
 
 def product(like: GradFactors, activation: Tensor, delta: Tensor) -> GradFactors:
     """Gradients of these two factors, in the operators of ``like``: ONNX knows torch's own alone."""
-    return type(like)(activation, delta) if getattr(like, "in_torchs_operators", False) else GradFactors(activation, delta)
+    return (
+        type(like)(activation, delta) if getattr(like, "in_torchs_operators", False) else GradFactors(activation, delta)
+    )
 
 
 def in_order(factors: LayerFactors, layers: list[str]) -> LayerFactors:

@@ -38,7 +38,7 @@ class Statistics:
     activation_whitener [I + 1, I + 1], the transposed inverse Cholesky factor of the activations with a constant 1, the
     input of a bias; delta_basis [O, K], the K leading eigenvectors of ``Σ δ δᵀ / N``, and delta_gains [K + 1], one over
     the roots of their eigenvalues and of the mean of all others.
-    gradient_whitener [O I, O I], the transposed inverse Cholesky factor of the gradients' covariance, about mean_gradient.
+    gradient_whitener [O I, O I], the transposed inverse Cholesky factor of the gradients' covariance.
     neighbour_activation [M, (T,) I] and neighbour_delta [M, (T,) O], in single precision, of up to `NEIGHBOURS`
     inliers; neighbour_reach [M] and neighbour_density [M], the distance of each one's activation to its 20th neighbour
     and its local density; local_moments [2, 2] of the two logarithms that `local_gradient` adds up.
@@ -86,7 +86,7 @@ class Statistics:
             kept |= _whiteners(blocks)
         if "neighbour_delta" in needed:
             kept |= _neighbours(blocks)
-        if "gradient_whitener" in needed:
+        if "gradient_whitener" in needed and (scores is not None or kept["mean_gradient"].numel() <= WHOLE):
             kept["gradient_whitener"] = _whole_whitener(blocks, kept["mean_gradient"])
         return Statistics(**kept).with_moments_of_numbers(blocks, needed)
 
@@ -240,7 +240,8 @@ def _neighbours(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
         usable = _is_finite(seen.gradient.delta) & _is_finite(seen.gradient.activation)
         return getattr(seen.gradient, factor)[usable][:: max(1, int(usable.sum()) // rows)][:rows].float()
 
-    activation, delta = (blocks.concatenate(lambda seen, f=f: some(seen, f)) for f in ("activation", "delta"))
+    activation = blocks.concatenate(lambda seen: some(seen, "activation"))
+    delta = blocks.concatenate(lambda seen: some(seen, "delta"))
     own = GradFactors(activation.double(), delta.double())
     of_activations, of_gradients = _distances(own, own)
     for distances in (of_activations, of_gradients):
@@ -251,9 +252,16 @@ def _neighbours(blocks: Blocks[Characterization]) -> dict[str, Tensor]:
     reach = near.values[:, -1]
     density = 1 / torch.maximum(near.values, reach[near.indices]).mean(1).clamp_min(least)
     logs = _local_logs(of_activations, of_gradients, reach, density)
-    return {"neighbour_activation": activation.to(blocks.like.device), "neighbour_delta": delta.to(blocks.like.device)} | {
+    return {
+        "neighbour_activation": activation.to(blocks.like.device),
+        "neighbour_delta": delta.to(blocks.like.device),
+    } | {
         name: value.to(blocks.like)
-        for name, value in (("neighbour_reach", reach), ("neighbour_density", density), ("local_moments", _moments(logs)))
+        for name, value in (
+            ("neighbour_reach", reach),
+            ("neighbour_density", density),
+            ("local_moments", _moments(logs)),
+        )
     }
 
 
@@ -449,7 +457,11 @@ JOINT = ("joint_moments", "joint_inverse")
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(SCORES, ()) | {
     "whitened_gradient": ("activation_whitener", "delta_basis", "delta_gains"),
     "local_gradient": (
-        "neighbour_activation", "neighbour_delta", "neighbour_reach", "neighbour_density", "local_moments",
+        "neighbour_activation",
+        "neighbour_delta",
+        "neighbour_reach",
+        "neighbour_density",
+        "local_moments",
     ),
     "gradient_cosine": ("mean_gradient",),
     "gradient_mahalanobis": ("mean_gradient", "gradient_whitener"),

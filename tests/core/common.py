@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -82,3 +83,23 @@ def assert_right(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], to
 
 def largest_of(tensors: Mapping[str, Tensor]) -> float:
     return max((value.abs().max().item() for value in tensors.values() if value.numel()), default=0.0)
+
+
+def in_threads(*functions: Callable[[], None]) -> None:
+    """Run each in a thread of its own; raises the first exception of any."""
+    problems: list[BaseException] = []
+
+    def guarded(function: Callable[[], None]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    if problems:
+        raise problems[0]

@@ -35,8 +35,8 @@ import gradext
 from .common import assert_right, largest_of
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
+@pytest.fixture
+def double_precision():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

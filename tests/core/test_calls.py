@@ -13,6 +13,8 @@ import gradext
 
 from .common import D, linear, squared
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 B = 5
 
 

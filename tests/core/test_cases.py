@@ -22,6 +22,7 @@ import gradext
 from .common import B, D, Net, Product, linear, x_of
 
 pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
     pytest.mark.filterwarnings("ignore:Full backward hook"),

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 B = 4
 
 

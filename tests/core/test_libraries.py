@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradext
 
-pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("double_precision"), pytest.mark.medium, pytest.mark.filterwarnings("ignore")]
 B, T, V = 4, 7, 61
 TOLERANCE = 1e-6  # some models normalise in single precision, whatever their type
 

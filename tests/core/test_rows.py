@@ -7,6 +7,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from gradext.rows import Rows, read_structure
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 B = 4
 
 

@@ -17,7 +17,10 @@ import gradext
 from .common import B, D, Net, T, V, linear, parameter, tokens, x_of
 
 H = 2  # heads
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
+]
 
 
 def case(forward, x, members=None, **more):

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 B, D = 4, 6
 
 

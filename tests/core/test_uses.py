@@ -11,6 +11,8 @@ import gradext
 
 from .common import B, Product, own_gradients
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 
 def assert_right(found, expected):
     assert set(found) == set(expected)

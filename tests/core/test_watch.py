@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-import threading
 import warnings
 
 import pytest
@@ -17,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 
-from .common import B, D, Net, Product, T, V, linear, own_gradients, squared, x_of
+from .common import B, D, Net, Product, T, V, in_threads, linear, own_gradients, squared, x_of
+
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def autoencoder() -> Net:
@@ -476,25 +477,6 @@ def test_hooks_and_optimizers_in_the_backward_run_as_ever():
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
-
-
-def in_threads(*functions):
-    problems: list[BaseException] = []
-
-    def guarded(function):
-        try:
-            function()
-        except BaseException as error:
-            problems.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    if problems:
-        raise problems[0]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -16,7 +16,7 @@ import torch
 from gradext import native
 from gradext.backends import cpu, cuda
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
 pytestmark = pytest.mark.skipif(native.C is None, reason=f"no compiled module: {native.reason}")

@@ -18,7 +18,7 @@ from torch import nn
 import gradext
 
 pytestmark = [pytest.mark.medium, pytest.mark.filterwarnings("ignore")]  # those of the libraries
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def load(name: str, *libraries: str):

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 import gradext
 
+from .common import in_threads
+
 B = 3
 
 
@@ -128,25 +130,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
-
-
-def in_threads(*functions: Callable[[], None]) -> None:
-    problems: list[BaseException] = []
-
-    def guarded(function: Callable[[], None]) -> None:
-        try:
-            function()
-        except BaseException as error:
-            problems.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    if problems:
-        raise problems[0]
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one model", "several models"])

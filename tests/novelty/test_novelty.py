@@ -426,9 +426,14 @@ def test_scores_are_their_formulas(model, digits):
     )
     with_bias = torch.einsum("bi,ij,bj->b", constant, inverse(of_inliers), constant)
     lof = LocalOutlierFactor(n_neighbors=20, novelty=True).fit(inliers.gradient.activation.double().numpy())
-    distances = (torch.cdist(gradient, inside).topk(5, largest=False).values[:, -1],
-                 torch.cdist(inside, inside).fill_diagonal_(torch.inf).topk(5, largest=False).values[:, -1])
-    factors = (torch.from_numpy(-lof.score_samples(activation.numpy())), torch.from_numpy(-lof.negative_outlier_factor_))
+    distances = (
+        torch.cdist(gradient, inside).topk(5, largest=False).values[:, -1],
+        torch.cdist(inside, inside).fill_diagonal_(torch.inf).topk(5, largest=False).values[:, -1],
+    )
+    factors = (
+        torch.from_numpy(-lof.score_samples(activation.numpy())),
+        torch.from_numpy(-lof.negative_outlier_factor_),
+    )
     local = sum(
         (of_sample.log() - of_inliers.log().mean()) / of_inliers.log().std(correction=0)
         for of_sample, of_inliers in (distances, factors)

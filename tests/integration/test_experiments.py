@@ -24,7 +24,7 @@ from gradext import datasets
 
 pytestmark = pytest.mark.medium
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def load(name: str):

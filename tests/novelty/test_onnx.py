@@ -52,8 +52,9 @@ def test_onnxruntime_gives_the_detectors_scores(score, layer, digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "score", ["auto", "reconstruction_error", "gradient_norm", "gradient_cosine", "kronecker_fisher", "whitened_gradient",
-              "local_gradient"]
+    "score",
+    ["auto", "reconstruction_error", "gradient_norm", "gradient_cosine", "kronecker_fisher", "whitened_gradient",
+     "local_gradient"],
 )  # fmt: skip
 def test_rotation_networks(score, tmp_path):
     onnx = pytest.importorskip("onnx")

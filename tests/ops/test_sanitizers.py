@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc" / "cpu"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -61,7 +61,11 @@ def test_no_warnings(tmp_path):
     includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     bindings = [*includes, "-DGRADEXT_VERSION=0", "-DGRADEXT_SOURCE_HASH=0"]
     warnings = ["-Wall", "-Wextra", "-Wconversion", "-Wno-psabi", "-Werror"]
-    for source, flags in [*sources(), (ROOT / "csrc" / "bindings.cpp", bindings), (ROOT / "tests/sanitize.cpp", [])]:
+    for source, flags in [
+        *sources(),
+        (ROOT / "csrc" / "bindings.cpp", bindings),
+        (ROOT / "tests/ops/sanitize.cpp", []),
+    ]:
         run(COMPILER, "-std=c++17", *warnings, *flags, "-c", source, "-o", tmp_path / "unused.o")
 
 

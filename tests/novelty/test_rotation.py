@@ -91,3 +91,47 @@ def test_what_has_no_quarter_turns_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             NoveltyDetector(model="rotation", epochs=1).fit(X)
+
+
+def photographs(rng, n, slope):
+    """Colour images [n, 3, 16, 16] that no few directions explain: noise, lighter above by ``slope`` a row."""
+    shade = 128 + slope * (7.5 - np.arange(16))[:, None] + rng.normal(0, 40, (n, 3, 16, 16))
+    return np.clip(shade, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "X"),
+    [
+        ("rotation", photographs(np.random.default_rng(0), 200, 9)),
+        ("autoencoder", photographs(np.random.default_rng(0), 200, 0)),  # whose turn nobody can tell
+        ("autoencoder", upright(np.random.default_rng(0), 200)),  # which an autoencoder explains
+        ("autoencoder", photographs(np.random.default_rng(0), 60, 9)),  # too few
+        ("autoencoder", photographs(np.random.default_rng(0), 200, 9)[..., :12]),  # no square
+        ("autoencoder", photographs(np.random.default_rng(0), 200, 9).reshape(200, -1)),  # rows of a table
+    ],
+    ids=["upright", "alike turned", "explained", "few", "no square", "flat"],
+)
+def test_the_model_is_chosen_by_the_normal_images(kind, X, tmp_path):
+    detector = NoveltyDetector(random_state=0).fit(X)
+    assert detector.kind_ == kind
+    assert detector.score_.name == {"rotation": "gradient_mahalanobis", "autoencoder": "local_gradient"}[kind]
+    np.testing.assert_array_equal(NoveltyDetector(random_state=0).fit(X).score_samples(X), detector.score_samples(X))
+    save(detector, tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert again.get_params()["model"] == "auto"
+    np.testing.assert_array_equal(again.score_samples(X), detector.score_samples(X))
+
+
+@pytest.mark.parametrize(
+    "given", [{"novelty_score": "gradient_norm"}, {"latent_dim": 4}, {"epochs": 2}, {"layer": "last"}]
+)
+def test_what_is_asked_of_an_autoencoder_makes_one(given):
+    X = photographs(np.random.default_rng(0), 120, 9)
+    assert NoveltyDetector(random_state=0, **given).fit(X).kind_ == "autoencoder"
+
+
+def test_its_p_values_are_valid():
+    X, T = (photographs(np.random.default_rng(k), n, 9) for k, n in ((0, 400), (1, 800)))
+    p = NoveltyDetector(random_state=0, calibration_fraction=0.4).fit(X).p_values(T)
+    for t in (0.05, 0.1, 0.3):
+        assert (p <= t).mean() <= t + 3 * np.sqrt(t * (1 - t) * (1 / 800 + 1 / 160))

@@ -1,7 +1,7 @@
 """The Triton operators against fp64 references, on the GPU where there is one, else under Triton's interpreter.
 
 `test_triton.py` runs this file in a process of its own, since whether kernels are interpreted is fixed when triton is
-imported. By hand: ``TRITON_INTERPRET=1 pytest tests/triton_operators.py``.
+imported. By hand: ``TRITON_INTERPRET=1 pytest tests/ops/triton_operators.py``.
 """
 
 import pytest

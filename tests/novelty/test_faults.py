@@ -1,6 +1,6 @@
 """Processes killed at random moments, full disks, read-only folders, lost workers: a second run gives the same.
 
-``GRADEXT_KILLS=100 pytest tests/test_faults.py -m slow`` kills a hundred times each.
+``GRADEXT_KILLS=100 pytest tests/novelty/test_faults.py -m slow`` kills a hundred times each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradext.cli import main
 from gradext.novelty import Checkpoint, NoveltyDetector
 
 pytestmark = [pytest.mark.medium, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Starts a command again and again and kills it, each time at another moment, until it was killed often enough; then
 # lets it end. Nothing may ever lie under its name but the whole result. Prints what happened.

@@ -175,6 +175,28 @@ def test_scaling_follows_the_data(digits):
         NoveltyDetector(scaling="none", model="vae", **options).fit(digits[0] * 50)
 
 
+@pytest.mark.parametrize("model", ["autoencoder", "vae"])
+@pytest.mark.parametrize("score", ["auto", *SCORES, *CLASSIFIER_SCORES])
+def test_what_saturates_the_model_is_never_the_most_normal(score, model):
+    """A feature of -9999 or 1e6, alone or in all columns: more novel than all normal samples, in any scaling."""
+    rng = np.random.default_rng(0)
+    W, small = rng.normal(size=(3, 6)), {"hidden_dim": 16, "latent_dim": 3, "random_state": 0}
+    X, T = (rng.normal(size=(n, 3)) @ W + 0.2 * rng.normal(size=(n, 6)) for n in (300, 100))
+    for scaling in ("auto", "minmax"):
+        try:
+            detector = NoveltyDetector(score, model=model, scaling=scaling, epochs=5, **small).fit(X)
+        except ValueError as error:
+            assert "needs a model that returns" in str(error)  # noqa: PT017
+            return
+        normal = -detector.score_samples(T)
+        for value in (-9999.0, 1e6, X.max() + 4 * np.ptp(X)):
+            for columns in ([2], slice(None)):
+                far = T[:20].copy()
+                far[:, columns] = value
+                assert -detector.score_samples(far).max() >= normal.max() * (1 - 1e-9)
+                assert (detector.predict(far) == -1).all()
+
+
 def test_an_image_of_another_arrangement_is_refused():
     X = np.random.default_rng(0).random((40, 3, 8, 8))
     detector = NoveltyDetector(**{**FAST, "epochs": 1}).fit(X)

@@ -11,7 +11,7 @@ import gradext
 import gradext.novelty
 import gradext.registered
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )

@@ -3,7 +3,7 @@
 That is: how wide its stores are, how many loads are on their way before one is waited for, and how many instructions
 lie between two stores.
 
-Compiles for a minute or two, hence ``slow``: ``pytest tests/test_cuda_build.py -m slow``. Needs nvcc, and no GPU.
+Compiles for a minute or two, hence ``slow``: ``pytest tests/ops/test_cuda_build.py -m slow``. Needs nvcc, and no GPU.
 """
 
 import ast
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no sources beside the tests"),

@@ -8,9 +8,7 @@ from torch import nn
 import gradext
 from gradext import EmbeddingFactors, GradFactors, GradStatistics, LayerFactors
 
-
-def squared(output, target):
-    return output.flatten(1).square().sum(1)
+from .common import squared
 
 
 @pytest.fixture

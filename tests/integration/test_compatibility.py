@@ -13,7 +13,7 @@ import torch
 
 pytestmark = pytest.mark.medium
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 USE = """
 import torch, gradext

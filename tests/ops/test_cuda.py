@@ -26,7 +26,7 @@ from gradext.factors import ConvFactors, Windows
 
 pytestmark = pytest.mark.medium
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SANITIZERS = os.environ.get("GRADEXT_TEST_SANITIZERS")  # set by test_sanitizers for a process of its own
 
@@ -83,7 +83,7 @@ class Emulator:
 
 def compile_emulator(folder: Path, includes: list[str]) -> Path:
     pybind11 = pytest.importorskip("pybind11")
-    here = ROOT / "tests" / "cuda_emulator"
+    here = Path(__file__).parent / "cuda_emulator"
     flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-unknown-pragmas"]
     flags += ["-Wall", "-Wextra", "-Werror"]
     sanitizers = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined"] if SANITIZERS else []

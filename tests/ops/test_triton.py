@@ -1,7 +1,7 @@
 """The Triton backend without a GPU: operators in the interpreter, kernels compiled for three GPUs, its choice.
 
 Kernels are compiled by Triton for the arguments of real calls: only the launch is left out. The product of all sizes,
-types and GPUs takes minutes and is marked ``slow``: ``pytest tests/test_triton.py -m slow``.
+types and GPUs takes minutes and is marked ``slow``: ``pytest tests/ops/test_triton.py -m slow``.
 """
 
 import contextlib

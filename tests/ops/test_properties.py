@@ -1,8 +1,8 @@
 """Properties of the operators, tested by hypothesis on every backend that works on the CPU.
 
 Shapes have zeros, ones, primes and large aspect ratios; tensors are dense, permuted, sliced, expanded, misaligned or
-lazily negated. ``pytest tests/test_properties.py --hypothesis-profile=thorough`` looks at many times as many. Triton's
-interpreter takes a process of its own: ``TRITON_INTERPRET=1 pytest tests/test_properties.py`` by hand.
+lazily negated. ``pytest tests/ops/test_properties.py --hypothesis-profile=thorough`` tries many more. Triton's
+interpreter takes a process of its own: ``TRITON_INTERPRET=1 pytest tests/ops/test_properties.py`` by hand.
 """
 
 from __future__ import annotations

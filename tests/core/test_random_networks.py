@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import gradext
 
+from .common import Product
+
 pytestmark = pytest.mark.medium
 
 VOCABULARY = 5
@@ -30,20 +32,6 @@ ACTIVATIONS = {
     "gelu": (F.gelu, None),
     "softplus": (F.softplus, None),
 }
-
-
-class Product(torch.autograd.Function):
-    """x @ weight, where no function mode sees it."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
 
 
 class Network(nn.Module):
