@@ -139,6 +139,7 @@ def scaled_factors(delta: Tensor, activation: Tensor, by: Tensor) -> tuple[Tenso
 
 def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, float]:
     """The squared norms of factors [B, T, O] and [B, T, I], and from which size on they have all of their digits."""
+    delta, activation = _narrow_first(delta, activation)
     B, T, O = delta.shape
     I = activation.shape[2]
     pieces = max(1, min(4, T // 32)) if delta.device.type == "cpu" else 1
@@ -155,6 +156,11 @@ def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, fl
         squares.append(found)
     least = ranges.least_power(1, delta.dtype) * (T * T * lost if by_gram else O * I)
     return squares[0] if len(squares) == 1 else torch.cat(squares), least
+
+
+def _narrow_first(delta: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors, or those of the transposed gradients, whose products have long rows: up to four times as fast."""
+    return (activation, delta) if delta.shape[-1] > activation.shape[-1] else (delta, activation)
 
 
 def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Tensor, float]:
@@ -343,6 +349,7 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     d, a, other_d, other_a = widen(delta, activation, other_delta, other_activation)
     if d.ndim == 2:
         return _product(d, other_d.mT) * _product(a, other_a.mT)
+    (d, a), (other_d, other_a) = _narrow_first(d, a), _narrow_first(other_d, other_a)
     (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
     if 0 in (B, C, T, S, O, I):
         return d.new_zeros(B, C)
