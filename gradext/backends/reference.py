@@ -100,6 +100,11 @@ def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
 
 
+def gradient_elements(device: torch.device) -> int:
+    """Elements of the gradients that a Gram matrix multiplies at once on this device."""
+    return GRADIENT_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+
+
 def samples_a_block(elements: int, device: torch.device) -> int:
     """How many samples of so many elements make a block."""
     return max(1, block_elements(device) // max(1, elements))
@@ -341,7 +346,7 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
     if 0 in (B, C, T, S, O, I):
         return d.new_zeros(B, C)
-    step = max(1, (GRADIENT_ELEMENTS if d.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS) // max(1, O * I))
+    step = max(1, gradient_elements(d.device) // max(1, O * I))
     n = 1 if step >= C else math.ceil(B / step)  # for each of which the others' gradients are formed again
     if (B * C + B * T + n * C * S) * O * I < B * C * T * S * (O + I):
         same = delta is other_delta and activation is other_activation
