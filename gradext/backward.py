@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import fallback, rules
 from . import rows as row_rules
-from .errors import CaptureError, listed
+from .errors import BEFORE, CaptureError, listed
 from .factors import Coverage, GradFactors, Gradient
 from .factors.layers import held_elsewhere, memory
 from .losses import Root
@@ -95,15 +95,14 @@ class Backward:
         return self._to_parameters(whole)
 
     def _structure(self) -> Structure:
-        checked = not row_rules.capturing(self.root.gradient)
+        checked = self.weights is None and not row_rules.capturing(self.root.gradient)  # else what they read is freed
         found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked)
         if not all(row_rules.verdicts(found.checks)):
             found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)
         return found
 
     def _segments(self, work: list[Entry]) -> None:
-        segments = self.segments
-        if segments is None:
+        if (segments := self.segments) is None:
             return
         if len(segments) and not (int(segments.min()) >= 0 and int(segments.max()) < self.batch):
             raise ValueError(
@@ -124,9 +123,12 @@ class Backward:
         if not edges:
             return
         if self.weights is not None:
-            found = [self.mode.captured.get((edge.node, edge.output_nr)) for edge in edges]
+            captured = self.mode.captured
             for entry in work:
+                if any((edge.node, edge.output_nr) not in captured for edge in entry.edges):
+                    raise CaptureError(f"{listed(entry.names)}: the last backward did not reach {entry.name}; {BEFORE}")
                 entry.spent = True
+            found = [captured[edge.node, edge.output_nr] for edge in edges]
         else:
             keep = self.keep_graph or unseen or self.create_graph or self.mode.differentiated > 0
             keep |= not all((e.call or e.is_elementwise) and all(isinstance(s, Rows) for s in e.states) for e in work)
@@ -140,14 +142,11 @@ class Backward:
         if lost or unseen:
             names = [name for entry in lost for name in entry.names] + unseen
             at = f"at {lost[0].reason()}" if lost else "in a custom autograd function or scripted code, unseen"
-            raise CaptureError(
-                f"{listed(dict.fromkeys(names))}: used {at}, so that the gradient takes one backward a sample; call "
-                "watch.factors(losses) before the training step's backward"
-            )
+            raise CaptureError(f"{listed(dict.fromkeys(names))}: used {at}: it takes one backward a sample; {BEFORE}")
         scale, done = self.weights.reciprocal(), set()
         deltas = [delta for entry in told for delta in entry.deltas]
         parts = Counter(place[0] for place in set(map(_place, deltas)))  # different ones of one storage
-        shared = held_elsewhere([*self.mode.captured.values(), *deltas])
+        shared = held_elsewhere([*filter(torch.is_tensor, self.mode.captured.values()), *deltas])
         for entry in told:
             for k, (delta, rows) in enumerate(zip(entry.deltas, entry.rows, strict=True)):
                 if _place(delta) in done:
@@ -260,8 +259,10 @@ class Backward:
             return [(self.parameter_names[id(value)], gradient)]
         names = sorted(self.mode.values[id(value)].names)
         leaves = [self.mode.chosen[name] for name in names]
-        # The training step has freed the value's own graph.
-        again = value if self.weights is None else self._rebuilt(value)
+        again = value if self.weights is None else self._rebuilt(value)  # the training step has freed its graph
+        changed = any(leaf._version != self.mode.values[id(leaf)].version for leaf in leaves)
+        if again is not value and (changed or not rules.close(again.detach()[None], value.detach()[None])):
+            raise CaptureError(f"{listed(names)}: changed since the forward, or made at random; {BEFORE}")
         found = rules.batched_grad((again,), leaves, (self._written(value, gradient),), self.create_graph)
         return [(name, g) for name, g in zip(names, found, strict=True) if g is not None]
 
@@ -296,10 +297,7 @@ class Backward:
         if known is None or (maker is None and not known.names):
             return value.detach()
         if maker is None:
-            raise CaptureError(
-                f"{', '.join(sorted(known.names))}: a value of it was changed in place, so that its gradient cannot be "
-                "carried back after the training step's backward; call watch.factors(losses) before it"
-            )
+            raise CaptureError(f"{listed(sorted(known.names))}: a value of it was changed in place; {BEFORE}")
         again = {i: self._rebuilt(source) for i, source in maker.values.items()}
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: again.get(id(t), t), (maker.args, maker.kwargs))
         results = [t for t in rules.tensors_of(maker.func(*args, **kwargs)) if t.requires_grad]

@@ -19,6 +19,10 @@ class BackendError(RuntimeError):
     """The requested backend does not work here; the message says why."""
 
 
+# What to do where a training step's backward has freed or changed what the gradients need.
+BEFORE = "call watch.factors(losses) before the training step's backward"
+
+
 def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = list(names)

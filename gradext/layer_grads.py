@@ -131,15 +131,13 @@ def _gradients(
         raise RuntimeError(
             "create_graph: expected False under torch.inference_mode(), which keeps no graph; leave inference mode"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
     x, target = as_constant(x), as_constant(target)
     args, kwargs = as_call(x, model)
     tensors = tensors_of([args, kwargs])
     if not tensors:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
     watched = watch(model, inputs=[args, kwargs, target], create_graph=create_graph, **choice)
-    watched.one_sample = written and tensors[0].shape[:1] == (1,)
+    watched.one_sample = written and all(t.shape[:1] == (1,) for t in tensors if t.ndim)
     devices = {parameter.device for parameter in watched.parameters.values()}
     if len(devices) == 1 and tensors[0].device not in devices:
         raise ValueError(
@@ -148,8 +146,7 @@ def _gradients(
         )
     target = tensors[0] if target is None else target
     versions = [(t, t._version) for t in tensors if not t.is_inference()]
-    # Replicas exchange gradients in the backward of a wrapped model, and wait for each other: there is nothing to wait
-    # for here.
+    # In the backward of a wrapped model replicas would exchange gradients, and wait for each other.
     runs = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with lock_of(model), buffers_kept(model):  # which the backward may need as the forward has left them
         with watched:
@@ -160,7 +157,10 @@ def _gradients(
                     "or make that operation out of place"
                 )
             root = backward_root(loss, output, target, create_graph=create_graph)
-        found = watched.gradients(root, keep_graph=False)
+        wrong = watched.one_sample and len(root.gradient) != 1  # the model makes several samples of its input
+        found = {} if wrong else watched.gradients(root, keep_graph=False)
+    if wrong:
+        return _gradients(model, x, loss, target, finite, create_graph, False, **choice)
     if finite:
         for name, gradient in found.items():
             for tensor in [gradient] if isinstance(gradient, Tensor) else gradient._tensors():
@@ -171,7 +171,7 @@ def _gradients(
 def as_call(x: Any, model: nn.Module | None = None) -> tuple[tuple, dict]:
     """A model's input as positional and keyword arguments."""
     if isinstance(x, Mapping):
-        forward = None if model is None else model.forward
+        forward = getattr(model, "forward", None)
         function = getattr(forward, "__func__", forward)
         if function is not None and not _takes(function, function is not forward, tuple(x)):
             return (x,), {}
@@ -207,17 +207,31 @@ def as_constant(value: Any) -> Any:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What a forward in training mode updates (running statistics, power iterations) are copies of the buffers."""
-    former = [(m._buffers, dict(m._buffers)) for m in model.modules() if m.training and m._buffers]
-    copies = {id(b): b.clone() for _, before in former for b in before.values() if b is not None}
+    """What a forward in training mode updates (running statistics, power iterations) are copies of the buffers.
+
+    Other modules and plain attributes that hold one of these buffers, or a view of it, hold the copy meanwhile.
+    """
+    modules = list(model.modules())
+    modules = modules if any(m.training and m._buffers for m in modules) else []
+    buffers = {id(b): b for m in modules if m.training for b in m._buffers.values() if b is not None}
+    with torch.inference_mode(False):  # else nothing could be written into the copies
+        copies = {i: b.clone() for i, b in buffers.items() if id(b._base) not in buffers}
+
+    def copy_of(t: Any) -> Tensor | None:
+        if not isinstance(t, Tensor) or id(t) in copies or t._base is None or id(t._base) not in copies:
+            return copies.get(id(t))
+        return copies[id(t._base)].as_strided(t.shape, t.stride(), t.storage_offset() - t._base.storage_offset())
+
+    places = [(own, name, t) for m in modules for own in (m._buffers, vars(m)) for name, t in own.items()]
+    held: list[tuple] = [(*place, copy) for place in places if (copy := copy_of(place[2])) is not None]
+    held += [(m._buffers, name, b, b) for m in modules if m.training for name, b in m._buffers.items() if b is None]
     try:
-        for own, before in former:
-            own.update({name: b if b is None else copies[id(b)] for name, b in before.items()})
+        for own, name, _, copy in held:
+            own[name] = copy
         yield
     finally:
-        for own, before in former:
-            own.clear()
-            own.update(before)
+        for own, name, former, _ in held:
+            own[name] = former
 
 
 def output_of(output: Any, loss: str | PerSampleLoss) -> Any:

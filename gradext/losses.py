@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,6 +22,7 @@ _MOVES = {
     "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias", "Clone", "ToCopy", "Transpose", "Permute",
     "T", "Unflatten", "BackwardHookFunction",
 }  # fmt: skip
+_SIGMOID = "SigmoidBackward0"
 
 
 def bce(output: Tensor, target: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, 
         return root_of(per_sample_loss(loss, output, target))
     loss, target = checked(loss, output, target)
     node = output.grad_fn
-    if loss != "bce" or node is None or not _is_sigmoid(node) or output._backward_hooks:
+    if loss != "bce" or node is None or node.name() != _SIGMOID or output._backward_hooks:
         return root_of(_in_full_precision(LOSSES[loss], output, target))
     before, place = node.next_functions[0]
     with torch.set_grad_enabled(create_graph):
@@ -166,8 +167,7 @@ def _sum(values: Tensor) -> Tensor:
 
 def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     output = _widened(output)
-    if target.is_floating_point():
-        target = target.to(output.dtype)
+    target = target.to(output.dtype) if target.is_floating_point() else target
     with torch.autocast(output.device.type, enabled=False):  # which refuses some of these operators
         return loss(output, target)
 
@@ -176,8 +176,4 @@ def _ends_in_sigmoid(output: Tensor) -> bool:
     node = output.grad_fn
     while node is not None and node.name().rstrip("012").removesuffix("Backward") in _MOVES:
         node = node.next_functions[0][0]
-    return _is_sigmoid(node)
-
-
-def _is_sigmoid(node: Node | None) -> bool:
-    return node is not None and node.name() == "SigmoidBackward0"
+    return node is not None and node.name() == _SIGMOID

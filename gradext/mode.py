@@ -78,7 +78,7 @@ class WatchMode(TorchFunctionMode):
         super().__init__()
         self.model, self.chosen, self.attached, self.train = model, selection.chosen, attached, train
         self.values: dict[int, Value] = {
-            **{id(p): Value(p, frozenset([name])) for name, p in selection.chosen.items()},
+            **{id(p): Value(p, frozenset([name]), None, p._version) for name, p in selection.chosen.items()},
             **{id(p): Value(p, frozenset()) for p in selection.others.values()},
         }
         self.entries: list[Entry] = []
@@ -91,7 +91,8 @@ class WatchMode(TorchFunctionMode):
         self.opaque = False  # nothing is recorded: inside a layer with a user's own rule, or in a run of one sample
         self.one_dimensional: list[Tensor] = []  # results that may be the losses, where a training step is watched
         self.hooked = False  # whether the run has registered hooks
-        self.captured: dict[tuple[Node, int], Tensor] = {}
+        self.captured: dict[tuple[Node, int], Tensor | None] = {}  # of the last backward, by its id
+        self.task = -1
         self.hidden: dict[str, str] = {}  # parameter -> the custom autograd function whose forward uses it
         self.differentiated = 0  # how many entries the forward has taken derivatives through, with their graph
 
@@ -212,9 +213,7 @@ class WatchMode(TorchFunctionMode):
     def _held_by_model(self) -> set[int]:
         """The ids of buffers and plain attributes."""
         if self.owned is None:
-            modules = self.model.modules()
-            attributes = [v for module in modules for v in (*module._buffers.values(), *vars(module).values())]
-            self.owned = {id(v) for v in attributes if isinstance(v, Tensor)}
+            self.owned = {id(v) for m in self.model.modules() for v in (*m._buffers.values(), *vars(m).values())}
         return self.owned
 
     def _is_sample(self, tensor: Tensor) -> bool:
@@ -299,10 +298,10 @@ class WatchMode(TorchFunctionMode):
         own = {id(v.tensor): v.tensor for v in values if v.names}
         maker = Entry(func, args, kwargs, [names], own, made, [])
         for tensor in made:
-            if id(tensor) in self.values and (tensor.is_leaf or not maker.in_place):
+            if id(tensor) in self.values and (tensor.is_leaf or not is_in_place(maker.func)):
                 continue  # given back as it is, or the parameter itself: an assignment to it
             # In place, only its own history says how it was made.
-            self.values[id(tensor)] = Value(tensor, names, None if maker.in_place else maker, tensor._version)
+            self.values[id(tensor)] = Value(tensor, names, None if is_in_place(maker.func) else maker, tensor._version)
         return result
 
     def _enter(self, func, args, kwargs, found: list[Value], others: list[Tensor]):
@@ -336,7 +335,7 @@ class WatchMode(TorchFunctionMode):
             bases = outputs if inner else [t if (base := base_of(t)) is None else base for t in outputs]
             edges, ends = list(map(get_gradient_edge, bases)), list(map(get_gradient_edge, inner or outputs))
             entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None)
-            if not entry.in_place:
+            if not is_in_place(entry.func):
                 used = (*others, *(value.tensor for value in found if not value.names))
                 entry.versions = [(t, t._version) for t in used]
             for kind in ("cpu", "cuda"):
@@ -351,8 +350,10 @@ class WatchMode(TorchFunctionMode):
 
     def _capture(self, edge: GradientEdge) -> None:
         def keep(grads, key=(edge.node, edge.output_nr)):
-            if grads[key[1]] is not None:
-                self.captured[key] = grads[key[1]].detach()
+            if self.task != (task := torch._C._current_graph_task_id()):  # another backward: of other weights
+                self.task = task
+                self.captured.clear()
+            self.captured[key] = None if (gradient := grads[key[1]]) is None else gradient.detach()
 
         edge.node.register_prehook(keep)
         WatchMode.handles += 1
@@ -384,8 +385,6 @@ class WatchMode(TorchFunctionMode):
 def _custom_function() -> str | None:
     """The name of the custom autograd function whose forward is running."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _APPLY:
-            return getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")
+    while frame is not None and frame.f_code is not _APPLY:
         frame = frame.f_back
-    return None
+    return None if frame is None else getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -126,9 +127,15 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _call(name: str, module: nn.Module, entry: Entry, given: dict[str, Tensor], args: tuple, kwargs: dict) -> Call:
+def _call(
+    name: str, module: nn.Module, entry: Entry, given: dict[str, Tensor], args: tuple, kwargs: dict
+) -> Call | None:
     """``given``: by their names in the module, what stands for its parameters."""
-    rule, input = _registered[type(module)], tensors_of([args, kwargs])[0]
+    arguments = tensors_of(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    own = {id(t) for t in given.values()}
+    if not entry.edges or any(id(t) in own for t in arguments):  # of weights alone, or of these by another way too
+        return None
+    rule, input = _registered[type(module)], arguments[0]
     if len(entry.outputs) != 1:
         raise CaptureError(
             f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters, as the "

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import rows as row_rules
-from .errors import CaptureError, listed
+from .errors import BEFORE, CaptureError, listed
 from .factors import ConvFactors, EmbeddingFactors, GradFactors, Gradient, Windows
 from .rows import Rows, Shared, State, Structure, Unproved, by_sample, own_rows, state_of_view
 
@@ -86,10 +86,6 @@ class Entry:
     @property
     def names(self) -> list[str]:
         return sorted(frozenset().union(*self.named))
-
-    @property
-    def in_place(self) -> bool:
-        return is_in_place(self.func)
 
     def overwritten(self) -> bool:
         return any(tensor._version != version for tensor, version in self.versions)
@@ -446,7 +442,7 @@ def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) ->
 
 
 def _general(entry: Entry, deltas: list[Tensor], rows: list[Rows], batch: int, create_graph: bool) -> list[Share]:
-    sliceable = batch > 1 and not (create_graph or entry.in_place or entry.overwritten())
+    sliceable = batch > 1 and not (create_graph or is_in_place(entry.func) or entry.overwritten())
     sliceable = sliceable and all(r.owners is None for r in rows)
     # Slices are compared with what the call gave, by a look at them. A gradient that is scaled by what is in the whole
     # batch shows in no output.
@@ -493,15 +489,12 @@ def _again(entry: Entry) -> Entry:
 
     args, kwargs = pytree.tree_map_only(Tensor, again, (entry.args, entry.kwargs))
     outputs: list[Tensor] = []
-    if not entry.in_place:
+    if not is_in_place(entry.func):
         with torch.enable_grad():
             outputs = [t for t in tensors_of(entry.func(*args, **kwargs)) if t.requires_grad]
     pairs = [(new[None], former.detach()[None]) for new, former in zip(outputs, entry.outputs, strict=False)]
-    if len(outputs) != len(entry.outputs) or not all(_close(new, former) for new, former in pairs):
-        raise CaptureError(
-            f"{listed(entry.names)}: the gradient at {entry.name} needs the graph of the training step, which "
-            "its backward has freed; call watch.factors(losses) before it"
-        )
+    if len(outputs) != len(entry.outputs) or not all(close(new, former) for new, former in pairs):
+        raise CaptureError(f"{listed(entry.names)}: at {entry.name} the graph is freed that tells of them; {BEFORE}")
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}
     ends = [get_gradient_edge(output) for output in outputs]
     return Entry(entry.func, args, kwargs, entry.named, values, outputs, ends, ends)
@@ -604,7 +597,7 @@ def _vmapped(entry: Entry, leaves, structure, dims: dict[int, int], deltas, rows
     except _NOT_VECTORISED:
         return None
     # The slices were taken by shape. That the call treats each sample by itself shows in what it gives.
-    if any(o.shape != e.shape or not _close(o, e) for o, e in zip(outputs, expected, strict=True)):
+    if any(o.shape != e.shape or not close(o, e) for o, e in zip(outputs, expected, strict=True)):
         return None
     found = []
     for k, gradient in gradients.items():
@@ -616,7 +609,7 @@ def _vmapped(entry: Entry, leaves, structure, dims: dict[int, int], deltas, rows
     return found
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
+def close(got: Tensor, expected: Tensor) -> bool:
     """Whether each sample's rows are equal up to rounding, in proportion to its own largest number."""
     if got.numel() == 0:
         return True

@@ -54,10 +54,8 @@ def _recording(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_of(model))
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if not torch.is_grad_enabled():
-            stack.enter_context(torch.enable_grad())
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            stack.enter_context(torch.inference_mode(False))  # which ends `no_grad` too
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_autocast_cache_enabled():  # it would keep a cast of every stand-in until the caller's context ends
@@ -82,7 +80,8 @@ class watch:
         layers, exclude: which parameters, see `gradext.batch_layer_grads`.
         train: watch a training step: the losses keep their graph to the parameters, and after the user's own
             ``losses.mean().backward()`` ``watch.factors()`` gives the factors of that very backward, for each sample's
-            own loss, without a second forward or backward. Samples whose loss had weight 0 in it come out as NaN.
+            own loss, without a second forward or backward. Samples whose loss had weight 0 in it come out as NaN;
+            penalties on the model's outputs in the same backward are part of them.
         fallback: None: uses of parameters that cannot be seen are added by one backward a sample, with one warning;
             ``"error"`` raises instead.
         mixing: ``"error"`` refuses samples whose losses depend on other samples' rows beyond constants; ``"allow"``
@@ -173,8 +172,8 @@ class watch:
         losses [B]: each sample's own loss, from inside the block. After a training step's backward they may be left
         out: the last one-dimensional result of the block is taken. Then one call takes what was kept of the backward.
         """
-        mode = self._finished()
-        return LayerFactors.of(self._gradients_of(losses), self.coverage).kept_apart(mode.held())
+        found = LayerFactors.of(self._gradients_of(losses), self.coverage)
+        return found.kept_apart(() if self._mode is None else self._mode.held())
 
     def grads(self, losses: Tensor | None = None) -> LayerGrads:
         """The gradients themselves, {parameter name: [B, *parameter.shape]}."""
@@ -195,7 +194,8 @@ class watch:
         weights = None if edge is None else mode.captured.get((edge.node, edge.output_nr))
         found = self.gradients(root, weights)
         if weights is not None:  # the deltas were divided by them in place, and are the result's now
-            mode.captured.clear()
+            for held in (mode.captured, mode.entries, mode.values):  # else only the user and the result hold them
+                held.clear()
             self._mode = None
         return found
 

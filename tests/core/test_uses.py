@@ -234,3 +234,42 @@ def test_values_that_differ_from_a_parameter_by_a_constant(change):
     expected = torch.stack([torch.autograd.grad(model(x[b : b + 1]).square().sum(), model.w)[0] for b in range(3)])
     found = gradext.batch_layer_grads(model, x, loss=lambda output, target: output.square().flatten(1).sum(1))
     torch.testing.assert_close(found["w"], expected)
+
+
+class Weighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(5).double())
+
+    def forward(self, *tensors, x=None, shift=None):
+        x = tensors[0] if tensors else x
+        return self.scale * 2 if x is None else x * self.scale if shift is None else x * self.scale + shift
+
+
+class Named(Weighted):
+    def forward(self, x, shift):
+        return x * self.scale + shift
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer, named, x: x * layer(),
+        lambda layer, named, x: x * layer(torch.arange(5.0).double()),
+        lambda layer, named, x: named(shift=torch.ones(5), x=x),
+        lambda layer, named, x: layer(x, shift=layer.scale),
+        lambda layer, named, x: named(layer(layer(x).tanh()), layer.scale),
+    ],
+    ids=["without arguments", "of a constant", "by keywords", "given its own parameter", "of several kinds"],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_calls_of_registered_layers(use, train):
+    gradext.register_layer(Weighted, Named)(lambda layer, input, delta: {"scale": input * delta})
+    torch.manual_seed(0)
+    model, x = nn.ModuleList([Weighted(), Named()]), torch.rand(B, 5).double()
+    with gradext.watch(model, train=train) as watch:
+        losses = use(*model, x).square().sum(1)
+    expected = own_gradients(model, use(*model, x).square().sum(1))
+    if train:
+        losses.mean().backward()
+    assert_right(watch.factors(losses).materialize(), expected)

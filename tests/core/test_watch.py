@@ -1119,3 +1119,122 @@ def test_factors_after_a_training_step_take_no_memory_anew(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "clone", lambda t: copied.append(t) or clone(t))
     watch.factors()
     assert [t.data_ptr() for t in copied] == [x.data_ptr()]
+
+
+# --- what others hold or change ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", ["entries", "a part"])
+def test_factors_are_of_one_backward(kind, count, right):
+    """Deltas of one backward and weights of another make nothing: the last through the losses counts, or none."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(linear(), nn.Tanh(), linear()), x_of(count, D)
+    expected = own_gradients(model, squared(model(x)))
+    with gradext.watch(model, train=True) as watch:
+        h = model[0](x)
+        output = model[2](model[1](h))
+        losses = squared(output)
+    output.sum().backward(retain_graph=True)
+    losses.mean().backward(retain_graph=True)
+    if kind == "entries":
+        output.mean().backward(retain_graph=True)
+        right(watch.factors(losses).materialize(), expected)
+    else:
+        torch.autograd.grad(losses.sum(), model[2].bias)
+        with pytest.raises(gradext.CaptureError, match=r"0\.bias.*did not reach linear"):
+            watch.factors(losses)
+
+
+@pytest.mark.parametrize("change", ["an optimizer's step", "random numbers"])
+def test_a_value_that_is_not_made_the_same_again_is_refused(change):
+    """The training step frees the graph from a value to its parameters: what remains is to make it once more."""
+    torch.manual_seed(0)
+    make = F.dropout if change == "random numbers" else torch.tanh
+    model = Net(lambda m, x: m.a(x @ make(m.w)), a=linear(), w=nn.Parameter(torch.randn(D, D)))
+    x = x_of()
+    with gradext.watch(model, train=True) as watch:
+        losses = squared(model(x))
+    losses.mean().backward()
+    if change == "an optimizer's step":
+        torch.optim.SGD(model.parameters(), 1e-6).step()
+    with pytest.raises(gradext.CaptureError, match="w: changed since the forward"):
+        watch.factors()
+
+
+def test_the_caller_may_overwrite_what_the_model_returned_beside_the_losses(right):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(linear(), nn.GELU(), linear()), x_of()
+    expected = own_gradients(model, squared(model(x)))
+    with gradext.watch(model, train=True) as watch:
+        features = model[1](model[0](x))
+        losses = squared(model[2](features))
+    losses.mean().backward()
+    factors = watch.factors()
+    with torch.no_grad():
+        features.zero_()
+    right(factors.materialize(), expected)
+
+
+def halved(m, x):
+    m.decay.mul_(0.5)
+    return m.a(x) * m.other()
+
+
+HOLDERS = {
+    "an attribute": lambda m: setattr(m, "same", m.decay),
+    "a view": lambda m: m.register_buffer("same", m.decay[:]),
+    "a module in evaluation": lambda m: m.b.register_buffer("same", m.decay),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_buffers_that_are_held_twice(holder, mode, right):
+    """A call works on copies of the buffers that training changes: so do all that hold one of them."""
+    torch.manual_seed(0)
+    model, x = Net(halved, a=linear(), decay=torch.ones(D), b=nn.Identity()), x_of()
+    HOLDERS[holder](model)
+    model.b.eval()
+    model.other = lambda: model.b.same if holder == "a module in evaluation" else model.same
+    with mode():
+        found = gradext.batch_layer_grads(model, x, loss=squared)
+    assert torch.equal(model.decay, torch.ones(D))
+    assert torch.equal(model.other(), torch.ones(D))
+    right(found, own_gradients(model, squared(model(x))))
+
+
+def test_a_buffer_that_the_first_forward_makes_stays():
+    def run(m, x):
+        if not m.built:
+            m.register_buffer("scale", torch.ones(D))
+            m.built = True
+        return m.a(x) * m.scale
+
+    model = Net(run, a=linear(), first=torch.ones(D), built=False)
+    gradext.batch_layer_grads(model, x_of(), loss=squared)
+    assert model(x_of()).shape == (B, D)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_one_row_of_input_and_several_samples(several, right):
+    """A run of one sample needs no proof; what makes several samples of one row is no such run."""
+    torch.manual_seed(0)
+    x = (x_of(1, D), x_of()) if several else (x_of(1, B, D),)
+    model = Net(lambda m, *x: m.norm(m.a(x[0] + x[-1]).reshape(B, D)), a=linear(), norm=nn.BatchNorm1d(D))
+    with pytest.raises(gradext.CaptureError, match="samples mix"):
+        gradext.batch_layer_grads(model, x, loss=squared)
+    model.eval()
+    found = gradext.batch_layer_grads(model, x, loss=squared, fallback="error")
+    right(found, own_gradients(model, squared(model(*x))))
+
+
+def test_rows_that_are_picked_in_a_training_step_are_refused_clearly():
+    """Which ones the backward has freed."""
+    model = Net(lambda m, x: m.b(m.a(x)[torch.arange(len(x)), x[:, :, 0].argmax(1)]), a=linear(), b=linear())
+    x = x_of(B, T, D)
+    with gradext.watch(model, train=True) as watch:
+        losses = squared(model(x))
+    losses.mean().backward()
+    with pytest.raises(gradext.CaptureError, match="before the training step's"):
+        watch.factors()
