@@ -131,7 +131,7 @@ class Backward:
             found = [captured[edge.node, edge.output_nr] for edge in edges]
         else:
             keep = self.keep_graph or unseen or self.create_graph or self.mode.differentiated > 0
-            keep = keep or not all(entry.call and all(isinstance(s, Rows) for s in entry.states) for entry in work)
+            keep |= not all((e.call or e.is_elementwise) and all(isinstance(s, Rows) for s in e.states) for e in work)
             found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, self.create_graph)
         for entry, deltas in zip(work, _by_entry(work, found), strict=True):
             entry.deltas = deltas

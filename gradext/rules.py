@@ -72,6 +72,13 @@ class Entry:
         """The call as a fast rule reads it; None where there is none."""
         return _bound(self)
 
+    @functools.cached_property
+    def is_elementwise(self) -> bool:
+        """Whether its gradient is a reduction of δ, or of δ ⊙ the other operand."""
+        plain = (isinstance(o, Tensor) and o.layout is torch.strided and not o.is_complex() for o in self.args[:2])
+        known = self.name in _ELEMENTWISE and len(self.args) > 1 and self.kwargs in ({}, {"alpha": 1}) and all(plain)
+        return known or self.name in _EXPAND
+
     @property
     def name(self) -> str:
         return getattr(self.func, "__name__", None) or str(self.func)
@@ -351,15 +358,11 @@ _EXPAND = {"expand", "expand_as", "broadcast_to"}
 _ELEMENTWISE = _ADD | _SUB | _RSUB | _MUL | _EXPAND
 
 
-def _elementwise(entry: Entry, delta: Tensor, rows: Rows, batch: int) -> list[Share] | None:
-    """One reduction of δ, or of δ ⊙ the other operand, for each value."""
+def _elementwise(entry: Entry, delta: Tensor, rows: Rows, batch: int) -> list[Share]:
+    """One reduction for each value."""
     name, operands = entry.name, entry.args[:2]
     if name in _EXPAND:
         return [_reduced(delta, entry.args[0], entry, rows, batch)]
-    if len(operands) != 2 or entry.kwargs.keys() - {"alpha"} or not all(isinstance(o, Tensor) for o in operands):
-        return None
-    if entry.kwargs.get("alpha", 1) != 1 or any(o.is_complex() or o.layout is not torch.strided for o in operands):
-        return None
     negative = 1 if name in _SUB else 0 if name in _RSUB else None
     found = []
     for k, operand in enumerate(operands):
@@ -400,15 +403,12 @@ def shares(
         )
     with torch.set_grad_enabled(create_graph):
         if call is not None:
-            if not create_graph:
-                call = call._replace(input=call.input.detach())
+            call = call if create_graph else call._replace(input=call.input.detach())
             found = _by_rule(entry, call, deltas[0], rows[0], batch)
             if found is not None:
                 return call.rule, found
-        if len(deltas) == 1 and entry.name in _ELEMENTWISE:
-            found = _elementwise(entry, deltas[0], rows[0], batch)
-            if found is not None:
-                return "elementwise", found
+        if entry.is_elementwise:
+            return "elementwise", _elementwise(entry, deltas[0], rows[0], batch)
         return "general", _general(entry, deltas, rows, batch, create_graph)
 
 

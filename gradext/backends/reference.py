@@ -100,6 +100,11 @@ def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
 
 
+def gradient_elements(device: torch.device) -> int:
+    """Elements of the gradients that a Gram matrix multiplies at once on this device."""
+    return GRADIENT_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+
+
 def samples_a_block(elements: int, device: torch.device) -> int:
     """How many samples of so many elements make a block."""
     return max(1, block_elements(device) // max(1, elements))
@@ -134,6 +139,7 @@ def scaled_factors(delta: Tensor, activation: Tensor, by: Tensor) -> tuple[Tenso
 
 def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, float]:
     """The squared norms of factors [B, T, O] and [B, T, I], and from which size on they have all of their digits."""
+    delta, activation = _narrow_first(delta, activation)
     B, T, O = delta.shape
     I = activation.shape[2]
     pieces = max(1, min(4, T // 32)) if delta.device.type == "cpu" else 1
@@ -150,6 +156,11 @@ def _sq_norm_of_positions(delta: Tensor, activation: Tensor) -> tuple[Tensor, fl
         squares.append(found)
     least = ranges.least_power(1, delta.dtype) * (T * T * lost if by_gram else O * I)
     return squares[0] if len(squares) == 1 else torch.cat(squares), least
+
+
+def _narrow_first(delta: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors, or those of the transposed gradients, whose products have long rows: up to four times as fast."""
+    return (activation, delta) if delta.shape[-1] > activation.shape[-1] else (delta, activation)
 
 
 def _sq_norm_by_gram(delta: Tensor, activation: Tensor, pieces: int) -> tuple[Tensor, float]:
@@ -338,10 +349,11 @@ def gram(delta: Tensor, activation: Tensor, other_delta: Tensor, other_activatio
     d, a, other_d, other_a = widen(delta, activation, other_delta, other_activation)
     if d.ndim == 2:
         return _product(d, other_d.mT) * _product(a, other_a.mT)
+    (d, a), (other_d, other_a) = _narrow_first(d, a), _narrow_first(other_d, other_a)
     (B, T, O), I, (C, S) = d.shape, a.shape[2], other_d.shape[:2]
     if 0 in (B, C, T, S, O, I):
         return d.new_zeros(B, C)
-    step = max(1, (GRADIENT_ELEMENTS if d.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS) // max(1, O * I))
+    step = max(1, gradient_elements(d.device) // max(1, O * I))
     n = 1 if step >= C else math.ceil(B / step)  # for each of which the others' gradients are formed again
     if (B * C + B * T + n * C * S) * O * I < B * C * T * S * (O + I):
         same = delta is other_delta and activation is other_activation

@@ -197,11 +197,18 @@ class EmbeddingFactors(GradFactors):
         return (F.embedding(self.index, self._by_rows(matrix)).to(rows.dtype) * rows).sum((1, 2))
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``Σ_t weight[h, index_bt] · δ_bt`` with weight [H, V, D] -> [B, H]; BHTD operations."""
-        weight = self._matrices(weight, "weight", leading=1)
-        values = [self._dot(functional) for functional in weight]
-        value = torch.stack(values, dim=1) if values else self._zeros_of(len(self), 0)
+        """``Σ_t weight[h, index_bt] · δ_bt`` with weight [H, V, D] -> [B, H]; BHTD operations.
+
+        Or through blocks of gradients, BTD + BHVD, where many functionals make that the lesser.
+        """
+        from .inner import all_pairs
+
+        value = all_pairs(self, GradFactors.of(self._matrices(weight, "weight", leading=1)))
         return value if bias is None else value + bias
+
+    def _linear(self, weight: Tensor) -> Tensor:
+        values = [self._dot(functional) for functional in weight]
+        return torch.stack(values, dim=1) if values else self._zeros_of(len(self), 0)
 
     def _zeros_of(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=accumulation_type(self.dtype), device=self.device)

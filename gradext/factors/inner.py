@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.reference import _row_dots, samples_a_block
+from ..backends.reference import _row_dots, gradient_elements, samples_a_block
 from .convolutions import ConvFactors
 from .embeddings import EmbeddingFactors
-from .numerics import total, widen
+from .numerics import row_sq_norms, total, widen
 from .products import GradFactors
 from .sums import SumFactors
 from .written import WrittenFactors
 
+# The time of a number that is moved, in multiply-adds: one of many in a row, and one that an index picks out.
+MOVED, PICKED = 8, 64
+
 
 def all_pairs(x: GradFactors, y: GradFactors) -> Tensor:
-    """``⟨X[b], Y[c]⟩`` -> [B, C], of factors of one type and device."""
+    """``⟨X[b], Y[c]⟩`` -> [B, C], of factors of one type and device.
+
+    Embeddings and sums are written where that is less work and a gradient is no larger than a block of them.
+    """
+    chosen = any(isinstance(each, (EmbeddingFactors, SumFactors)) for each in (x, y))  # others choose by themselves
+    if chosen and _may_write(x) and _by_gradients_work(x, y) < _pairs_work(x, y):
+        return _by_gradients(x, y)
     if isinstance(x, SumFactors):
         if x is y:
             return total(_of_sum(x))
@@ -29,9 +39,9 @@ def all_pairs(x: GradFactors, y: GradFactors) -> Tensor:
     if isinstance(x, WrittenFactors):
         if isinstance(y, WrittenFactors):
             return x._products(y._flat())
-        return y.linear(x.gradients.reshape(len(x), *y._form)).mT
+        return y._linear(x.gradients.reshape(len(x), *y.shape[1:])).mT
     if isinstance(y, WrittenFactors):
-        return x.linear(y.gradients.reshape(len(y), *x._form))
+        return x._linear(y.gradients.reshape(len(y), *x.shape[1:]))
     if x.shape[1:] == y.shape[1:]:
         if isinstance(x, EmbeddingFactors):
             if not isinstance(y, EmbeddingFactors):
@@ -48,14 +58,109 @@ def all_pairs(x: GradFactors, y: GradFactors) -> Tensor:
 def per_sample(x: GradFactors, y: GradFactors) -> Tensor:
     """``⟨X[b], Y[b]⟩`` -> [B], of factors of one type and device."""
     x, y = _plain(x), _plain(y)
-    for one, other in (x, y), (y, x):
-        if isinstance(one, EmbeddingFactors) and type(other) is GradFactors:
-            return _embedding_product_per_sample(one, other)
+    if not _may_write(x) or _pair_work(x, y) <= _writing_work(x) + _writing_work(y):
+        for one, other in (x, y), (y, x):
+            if isinstance(one, EmbeddingFactors) and type(other) is GradFactors:
+                return _embedding_product_per_sample(one, other)
     step = min(x._block_size(), y._block_size())
     results = []
     for b in range(0, max(1, len(x)), step):
         results.append(_row_dots(*(each[b : b + step]._written_wide()._flat() for each in (x, y))))
     return torch.cat(results)
+
+
+def squares(x: SumFactors) -> Tensor:
+    """``‖X[b]‖²`` -> [B]: of the gradients written, or ``Σ ‖part‖² + 2 Σ ⟨part, part'⟩``, whichever is less work."""
+    pairs = list(x._pairs())
+    work = sum(min(_pair_work(part, part), _writing_work(part)) for part in x.parts)
+    if _may_write(x) and _writing_work(x) < work + sum(_pair_work(*pair) for pair in pairs):
+        return x._over_blocks(lambda gradients: row_sq_norms(gradients.flatten(1)))
+    own = total(part._squares() for part in x.parts)
+    return (own + 2 * total(per_sample(*pair) for pair in pairs)).clamp_min(0)
+
+
+# --- which form is less work -----------------------------------------------------------------------------------------
+
+
+def _may_write(x: GradFactors) -> bool:
+    return math.prod(x.shape[1:]) <= gradient_elements(x.device)
+
+
+def _writing_work(x: GradFactors) -> int:
+    """Of writing one sample's gradient."""
+    if isinstance(x, SumFactors):
+        return sum(map(_writing_work, x.parts))
+    if isinstance(x, WrittenFactors):
+        return 0
+    T, (O, I) = x.positions, x.shape[1:]
+    # An embedding's rows are ordered, those of one index summed, and added to the gradient.
+    summed = 3 * PICKED * T * x.delta_rows.shape[2] if isinstance(x, EmbeddingFactors) else T * O * I
+    return summed + MOVED * O * I
+
+
+def _by_gradients_work(x: GradFactors, y: GradFactors) -> int:
+    """Of `_by_gradients`."""
+    B, C, step = len(x), len(y), _at_once(x)
+    n = 1 if step >= C else math.ceil(B / step)
+    written = n * B * _writing_work(x) if x is y else B * _writing_work(x) + n * C * _writing_work(y)
+    return written + B * C * math.prod(x.shape[1:])
+
+
+def _pairs_work(x: GradFactors, y: GradFactors) -> float:
+    """Of `all_pairs` from what the factors hold."""
+    if isinstance(x, SumFactors):
+        pairs = [(part, other) for i, part in enumerate(x.parts) for other in (x.parts[i:] if x is y else (y,))]
+    elif isinstance(y, SumFactors):
+        pairs = [(x, part) for part in y.parts]
+    else:
+        return len(x) * len(y) * _pair_work(x, y)
+    return sum(min(_pairs_work(*pair), _by_gradients_work(*pair)) for pair in pairs)
+
+
+def _pair_work(x: GradFactors, y: GradFactors) -> float:
+    """Of the inner product of two samples' gradients, neither of them a sum, from what the factors hold."""
+    T, S, (O, I) = x.positions, y.positions, x.shape[1:]
+    embeddings = [each for each in (x, y) if isinstance(each, EmbeddingFactors)]
+    D = embeddings[0].delta_rows.shape[2] if embeddings else 0
+    for one, T_other, functionals in (x, S, len(x)), (y, T, len(y)):
+        if isinstance(one, WrittenFactors):
+            if embeddings:
+                return T_other * D * (1 + 2 * MOVED)
+            return O * I if type(x) is type(y) else O * I * min(T_other, 1 + T_other / max(1, functionals))
+    if not embeddings:
+        return T * S * (O + I + 3 * MOVED)
+    if len(embeddings) == 1:
+        return T * S * (D + PICKED + 2 * MOVED)
+    return T * S * (D + 4 * MOVED) if embeddings[0].by_columns == embeddings[1].by_columns else math.inf
+
+
+def _at_once(x: GradFactors) -> int:
+    return max(1, gradient_elements(x.device) // max(1, math.prod(x.shape[1:])))
+
+
+def _by_gradients(x: GradFactors, y: GradFactors) -> Tensor:
+    """From blocks of the gradients written; n blocks of x, for each of which y's are written again if they are many."""
+
+    def block(factors: GradFactors, start: int) -> WrittenFactors:
+        part = factors[start : start + step]
+        return part if isinstance(part, WrittenFactors) else part._written_wide()
+
+    step, rows, kept = _at_once(x), [], None
+    for b in range(0, max(1, len(x)), step):
+        row, products = block(x, b), []
+        for c in range(0, max(1, len(y)), step):
+            if x is y and c == b:
+                column = row
+            elif kept is None or step < len(y):
+                column = kept = block(y, c)
+            else:
+                column = kept
+            products.append(row._products(column._flat()))
+        rows.append(torch.cat(products, dim=1))
+    return torch.cat(rows)
+
+
+# --- between two kinds -----------------------------------------------------------------------------------------------
 
 
 def _plain(x: GradFactors) -> GradFactors:

@@ -417,7 +417,7 @@ class GradFactors:
         """``K[b, c] = ⟨G[b], G'[c]⟩ = Σ_ts (δ_bt·δ'_cs)(a_bt·a'_cs)`` -> [B, C]; ``other`` defaults to self.
 
         T = 1: BC(O + I). T > 1: BCTS(O + I), or through n blocks of gradients BCOI + (BT + nCS)OI, the lesser. The
-        factors may be of different kinds.
+        factors may be of different kinds; embeddings and sums choose likewise.
 
         >>> GradFactors(activation=torch.eye(2), delta=torch.tensor([[2.0], [3.0]])).gram()
         tensor([[4., 0.],
@@ -453,8 +453,12 @@ class GradFactors:
         >>> torch.allclose(hidden, layer(factors.materialize().flatten(1)), atol=1e-5)
         True
         """
-        value = ops.linear(self.delta, self.activation, self._matrix(weight, leading=1))
+        value = self._linear(self._matrix(weight, leading=1))
         return value if bias is None else value + bias
+
+    def _linear(self, weight: Tensor) -> Tensor:
+        """``⟨G[b], weight[h]⟩`` -> [B, H] of weight [H, O, I]."""
+        return ops.linear(self.delta, self.activation, weight)
 
     # --- projections -------------------------------------------------------------------------------------------------
 

@@ -23,12 +23,12 @@ class SumFactors(GradFactors):
     """The sum of several gradients of each sample for one weight, in factors of different kinds.
 
     Example: for a tied embedding ``parts`` are those of the look-up, `EmbeddingFactors`, and of the head, a product. No
-    one-hot vectors and no gradients are formed unless `materialize` is called. Linear functions of the gradients are
-    sums over the parts; norms and Gram matrices use those of the parts and their inner products; everything else is
-    computed from blocks of gradients. Made by `GradFactors.add`.
+    one-hot vectors are formed. Linear functions of the gradients are sums over the parts; norms and Gram matrices use
+    those of the parts and their inner products; everything else, and these where it is less work, is computed from
+    blocks of gradients. Made by `GradFactors.add`.
 
-    A squared norm is ``Σ ‖part‖² + 2 Σ ⟨part, part'⟩``. If parts nearly cancel, it has fewer correct digits than the
-    norm of the written gradient; negative values from rounding become zero.
+    A squared norm from the parts is ``Σ ‖part‖² + 2 Σ ⟨part, part'⟩``. If parts nearly cancel, it has fewer correct
+    digits than the norm of the written gradient; negative values from rounding become zero.
 
     >>> import torch
     >>> look_up = EmbeddingFactors(torch.tensor([[0, 2], [3, 3]]), torch.rand(2, 2, 5), rows=4)
@@ -146,10 +146,9 @@ class SumFactors(GradFactors):
     # --- norms and inner products ------------------------------------------------------------------------------------
 
     def _squares(self) -> Tensor:
-        from .inner import per_sample
+        from .inner import squares
 
-        squares = total(part._squares() for part in self.parts)
-        return (squares + 2 * total(per_sample(x, y) for x, y in self._pairs())).clamp_min(0)
+        return squares(self)
 
     def _pairs(self) -> Iterable[tuple[GradFactors, GradFactors]]:
         return ((x, y) for i, x in enumerate(self.parts) for y in self.parts[i + 1 :])
@@ -168,8 +167,10 @@ class SumFactors(GradFactors):
         return total(part.dot(reference) for part in self.parts)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``⟨G[b], weight[h]⟩ + bias[h]`` -> [B, H]: the sum of the parts'."""
-        value = total(part.linear(weight) for part in self.parts)
+        """``⟨G[b], weight[h]⟩ + bias[h]`` -> [B, H]: the sum of the parts', or through blocks of gradients."""
+        from .inner import all_pairs
+
+        value = all_pairs(self, GradFactors.of(self._matrices(weight, "weight", leading=1)))
         return value if bias is None else value + bias
 
     # --- projections, statistics and quadratic forms -----------------------------------------------------------------

@@ -22,6 +22,7 @@ from gradext.factors import (
     SumFactors,
     Windows,
     WrittenFactors,
+    inner,
 )
 from gradext.factors.products import flat_form
 
@@ -281,6 +282,87 @@ def test_gram_between_kinds(first):
         if one.gradients.shape[1:] == other.gradients.shape[1:]:
             expected = one.gradients.reshape(3, -1) @ other.gradients.reshape(2, -1).T
             torch.testing.assert_close(one.factors.gram(other.factors), expected, rtol=1e-11, atol=1e-11)
+
+
+def looked_up(B: int, T: int, V: int, D: int, padding_idx: int | None = None, seed: int = 0) -> Case:
+    """An embedding whose indices repeat, and the rows of whose padding are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, max(1, min(V, T // 2)), (B, T), generator=generator)
+
+    def build(rows: Tensor) -> GradFactors:
+        rows = rows if padding_idx is None else rows * (index != padding_idx).unsqueeze(2)
+        return EmbeddingFactors(index, rows, V)
+
+    def written(rows: Tensor) -> Tensor:
+        return torch.einsum("btv,btd->bvd", F.one_hot(index, V).double(), build(rows).delta_rows)
+
+    return Case((random(B, T, D, seed=seed),), build, written, "g")
+
+
+# Whether gradients are written for a Gram matrix: of small vocabularies, and not of large ones.
+LOOKED_UP: dict[str, tuple[bool, Callable[[int, int], Case]]] = {
+    "embedding, small": (True, lambda B, seed: looked_up(B, 61, 7, 5, seed=seed)),
+    "embedding, padding": (True, lambda B, seed: looked_up(B, 61, 7, 5, padding_idx=1, seed=seed)),
+    "embedding, large": (False, lambda B, seed: looked_up(B, 3, 501, 5, seed=seed)),
+    "tied, small": (True, lambda B, seed: summed(looked_up(B, 61, 7, 5, seed=seed), product(B, 59, 7, 5, seed=seed))),
+    "tied, large": (
+        False,
+        lambda B, seed: summed(looked_up(B, 3, 501, 5, seed=seed), product(B, 2, 501, 5, seed=seed)),
+    ),
+    "tied, no look-up": (False, lambda B, seed: summed(looked_up(B, 0, 501, 5), product(B, 2, 501, 5, seed=seed))),
+}
+
+
+@pytest.mark.parametrize("at_once", [None, 70])
+@pytest.mark.parametrize("B", [0, 1, 3, 5])
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_embeddings_and_sums_are_written_where_that_is_less_work(name, B, at_once, monkeypatch):
+    """The form that is less work is taken, in blocks of the size allowed, and each agrees with the gradients."""
+    small, build = LOOKED_UP[name]
+    if at_once is not None:
+        monkeypatch.setattr(reference, "GRADIENT_ELEMENTS", at_once)
+    one, other = build(B, 1), build(2, 2)
+    G, H, bank = one.gradients.flatten(1), other.gradients.flatten(1), random(40, *one.gradients.shape[1:])
+    W = bank.flatten(1)
+    calls = {
+        "gram": (lambda: one.factors.gram(), G @ G.T),
+        "gram other": (lambda: one.factors.gram(other.factors), G @ H.T),
+        "gram written": (lambda: one.factors.gram(GradFactors.of(bank)), G @ W.T),
+        "written gram": (lambda: GradFactors.of(bank).gram(one.factors), W @ G.T),
+        "linear": (lambda: one.factors.linear(bank), G @ W.T),
+        "sq_norm": (lambda: one.factors.sq_norm(), G.square().sum(1)),
+        "dot": (lambda: one.factors.dot(bank), G @ W.T),
+        "cosine": (lambda: one.factors.cosine(bank), torch.cosine_similarity(G[:, None], W[None], dim=2)),
+    }
+    written: list[int] = []
+    original = GradFactors._written_wide
+    monkeypatch.setattr(GradFactors, "_written_wide", lambda self: written.append(len(self)) or original(self))
+    pairs: list[GradFactors] = []
+    of_pair = inner.per_sample
+    monkeypatch.setattr(inner, "per_sample", lambda x, y: pairs.append(x) or of_pair(x, y))
+    for call, (function, expected) in calls.items():
+        written.clear()
+        pairs.clear()
+        torch.testing.assert_close(function(), expected, rtol=1e-11, atol=1e-11, msg=call)
+        if call in ("gram", "gram other") and B > 1:
+            assert bool(written) == small, call
+            assert not written or at_once is None or max(written) * G.shape[1] <= at_once, call
+        if call == "sq_norm" and at_once is None:
+            assert bool(pairs) == (name.startswith("tied") and not small)
+    for less in (-1, math.inf):  # whatever is chosen
+        monkeypatch.setattr(inner, "_may_write", lambda x: True)
+        monkeypatch.setattr(inner, "_by_gradients_work", lambda x, y, less=less: less)
+        monkeypatch.setattr(inner, "_writing_work", lambda x, less=less: less)
+        for call, (function, expected) in calls.items():
+            torch.testing.assert_close(function(), expected, rtol=1e-11, atol=1e-11, msg=call)
+
+
+def test_gradients_larger_than_a_block_are_not_written(monkeypatch):
+    case = LOOKED_UP["tied, small"][1](3, 1)
+    G = case.gradients.flatten(1)
+    monkeypatch.setattr(reference, "GRADIENT_ELEMENTS", G.shape[1] - 1)
+    monkeypatch.setattr(GradFactors, "_written_wide", lambda self: pytest.fail("gradients were written"))
+    torch.testing.assert_close(case.factors.gram(), G @ G.T, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("first", CASES)

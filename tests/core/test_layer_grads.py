@@ -21,6 +21,8 @@ import gradext
 from gradext import BackendError, CaptureError, NonFiniteError, backends
 from gradext.backends import reference
 
+from .common import assert_right, own_gradients
+
 B = 4
 
 
@@ -683,6 +685,37 @@ def test_the_graph_begins_at_the_first_chosen_layer():
     model.decoder.register_forward_hook(lambda module, args, output: seen.update(decoder=output.requires_grad))
     gradext.batch_layer_factors(model, x, layers="decoder")
     assert seen == {"encoder": False, "decoder": True}
+
+
+@pytest.mark.parametrize("operation", [torch.mul, torch.add, torch.sub])
+def test_the_backward_frees_the_graph_as_it_goes(operation):
+    """Also below parameters that are added and multiplied: their rule needs no graph."""
+    saved, alive = [], []
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            saved.append(weakref.ref(self))
+
+    def unpack(kept):
+        alive.append(sum(ref() is not None for ref in saved))
+        return kept.tensor
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.p = nn.Linear(6, 5).double(), nn.Parameter(torch.rand(5).double())
+
+        def forward(self, x):
+            h = self.first(x)
+            with torch.autograd.graph.saved_tensors_hooks(Saved, unpack):
+                h = h.sin().exp()
+            return operation(h, self.p)
+
+    model, x = Model(), torch.rand(4, 6).double()
+    factors = gradext.batch_layer_factors(model, x, loss=lambda output, target: output.square().sum(1))
+    assert alive == [2, 1]  # in the backward of exp, and of sin
+    assert_right(factors.materialize(), own_gradients(model, model(x).square().sum(1)))
 
 
 def test_the_factor_route_never_holds_anything_of_gradient_size():

@@ -69,7 +69,7 @@ def test_columns_of_any_unit_count_alike():
 def test_a_feature_that_saturates_the_model_is_not_normal(score, model, value):
     """Its gradient may be exactly zero: the most normal of all, if nothing else were asked."""
     if model == "autoencoder" and ("latent" in score or score in ("joint_density", "combined_evidence")):
-        model = None
+        model = "auto"
     rng = np.random.default_rng(0)
     X = rng.normal(0, 1, (200, 6)) * 10 + 50
     detector = NoveltyDetector(score, model=model, **SHORT).fit(X)
@@ -165,7 +165,7 @@ def test_tables_are_not_taken_for_images():
         assert not (NoveltyDetector(**SHORT).fit(X).scale_ == 255).any()
 
 
-@pytest.mark.parametrize("model", [None, "conv", ConvVAE((3, 8, 8)), "input_shape"], ids=str)
+@pytest.mark.parametrize("model", ["auto", "conv", ConvVAE((3, 8, 8)), "input_shape"], ids=str)
 def test_channels_last_are_seen_as_channels_first(model):
     """Never scrambled: the same pixels, the same scores."""
     X = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8)).astype(np.uint8)
