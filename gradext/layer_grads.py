@@ -137,7 +137,7 @@ def _gradients(
     if not tensors:
         raise TypeError(f"x: expected a tensor [B, ...], or a tuple or dict that holds one, but got {type(x).__name__}")
     watched = watch(model, inputs=[args, kwargs, target], create_graph=create_graph, **choice)
-    watched.one_sample = written and all(t.shape[:1] == (1,) for t in tensors if t.ndim)
+    watched.one_sample = written and all(t.shape[:1] == (1,) for t in tensors_of([args, kwargs, target]) if t.ndim)
     devices = {parameter.device for parameter in watched.parameters.values()}
     if len(devices) == 1 and tensors[0].device not in devices:
         raise ValueError(
@@ -157,7 +157,7 @@ def _gradients(
                     "or make that operation out of place"
                 )
             root = backward_root(loss, output, target, create_graph=create_graph)
-        wrong = watched.one_sample and len(root.gradient) != 1  # the model makes several samples of its input
+        wrong = watched.one_sample and len(root.gradient) != 1  # it makes several samples of one row: run anew
         found = {} if wrong else watched.gradients(root, keep_graph=False)
     if wrong:
         return _gradients(model, x, loss, target, finite, create_graph, False, **choice)
