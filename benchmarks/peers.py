@@ -201,10 +201,7 @@ class Expected:
     def _gradient(self, index: Sequence[int]) -> Tensor:
         """Of the summed losses of these samples."""
         x, target = tree_map(_double, self.problem.samples(index))
-        return _flat(
-            torch.autograd.grad(self.problem.losses(self.model, x, target).sum(), self.weights, materialize_grads=True),
-            0,
-        )
+        return _flat(torch.autograd.grad(self.problem.losses(self.model, x, target).sum(), self.weights), 0)
 
     @cached_property
     def clipped(self) -> Tensor:
