@@ -129,7 +129,8 @@ class watch:
         self._model, self._train, self._inputs = model, train, inputs
         self._options: dict[str, Any] = {"fallback": fallback, "mixing": mixing, "segments": segments}
         self._options["create_graph"] = create_graph
-        self._selection = select(model, layers, exclude)
+        with lock_of(model):  # in another thread's call a layer may hold something else in a parameter's place
+            self._selection = select(model, layers, exclude)
         self._mode: WatchMode | None = None
         self._context: contextlib.AbstractContextManager[None] | None = None
         self.coverage = Coverage(left_out=dict(self._selection.left_out))
