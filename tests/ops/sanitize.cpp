@@ -13,9 +13,9 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/cpu/threads.h"
-#include "../csrc/cpu/workspace.h"
-#include "../csrc/outer.h"
+#include "../../csrc/cpu/threads.h"
+#include "../../csrc/cpu/workspace.h"
+#include "../../csrc/outer.h"
 
 namespace {
 

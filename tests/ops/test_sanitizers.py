@@ -74,7 +74,7 @@ def test_no_warnings(tmp_path):
 def test_sanitizers(name, tmp_path):
     flags = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread", "-Wno-psabi", *SANITIZERS[name]]
     objects = []
-    for k, (source, own) in enumerate([*sources(), (ROOT / "tests" / "sanitize.cpp", [])]):
+    for k, (source, own) in enumerate([*sources(), (ROOT / "tests/ops/sanitize.cpp", [])]):
         objects.append(tmp_path / f"{k}.o")
         run(COMPILER, *flags, *own, "-c", source, "-o", objects[-1])
     program = tmp_path / "sanitize"
