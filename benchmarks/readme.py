@@ -63,7 +63,7 @@ def models() -> str:
     """How many real models are exact, and milliseconds for some."""
     path = RESULTS / "models.md"
     kept = ("model", "plain", "gradients", "by vmap(grad)", "norms", "training step", "with norms")
-    where = re.search(r"at ([0-9a-f]{7,}\S*), .*(torch \d[^,]+), .* on (.*?)\. ", path.read_text())
+    where = re.search(r"at ([0-9a-f]{7,}\S*), .*?, (torch \d[^,]+), .* on (.*?)\. ", path.read_text())
     if not where:
         raise SystemExit(f"{path}: expected a line 'Made by COMMAND at COMMIT, ... torch VERSION, ... on MACHINE.'")
     title = (
