@@ -41,6 +41,20 @@ class Product(torch.autograd.Function):
         return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
 
 
+class LinearFunction(torch.autograd.Function):
+    """``x @ weight.t()`` for x [B, I] as a custom function."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
 def linear(into: int = D, out: int = D, **options) -> nn.Linear:
     return nn.Linear(into, out, **options)
 

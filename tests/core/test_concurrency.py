@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gradext
 
-from .common import in_threads
+from .common import Product, in_threads
 
 B = 3
 
@@ -54,23 +54,9 @@ class Scale(nn.Module):
 gradext.register_layer(Scale)(lambda layer, input, delta: {"scale": input * delta})
 
 
-class Hidden(torch.autograd.Function):
-    """Multiplies by a weight where gradext cannot see it."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, delta):
-        x, weight = ctx.saved_tensors
-        return delta @ weight.mT, x.mT @ delta
-
-
 class Unseen(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return Hidden.apply(x, self.weight.mT) + self.bias
+        return Product.apply(x, self.weight.mT) + self.bias
 
 
 def chain(middle: nn.Module) -> nn.Sequential:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 import gradext
 from gradext import CaptureError, GradFactors, UnsupportedLayerError, registered
 
+from .common import LinearFunction
+
 B = 4
 
 
@@ -388,25 +390,13 @@ def test_hooks_are_gone_after_an_exception(rule):
 # --- what gradext cannot see ------------------------------------------------------------------------------------------
 
 
-class Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
-
-
 class HiddenUse(nn.Module):
     def __init__(self):
         super().__init__()
         self.a = nn.Linear(5, 5)
 
     def forward(self, x):
-        return self.a(x) + Hidden.apply(x, self.a.weight)
+        return self.a(x) + LinearFunction.apply(x, self.a.weight)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -21,7 +21,7 @@ import gradext
 from gradext import BackendError, CaptureError, NonFiniteError, backends
 from gradext.backends import reference
 
-from .common import assert_right, own_gradients
+from .common import LinearFunction, assert_right, own_gradients
 
 B = 4
 
@@ -1080,18 +1080,6 @@ def test_all_layers_are_one_call_of_a_backend_that_takes_groups(monkeypatch):
 # --- never a wrong number --------------------------------------------------------------------------------------------
 
 
-class Custom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
-
-
 def scripted(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.t())
 
@@ -1131,7 +1119,7 @@ ODD_USES = {
     "in place": lambda m, x: F.linear(x.float(), m.a.weight.float().mul_(2)).double(),
     "weight of weight": lambda m, x: x @ (m.a.weight @ m.a.weight),
     "in containers": lambda m, x: x @ torch.block_diag(*m.hidden[0]),
-    "custom function": lambda m, x: Custom.apply(x, m.a.weight),
+    "custom function": lambda m, x: LinearFunction.apply(x, m.a.weight),
     "scripted": lambda m, x: torch.jit.script(scripted)(x, m.a.weight),
     "made before": lambda m, x: x @ m.made_before,
     "energy": energy,

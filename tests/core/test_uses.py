@@ -70,18 +70,6 @@ def test_ragged_rows_need_not_lie_in_the_first_dimension():
     assert_right(watch.grads(losses), own_gradients(model, losses_of(x)))
 
 
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(context, x, weight):
-        context.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(context, delta):
-        x, weight = context.saved_tensors
-        return delta @ weight.T, x.T @ delta
-
-
 @pytest.mark.filterwarnings("ignore:.*one backward a sample:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"train": True}, {"create_graph": True}], ids=str)
 def test_a_use_that_is_seen_and_one_that_is_not_are_counted_once_each(options):
@@ -89,7 +77,7 @@ def test_a_use_that_is_seen_and_one_that_is_not_are_counted_once_each(options):
     model, x = nn.Linear(5, 5).double(), torch.rand(B, 5).double()
 
     def losses_of(x):
-        return Twice.apply(model(x).tanh(), model.weight).square().sum(1)
+        return Product.apply(model(x).tanh(), model.weight).square().sum(1)
 
     with gradext.watch(model, **options) as watch:
         losses = losses_of(x)
