@@ -1,7 +1,7 @@
 """Twenty planted faults, each of which a named quick test must find: `python -m tests.mutations [ROOM ...]`.
 
 Each fault is one edit of one source file in a copy of the working tree. The named test must pass without the fault and
-fail with it. Prints a table, and fails if a fault is not found or its line is gone. A fault in C++ builds the
+fail with it. Prints a table, and fails if a fault is not found, or its line is not in the file. A fault in C++ builds the
 compiled module again. Rooms: core, operators, detector, data.
 """
 
@@ -173,10 +173,10 @@ def verdict(tree: Path, fault: Fault) -> str:
     path = tree / fault.file
     text = path.read_text()
     if text.count(fault.line) < 1:
-        return "THE LINE IS GONE"
+        return "line not found"
     found, last = passes(tree, fault.tests)
     if not found:
-        return f"FAILS WITHOUT THE FAULT: {last}"
+        return f"fails without the fault: {last}"
     try:
         path.write_text(text.replace(fault.line, fault.fault, 1))
         if path.suffix == ".cpp":
