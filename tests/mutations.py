@@ -1,7 +1,7 @@
 """Twenty planted faults, each of which a named quick test must find: `python -m tests.mutations [ROOM ...]`.
 
 Each fault is one edit of one source file in a copy of the working tree. The named test must pass without the fault and
-fail with it. Prints a table, and fails if a fault is not found, or its line is not in the file. A fault in C++ builds the
+fail with it. Prints a table, and fails if a fault, or its line in the file, is not found. A fault in C++ builds the
 compiled module again. Rooms: core, operators, detector, data.
 """
 
