@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from . import ops
 from .errors import CaptureError, NonFiniteError
 from .factors import Gradient, LayerFactors, LayerGrads
-from .losses import PerSampleLoss, backward_root
+from .losses import PerSampleLoss, backward_root, checked_losses, root_of
 from .rules import tensors_of
 from .selection import LayerChoice
-from .watch import lock_of, watch
+from .watch import watch
 
 
 def batch_layer_grads(
@@ -148,7 +148,7 @@ def _gradients(
     versions = [(t, t._version) for t in tensors if not t.is_inference()]
     # In the backward of a wrapped model replicas would exchange gradients, and wait for each other.
     runs = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    with lock_of(model), buffers_kept(model):  # which the backward may need as the forward has left them
+    with watched.recording(), buffers_kept(model):  # which the backward may need as the forward has left them
         with watched:
             output = output_of(runs(*args, **kwargs), loss)
             if any(target is t and t._version != version for t, version in versions):
@@ -156,7 +156,11 @@ def _gradients(
                     "x: the model overwrites its input in place, which is the target too; pass a target= of its own, "
                     "or make that operation out of place"
                 )
+            losses = loss(output, target) if callable(loss) else None
+        if losses is None:
             root = backward_root(loss, output, target, create_graph=create_graph)
+        else:
+            root = root_of(checked_losses(losses, "loss"))
         wrong = watched.one_sample and len(root.gradient) != 1  # it makes several samples of one row: run anew
         found = {} if wrong else watched.gradients(root, keep_graph=False)
     if wrong:

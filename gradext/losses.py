@@ -48,14 +48,6 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 LOSSES: dict[str, PerSampleLoss] = {f.__name__: f for f in (bce, bce_logits, mse, cross_entropy)}
 
 
-def per_sample_loss(loss: str | PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
-    """The value of ``loss``, as `backward_root` understands it -> [B]."""
-    if callable(loss):
-        return checked_losses(loss(output, target), "loss")
-    loss, target = checked(loss, output, target)
-    return _in_full_precision(LOSSES[loss], output, target)
-
-
 class Root(NamedTuple):
     """Where the backward of Σ_b loss_b begins: an edge of the graph (None: no graph), and the gradient [B, ...] there.
 
@@ -72,20 +64,18 @@ def root_of(losses: Tensor) -> Root:
     return Root(edge, torch.ones_like(losses, requires_grad=False))
 
 
-def backward_root(loss: str | PerSampleLoss, output: Tensor, target: Tensor, *, create_graph: bool = False) -> Root:
-    """The root for ``loss``, a name of `LOSSES`, ``"auto"`` or a callable.
+def backward_root(loss: str, output: Tensor, target: Tensor, *, create_graph: bool = False) -> Root:
+    """The root for ``loss``, a name of `LOSSES` or ``"auto"``.
 
     ``"auto"`` is reconstruction: `bce` where the output ends in a sigmoid, else `mse`. The backward of `bce` begins at
     the input of that sigmoid, with ``p - t``, which stays exact where the sigmoid saturates. With ``create_graph`` the
     gradient itself keeps its graph.
     Raises ValueError or TypeError for a loss, output or target that do not fit.
     """
-    if callable(loss):
-        return root_of(per_sample_loss(loss, output, target))
     loss, target = checked(loss, output, target)
     node = output.grad_fn
     if loss != "bce" or node is None or node.name() != _SIGMOID or output._backward_hooks:
-        return root_of(_in_full_precision(LOSSES[loss], output, target))
+        return root_of(in_full_precision(LOSSES[loss], output, target))
     before, place = node.next_functions[0]
     with torch.set_grad_enabled(create_graph):
         gradient = _widened(output) - target
@@ -165,7 +155,7 @@ def _sum(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1) if values.ndim > 1 else values
 
 
-def _in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
+def in_full_precision(loss: PerSampleLoss, output: Tensor, target: Tensor) -> Tensor:
     output = _widened(output)
     target = target.to(output.dtype) if target.is_floating_point() else target
     with torch.autocast(output.device.type, enabled=False):  # which refuses some of these operators

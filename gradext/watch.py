@@ -46,28 +46,6 @@ def lock_of(model: nn.Module) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-@contextlib.contextmanager
-def _recording(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Gradients are recorded, and of all parameters, so that a use that the mode misses leaves a trace.
-
-    Calls on one model take turns, and compiled code runs as Python. Restores all on exit.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_of(model))
-        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-            stack.enter_context(torch.inference_mode(False))  # which ends `no_grad` too
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.is_autocast_cache_enabled():  # it would keep a cast of every stand-in until the caller's context ends
-            stack.callback(torch.set_autocast_cache_enabled, True)
-            torch.set_autocast_cache_enabled(False)
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                stack.callback(parameter.requires_grad_, False)
-                parameter.requires_grad_(True)
-        yield
-
-
 class watch:
     """Per-sample gradients of whatever runs inside: ``with gradext.watch(model) as watch: losses = ...``.
 
@@ -129,7 +107,8 @@ class watch:
         self._model, self._train, self._inputs = model, train, inputs
         self._options: dict[str, Any] = {"fallback": fallback, "mixing": mixing, "segments": segments}
         self._options["create_graph"] = create_graph
-        with lock_of(model):  # in another thread's call a layer may hold something else in a parameter's place
+        self._lock, self._recorded = lock_of(model), False
+        with self._lock:  # in another thread's call a layer may hold something else in a parameter's place
             self._selection = select(model, layers, exclude)
         self._mode: WatchMode | None = None
         self._context: contextlib.AbstractContextManager[None] | None = None
@@ -155,8 +134,31 @@ class watch:
             context.__exit__(*error)
 
     @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Gradients are recorded, and of all parameters, so that a use that the mode misses leaves a trace.
+
+        Calls on one model take turns, and compiled code runs as Python. Restores all on exit.
+        """
+        with self._lock, contextlib.ExitStack() as stack:
+            if not self._recorded:
+                self._recorded = True
+                stack.callback(setattr, self, "_recorded", False)
+                if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+                    stack.enter_context(torch.inference_mode(False))  # which ends `no_grad` too
+                if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if torch.is_autocast_cache_enabled():  # it would keep a cast of every stand-in until the context ends
+                    stack.callback(torch.set_autocast_cache_enabled, True)
+                    torch.set_autocast_cache_enabled(False)
+                for parameter in self.parameters.values():
+                    if not parameter.requires_grad:
+                        stack.callback(parameter.requires_grad_, False)
+                        parameter.requires_grad_(True)
+            yield
+
+    @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        with _recording(self._model, self.parameters.values()):
+        with self.recording():
             attached = self._train or self._options["create_graph"]
             self._mode = mode = WatchMode(self._model, self._selection, attached=attached, train=self._train)
             if self._inputs is not None:
@@ -184,7 +186,7 @@ class watch:
 
         keep_graph: the graph of the losses, for further calls.
         """
-        with _recording(self._model, self.parameters.values()):
+        with self.recording():
             return Backward(self._finished(), self.coverage, root, weights, keep_graph, **self._options).run()
 
     def _gradients_of(self, losses: Tensor | None) -> dict[str, Gradient]:

@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradext
-from gradext.losses import LOSSES, per_sample_loss
+from gradext.losses import LOSSES, checked, in_full_precision
+
+
+def per_sample_loss(name, output, target):
+    loss, target = checked(name, output, target)
+    return in_full_precision(LOSSES[loss], output, target)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 3), (5, 2, 3, 4), (0, 3), (5, 0)])
