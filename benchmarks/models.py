@@ -8,12 +8,14 @@ against the peers at several batch sizes; the table here is of 16 samples, and o
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from gradext.novelty import VAE
 
@@ -21,6 +23,7 @@ from . import measure
 from .peers import ROUTES, Case, Problem
 
 T, VOCABULARY = 64, 1000
+CALLS = 5  # that are profiled
 SIZE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -125,7 +128,7 @@ COLUMNS = {  # heading -> route
 }
 
 
-def row(problem: Problem, seconds: float) -> list[str]:
+def times(problem: Problem, seconds: float) -> list[str]:
     """The best times in ms, each result checked before; ratios to the plain one, of the last to the plain step."""
     calls = {heading: ROUTES[key].setup(problem) for heading, key in COLUMNS.items()}
     for heading, key in COLUMNS.items():
@@ -135,6 +138,23 @@ def row(problem: Problem, seconds: float) -> list[str]:
     ms = {heading: times["best"] for heading, times in measure.in_turns(calls, seconds).items()}
     base = dict.fromkeys(list(COLUMNS)[1:-2], ms["plain"]) | {"with norms": ms["training step"]}
     return [f"{t:.2f} ({t / base[h]:.2f})" if h in base else f"{t:.2f}" for h, t in ms.items()]
+
+
+def added(problem: Problem, top: int = 6) -> list[list[str]]:
+    """Which of torch's operators take the time that norms add to a training step: rows of ms, without and with them."""
+    found = []
+    for key in ("training step: step", "gradext: step norms"):
+        call = ROUTES[key].setup(problem)
+        for _ in range(3):
+            call()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            for _ in range(CALLS):
+                call()
+        found.append(Counter({e.key: e.self_cpu_time_total / 1e3 / CALLS for e in profiled.key_averages()}))
+    plain, watched = found
+    most = sorted({*plain, *watched}, key=lambda key: plain[key] - watched[key])[:top]
+    rows = [("all", plain.total(), watched.total()), *((key, plain[key], watched[key]) for key in most)]
+    return [[problem.case.name, key, f"{a:.1f}", f"{b:.1f}", f"{(b - a) / plain.total():.1%}"] for key, a, b in rows]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -159,10 +179,27 @@ def main(arguments: list[str] | None = None) -> None:
     problems = [Problem(case, 16) for case in CASES.values()]
     problems += [Problem(case, 1) for case in ALONE]
     for problem in problems:
-        lines.append("| " + " | ".join([problem.case.name, *row(problem, options.seconds)]) + " |")
+        lines.append("| " + " | ".join([problem.case.name, *times(problem, options.seconds)]) + " |")
         print(lines[-1], flush=True)
-        if options.out:
-            options.out.write_text("\n".join(lines) + "\n")
+    heading = [
+        "",
+        "## What norms add to a training step",
+        "",
+        "Own time of torch's operators, ms, without and with norms, as its profiler sees them; the share is of the whole "
+        "plain step. `bmm` makes the norms; other operators are slower where memory that the factors hold cannot be "
+        "used again. What is not torch's operators is left out.",
+        "",
+        "| model | operator | plain | with norms | added |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += heading
+    print("\n".join(heading), flush=True)
+    for problem in problems[: len(CASES)]:
+        rows = ["| " + " | ".join(row) + " |" for row in added(problem)]
+        lines += rows
+        print("\n".join(rows), flush=True)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
