@@ -113,7 +113,7 @@ class Backward:
             for k, output in enumerate(entry.outputs):
                 dims = [d for d, size in enumerate(output.shape) if size == len(segments)]
                 if dims and not isinstance(entry.states[k], Rows):
-                    rows = Rows(dims[0], owners=segments.to(output.device).long())
+                    rows = Rows(dims[0], owners=segments.to(entry.device).long())
                     entry.states[k] = Unproved("segments", rows)
 
     # --- deltas -------------------------------------------------------------------------------------------------------
@@ -127,14 +127,14 @@ class Backward:
             for entry in work:
                 if any((edge.node, edge.output_nr) not in captured for edge in entry.edges):
                     raise CaptureError(f"{listed(entry.names)}: the last backward did not reach {entry.name}; {BEFORE}")
-                entry.spent = True
+            keep = False
             found = [captured[edge.node, edge.output_nr] for edge in edges]
         else:
             keep = self.keep_graph or unseen or self.create_graph or self.mode.differentiated > 0
-            keep |= not all((e.call or e.is_elementwise) and all(isinstance(s, Rows) for s in e.states) for e in work)
+            keep = keep or row_rules.capturing(self.root.gradient) or any(entry.needs_graph() for entry in work)
             found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, self.create_graph)
         for entry, deltas in zip(work, _by_entry(work, found), strict=True):
-            entry.deltas = deltas
+            entry.deltas, entry.spent = deltas, not keep
 
     def _undo_weights(self, told: list[Entry], lost: list[Entry], unseen: list[str]) -> None:
         """From the deltas of weighted losses those of each sample's own loss; in place where nobody else holds them."""
@@ -314,7 +314,7 @@ def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor
 
     def delta_of(entry: Entry, output: Tensor, found: Tensor | None) -> Tensor:
         if found is None:  # the losses do not depend on this output
-            return output.new_zeros(output.shape)
+            return torch.zeros(output.shape, dtype=output.dtype, device=entry.device)
         return found if entry.direct else row_rules.delta_of_view(output, found)
 
     parts = cut(found, (len(entry.edges) for entry in work))

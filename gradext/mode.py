@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from . import rows as row_rules
 from .losses import Root
-from .rows import base_of
 from .rules import Entry, is_in_place, tensors_of
 from .selection import Selection
 
@@ -332,10 +332,12 @@ class WatchMode(TorchFunctionMode):
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
             named = [self.values[i].names for i in stand_ins]
             # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
-            bases = outputs if inner else [t if (base := base_of(t)) is None else base for t in outputs]
+            bases = outputs if inner else [t if (base := row_rules.base_of(t)) is None else base for t in outputs]
             edges, ends = list(map(get_gradient_edge, bases)), list(map(get_gradient_edge, inner or outputs))
             entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None)
             if not is_in_place(entry.func):
+                if len(outputs) == 1 and (entry.call or entry.is_elementwise):
+                    entry.outputs = [row_rules.form_of(outputs[0])]
                 used = (*others, *(value.tensor for value in found if not value.names))
                 entry.versions = [(t, t._version) for t in used]
             for kind in ("cpu", "cuda"):
