@@ -6,6 +6,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -1240,3 +1241,26 @@ def test_rows_that_are_picked_in_a_training_step_are_refused_clearly():
     losses.mean().backward()
     with pytest.raises(gradext.CaptureError, match="before the training step's"):
         watch.factors()
+
+
+def test_outputs_of_layers_are_not_held():
+    held = []
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(3, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            before = self.linear(x)
+            after = before * self.scale
+            held.extend(map(weakref.ref, (before, after)))
+            return after.sum(-1)
+
+    model = Scaled()
+    with gradext.watch(model) as watch:
+        losses = model(torch.rand(5, 2, 3)).square().sum(1)
+    before, after = (reference() for reference in held)
+    assert before is not None  # the input of the product
+    assert after is None
+    assert watch.factors(losses).norm().shape == (5,)
