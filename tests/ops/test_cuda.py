@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from gradext import GradFactors, LayerFactors, backends, ranges
-from gradext.backends import cuda
+from gradext.backends import cpu, cuda
 from gradext.backends.reference import accumulation_type
 from gradext.factors import ConvFactors, Windows
 
@@ -129,9 +129,7 @@ def built(tmp_path_factory, cuda_includes):
 @pytest.fixture
 def emulator(built, monkeypatch):
     """`gradext.backends.cuda` over the emulated kernels, for CPU tensors."""
-    C = built.C
-    monkeypatch.setattr(cuda, "_C", C)
-    monkeypatch.setattr(cuda, "_CODE", {F32: C.F32, F64: C.F64, F16: C.F16, BF16: C.BF16})
+    monkeypatch.setattr(cuda, "_C", built.C)
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     built.configure()
     return built
@@ -296,13 +294,13 @@ def test_group_of_several_types_and_positions(emulator):
 
 
 def test_problems_of_different_types_are_refused(emulator):
-    fields = [cuda._outer_fields(*problem(2, None, 3, 4, dtype)) for dtype in (F32, F64)]
+    fields = [cpu.outer_fields(*problem(2, None, 3, 4, dtype)) for dtype in (F32, F64)]
     with pytest.raises(ValueError, match="expected one pair of types"):
         emulator.C.outer_cuda(fields, -1, 0)
     with pytest.raises(ValueError, match="expected a tuple of 17 integers, but got 3"):
         emulator.C.outer_cuda([(1, 2, 3)], -1, 0)
     with pytest.raises(ValueError, match="no kernel for this pair"):
-        emulator.C.outer_cuda([cuda._outer_fields(*problem(2, None, 3, 4, F64, F32))], -1, 0)
+        emulator.C.outer_cuda([cpu.outer_fields(*problem(2, None, 3, 4, F64, F32))], -1, 0)
 
 
 # --- squared norms ---------------------------------------------------------------------------------------------------
@@ -333,8 +331,8 @@ def norms_by(emulator, delta, activation, route, splits):
     wide = accumulation_type(delta.dtype)
     memory = torch.full((B + 2,), CANARY, dtype=wide)
     shares = torch.full((B * splits + 2,), CANARY, dtype=wide)
-    fields = cuda._norm_fields(delta, activation)
-    code, out = cuda._CODE[delta.dtype], memory[1:].data_ptr()
+    fields = (delta.data_ptr(), activation.data_ptr(), *cpu.sizes(delta, activation))
+    code, out = cpu.CODE[delta.dtype], memory[1:].data_ptr()
     C.sq_norm_cuda([fields], [(C.SQ_NORM_ROUTES.index(route), splits)], code, out, shares[1:].data_ptr(), -1, 0)
     for buffer in (memory, shares):
         assert buffer[0] == CANARY
@@ -431,7 +429,7 @@ def plans(emulator, dtype, *sizes):
     emulator.configure(multiprocessors=132)
     fields = [(0, 0, *size, *[0] * 6) for size in sizes]
     names = emulator.C.SQ_NORM_ROUTES
-    return [(names[route], splits) for route, splits in emulator.C.sq_norm_plan(fields, cuda._CODE[dtype], -1)]
+    return [(names[route], splits) for route, splits in emulator.C.sq_norm_plan(fields, cpu.CODE[dtype], -1)]
 
 
 def test_plan_takes_the_cheaper_route(emulator):
@@ -638,7 +636,7 @@ def test_results_beyond_32_bit_indices(T, I, emulator):
 
 
 def test_failed_calls_say_what_and_where(emulator):
-    fields = cuda._outer_fields(*problem(2, None, 3, 4))
+    fields = cpu.outer_fields(*problem(2, None, 3, 4))
     with pytest.raises(
         RuntimeError, match=r"outer_cuda: cudaSetDevice failed: .*InvalidDevice, B=2, T=1, O=3, I=4, de.* 99"
     ):
@@ -647,7 +645,7 @@ def test_failed_calls_say_what_and_where(emulator):
     with pytest.raises(
         RuntimeError, match=r"sq_norm_cuda: cudaSetDevice failed: .*B=2, T=1, O=3, I=4, device 99, sm_90"
     ):
-        emulator.C.sq_norm_cuda([norm], [(1, 1)], emulator.C.F32, fields[2], fields[2], 99, 0)
+        emulator.C.sq_norm_cuda([norm], [(1, 1)], cpu.CODE[F32], fields[2], fields[2], 99, 0)
 
 
 @pytest.mark.parametrize(

@@ -547,16 +547,14 @@ def test_failed_cuda_calls_say_what_and_where_and_leave_nothing_behind():
         pytest.skip(BACKENDS["cuda"].available())
     delta, activation, *_ = factors(2, None, 3, 4)
     out = torch.empty(2, 3, 4, device=DEVICE)
-    fields = BACKENDS["cuda"]._outer_fields(delta, activation, out, None, None)
+    fields = BACKENDS["cpu"].outer_fields(delta, activation, out)
     message = r"{} failed: .*cudaErrorInvalidDevice.*B=2.*I=4.*device 99"
     with pytest.raises(RuntimeError, match="outer_cuda: " + message.format("cudaSetDevice")):
         native.C.outer_cuda([fields], 99, 0)
-    norm = (*fields[:13], native.C.F32)
+    norm = (*fields[:2], *fields[3:13])
     with pytest.raises(RuntimeError, match="sq_norm_cuda: " + message.format("cudaSetDevice")):
-        native.C.sq_norm_cuda(norm, 0, 1, out.data_ptr(), 99, 0)
-    with pytest.raises(RuntimeError, match="sq_norm_cuda: " + message.format("cudaDeviceGetAttribute")):
-        native.C.sq_norm_plan(2, 5, 3, 4, 99)
-    wrong = (*fields[:15], native.C.F64, native.C.F32, *fields[17:])
+        native.C.sq_norm_cuda([norm], [(1, 1)], 0, out.data_ptr(), out.data_ptr(), 99, 0)
+    wrong = (*fields[:15], 1, 0)  # from fp64 to fp32
     with pytest.raises(ValueError, match="no kernel for this pair"):
         native.C.outer_cuda([wrong], DEVICE.index, 0)
     assert_right("outer", (delta, activation), ops.outer(delta, activation, backend="cuda"))

@@ -29,7 +29,6 @@ TYPES = [
     (torch.float32, torch.float16),
     (torch.float32, torch.bfloat16),
 ]
-CODES = {} if C is None else dict(zip([o for _, o in TYPES], [C.F32, C.F64, C.F16, C.BF16], strict=True))
 CANARY = 7.0
 ISAS = [] if C is None else C.build_config()["cpu_isas"]
 
@@ -37,18 +36,7 @@ ISAS = [] if C is None else C.build_config()["cpu_isas"]
 def kernel(delta, activation, out, threads=1, stream_from=-1, isa=""):
     """The C function itself on [B, T, ·] tensors."""
     (B, T, O), I = delta.shape, activation.shape[2]
-    C.outer_cpu(
-        *(t.data_ptr() for t in (delta, activation, out)),
-        *(B, T, O, I),
-        *delta.stride(),
-        *activation.stride(),
-        *out.stride()[:2],
-        CODES[delta.dtype],
-        CODES[out.dtype],
-        threads,
-        stream_from,
-        isa,
-    )
+    C.outer_cpu(cpu.outer_fields(delta, activation, out), threads, stream_from, isa)
     return out
 
 
@@ -178,7 +166,8 @@ def test_negative_strides():
     delta, activation = factors(4, 1, 3, 11)
     out = torch.empty(4, 3, 11)
     last = lambda t: t.data_ptr() + (t.numel() - 1) * 4  # noqa: E731
-    C.outer_cpu(last(delta), last(activation), out.data_ptr(), 4, 1, 3, 11, -3, 0, -1, -11, 0, -1, 33, 11, 0, 0, 1, 0)
+    fields = (last(delta), last(activation), out.data_ptr(), 4, 1, 3, 11, -3, 0, -1, -11, 0, -1, 33, 11, 0, 0)
+    C.outer_cpu(fields, 1, 0)
     assert_correct(out, delta.flip(0, 2), activation.flip(0, 2))
 
 
