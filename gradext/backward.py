@@ -145,21 +145,24 @@ class Backward:
             raise CaptureError(f"{listed(dict.fromkeys(names))}: used {at}: it takes one backward a sample; {BEFORE}")
         scale, done = self.weights.reciprocal(), set()
         deltas = [delta for entry in told for delta in entry.deltas]
-        parts = Counter(place[0] for place in set(map(_place, deltas)))  # different ones of one storage
+        places = {id(delta): _place(delta) for delta in deltas}
+        parts = Counter(place[0] for place in set(places.values()))  # different ones of one storage
         shared = held_elsewhere([*filter(torch.is_tensor, self.mode.captured.values()), *deltas])
         for entry in told:
             for k, (delta, rows) in enumerate(zip(entry.deltas, entry.rows, strict=True)):
-                if _place(delta) in done:
+                place = places[id(delta)]
+                if place in done:
                     continue
                 own = scale.to(delta.dtype)
                 if self.batch > 1:
-                    own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
+                    if rows.owners is not None or delta.shape[rows.dim] > self.batch:
+                        own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
                     own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
-                if shared(delta) or 0 in delta.stride() or parts[memory(delta)] > 1:
+                if shared(delta) or 0 in delta.stride() or parts[place[0]] > 1:
                     entry.deltas[k] = delta * own
                 else:
                     delta.mul_(own)
-                    done.add(_place(delta))
+                    done.add(place)
 
     # --- whose rows are whose -----------------------------------------------------------------------------------------
 

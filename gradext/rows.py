@@ -443,10 +443,10 @@ def base_of(output: Tensor) -> Tensor | None:
 def form_of(output: Tensor) -> Tensor:
     """An output without its numbers, whose memory it does not hold: on the meta device, and a view where it is one."""
     base = base_of(output)
-    if base is None:
-        return torch.empty_like(output, device="meta")
-    form = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device="meta", requires_grad=True)
-    return form.as_strided(output.shape, output.stride(), output.storage_offset() - base.storage_offset())
+    held = output if base is None else base
+    form = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta", requires_grad=True)
+    offset = output.storage_offset() - held.storage_offset()
+    return form if base is None else form.as_strided(output.shape, output.stride(), offset)
 
 
 def _as_base(output: Tensor, base: Tensor) -> bool:
