@@ -8,7 +8,7 @@ one level outliers, as many of either. CURE-TSR comes from ``DIR/CURE-TSR`` (`gr
 default at 28x28, as in its authors' code. The classifier sees every weight of the last layer: the narrow defaults
 of the VAE and the classifier keep its own weights to 12 million, where 400 and 64 would need 79 million.
 
-Beside them two-sided scores by spatial frequency (`fit_spectral`): blur makes gradients smaller, in the high frequencies.
+Beside them two-sided scores by spatial frequency (`fit_spectral`): blur makes gradients smaller at high frequencies.
 
 Where it is not there, or with ``--stand-in``, the same runs on BelgiumTSC, the 14 sign types of CURE-TSR at 32x32, with
 the five conditions simulated at five levels (`simulate`): a stand-in, and everything that is printed says so.
@@ -265,7 +265,8 @@ def fit_spectral(
         scale = StandardScaler().fit(values)
         normal = ShrunkCovariance().fit(scale.transform(values))
         square = lambda values: normal.mahalanobis(scale.transform(values))[:, None]  # noqa: E731
-        return lambda found, z=StandardScaler().fit(square(values)): z.transform(square(found))[:, 0]
+        z = StandardScaler().fit(square(values))
+        return lambda found: z.transform(square(found))[:, 0]
 
     image, bands, gradient, error = numbers(x)
     of_image, of_gradient = density(image), density(gradient)
