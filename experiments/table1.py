@@ -203,7 +203,7 @@ def render(rows: Sequence[dict], picture: str) -> str:
     """The table: means over folds and seeds; the spread is the standard deviation of a run's average over classes."""
     dataset, repeats = rows[0]["dataset"], _repeats(rows)
     classes = sorted({row["inlier"] for row in rows})
-    head = ["AUROC", *map(str, classes), "average", "spread", "variance over classes"]
+    head = ["AUROC", *(CLASS_NAMES[dataset][c] for c in classes), "average", "spread", "variance over classes"]
     lines = []
     for name in (name for name in (*CLASSIFIER_SCORES, *SCORES) if runs.has_score(rows, name)):
         values = values_of(rows, name)
