@@ -370,9 +370,8 @@ def draw(rows: Sequence[dict]) -> Figure:
         axes = figure.subplots(1, len(CONDITIONS), sharey=True)
         for k, (ax, condition) in enumerate(zip(axes, CONDITIONS, strict=True)):
             for name, (colour, style) in CURVES.items():
-                label = name.replace("_", " ").replace("two sided", "two-sided") + (
-                    "" if name.endswith("classifier") else ", label-free"
-                )
+                label = name.replace("_", " ").replace("two sided", "two-sided")
+                label += "" if name.endswith("classifier") else ", label-free"
                 ax.plot(
                     LEVELS, _mean(rows, name)[k], color=colour, linestyle=style, marker="o", markersize=3.5, label=label
                 )
