@@ -26,9 +26,9 @@ DIRECTION_LENGTH, MAGNITUDE_SPREAD = 30.0, 10.0
 class GradientFeatures:
     """Magnitude and direction of gradients as separate inputs, ``[30 g/‖g‖, 10 z(log ‖g‖)]`` -> [N, O·I + 1].
 
-    The length 30 is an option of `features`. Norms of raw gradients differ by orders of magnitude, which hides their direction from a classifier and saturates
+    Norms of raw gradients differ by orders of magnitude, which hides their direction from a classifier and saturates
     its sigmoids. z standardises with the mean and standard deviation of the training inliers' log-norms. The direction
-    is stored as factors with scaled deltas.
+    is stored as factors with scaled deltas; its length 30 is an option of `features`.
     """
 
     direction: GradFactors

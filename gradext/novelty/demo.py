@@ -75,8 +75,8 @@ def evaluate_class(
 ) -> ClassResult:
     """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers.
 
-    ``channels``: of a `ConvVAE`; None: a `VAE` with ``hidden_dim``. ``direction_length``: see `features`. ``seed`` is for the split, ``model_seed`` (default:
-    the same) for everything else; ``penalty`` as for `train`.
+    ``channels``: of a `ConvVAE`; None: a `VAE` with ``hidden_dim``. ``seed`` is for the split, ``model_seed`` (default:
+    the same) for everything else; ``penalty`` as for `train`, ``direction_length`` as for `features`.
     """
     split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
     seed = seed if model_seed is None else model_seed

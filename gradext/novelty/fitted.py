@@ -55,7 +55,7 @@ class FittedScore:
         whiteners = {name: state.pop(name, None) for name in WHITENERS}
         classifier = copy.deepcopy(self.classifier)
         classifier.load_state_dict(state)
-        featurize = Features(self.features.representation, mean, std, **whiteners)
+        featurize = replace(self.features, mean=mean, std=std, **whiteners)
         return replace(self, features=featurize, classifier=classifier)
 
     def to(self, device: torch.device | str) -> FittedScore:
