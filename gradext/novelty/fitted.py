@@ -52,7 +52,7 @@ class FittedScore:
             return replace(self, statistics=Statistics.from_tensors(tensors))
         state = dict(tensors)
         mean, std = state.pop("features").tolist()
-        whiteners = {name: state.pop(name, None) for name in WHITENERS}
+        whiteners: Any = {name: state.pop(name, None) for name in WHITENERS}
         classifier = copy.deepcopy(self.classifier)
         classifier.load_state_dict(state)
         featurize = replace(self.features, mean=mean, std=std, **whiteners)
