@@ -80,10 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden-dim", type=int, default=128, metavar="N", help="of the VAE")
     parser.add_argument("--classifier-dim", type=int, default=32, metavar="N", help="hidden units of the classifiers")
     options = parser.parse_args(arguments)
-    data_dir = options.data_dir or os.environ.get("GRADEXT_DATA")
-    if not data_dir:
-        parser.error("traffic signs are read from local files: pass --data-dir DIR or set GRADEXT_DATA")
-    kind = "cure-tsr" if Path(data_dir, "CURE-TSR").is_dir() and not options.stand_in else "stand-in"
+    data_dir = options.data_dir or os.environ.get("GRADEXT_DATA", "")
+    has_cure_tsr = bool(data_dir) and Path(data_dir, "CURE-TSR").is_dir()
+    kind = "cure-tsr" if has_cure_tsr and not options.stand_in else "stand-in"
     if kind == "stand-in":
         print(STAND_IN)
     epochs = 5 if options.quick else None
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work = functools.partial(evaluate, data_dir=data_dir)
     rows = runs.run(options.out / f"{name}.jsonl", tasks, work, jobs=options.jobs, description=name)
     draw(rows).savefig(options.out / f"{name}.png")
-    if kind == "stand-in":
+    if kind == "stand-in" and data_dir:
         contact_sheet(read_belgiumtsc(data_dir)).savefig(options.out / f"{name}-conditions.png")
     text = render(rows, name)
     (options.out / f"{name}.md").write_text(text)
@@ -116,6 +115,8 @@ class Signs:
 def read_belgiumtsc(data_dir: str | Path) -> Signs:
     """The 14 sign types of CURE-TSR from BelgiumTSC's archive, original split; a group is a track of frames."""
     path = Path(data_dir, ARCHIVE)
+    if not data_dir:
+        raise datasets.DatasetError("traffic signs are read from local files: pass --data-dir DIR or set GRADEXT_DATA")
     if not path.is_file():
         raise datasets.DatasetError(
             f"BelgiumTSC: expected {path}, got nothing; or CURE-TSR in {Path(data_dir, 'CURE-TSR')}"
