@@ -166,19 +166,25 @@ def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
 
     def roc(ax) -> None:
         plots.draw_roc(ax, {unit: novelty}, outlier)
-        ax.legend(loc="lower right", fontsize=9)
+        ax.legend(loc="best", fontsize=9)
 
-    drawn = [distribution, lambda ax: plots.draw_reliability(ax, known, band)]
+    drawn = {
+        "histogram of the novelties": distribution,
+        "reliability of the p-values": lambda ax: plots.draw_reliability(ax, known, band),
+    }
     if both:
-        drawn += [roc, lambda ax: plots.draw_precision_recall(ax, novelty, outlier)]
+        drawn |= {
+            "receiver operating characteristic": roc,
+            "precision over recall": lambda ax: plots.draw_precision_recall(ax, novelty, outlier),
+        }
     pictures = ""
-    for draw in drawn:
+    for name, draw in drawn.items():
         with rc_context(plots.STYLE):
             figure = Figure(figsize=(5.6, 4), facecolor="white", layout="constrained")
             draw(figure.subplots())
             content = io.BytesIO()
             figure.savefig(content, format="svg", metadata={"Date": None})
-        pictures += f'<img class="plot" alt="plot of the scores" src="{_data("image/svg+xml", content.getvalue())}">'
+        pictures += f'<img class="plot" alt="{name}" src="{_data("image/svg+xml", content.getvalue())}">'
     return f'<div class="plots">{pictures}</div>'
 
 
