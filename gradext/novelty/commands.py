@@ -257,6 +257,7 @@ def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
     _warn_of_calibration(detector, arguments.target_fpr)
     if arguments.target_fpr is not None:
         detector.offset_ = -detector.threshold(arguments.target_fpr)
+        detector.target_fpr = arguments.target_fpr
     source = _source(
         arguments, image_format=detector.image_format_, part="test",
         fitted_columns=getattr(detector, "feature_names_in_", None),
