@@ -442,7 +442,8 @@ def draw_memory(results: Results) -> Figure | None:
         sizes = [row["routes"][key]["bytes"] / 1e6 for key in keys]
         ax.barh(positions, sizes, color=[BLUE if ours(key) else "#c3c9d0" for key in keys])
         for position, size in zip(positions, sizes, strict=True):
-            ax.text(size + top / 1e6 * 0.012, position, f"{size:,.3g}", va="center", fontsize=9, color=INK)
+            shown = f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
+            ax.text(size + top / 1e6 * 0.012, position, shown, va="center", fontsize=9, color=INK)
         ax.axvline(row["bytes"] / 1e6, color=INK, linewidth=1, linestyle="--")
         ax.set_yticks(positions, [key.replace(": ", ", ") for key in keys])
         ax.invert_yaxis()
