@@ -12,8 +12,10 @@ import torch
 from gradext.backends import triton
 from gradext.backends.reference import accumulation_type
 
+from . import common
+from .common import CANARY
+
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CANARY = 7.0
 # (B, T or None, O, I): ones, odd sizes, rows shorter than 16 bytes, whole and cut vectors, tiles with edges, T below,
 # at and beyond a tile, by either route of the norms, and nothing.
 SHAPES = [
@@ -50,9 +52,8 @@ def draw(device, dtype, *shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
-def factors(module, B, T, O, I, dtype=torch.float32, seed=0):
-    leading = (B,) if T is None else (B, T)
-    return [draw(module.DEVICE, dtype, *leading, n, seed=seed + k) for k, n in enumerate((O, I))]
+def factors(module, *shape_type_and_seed, **options):
+    return common.factors(*shape_type_and_seed, **options, device=module.DEVICE)
 
 
 def others(module, T, O, I, dtype):

@@ -20,6 +20,8 @@ from gradext.backends import cpu, cuda
 from gradext.backends.reference import accumulation_type
 from gradext.factors import ConvFactors, Windows
 
+from .common import CANARY, assert_nothing_else_written, factors, guarded
+
 pytestmark = pytest.mark.medium
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,30 +31,9 @@ SANITIZERS = os.environ.get("GRADEXT_TEST_SANITIZERS")  # set by test_sanitizers
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 PAIRS = [(F32, F32), (F32, F16), (F32, BF16), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32), (F64, F64)]
 TYPES = (F32, F64, F16, BF16)
-CANARY = 7.0
 
 if not CSRC.is_dir():
     pytest.skip("no sources beside the tests", allow_module_level=True)
-
-
-def factors(B, T, O, I, dtype=F32, seed=0):
-    """[B, T, O] and [B, T, I], or without T where it is None."""
-    generator = torch.Generator().manual_seed(seed)
-    leading = (B,) if T is None else (B, T)
-    return [torch.randn(*leading, n, generator=generator, dtype=F64).to(dtype) for n in (O, I)]
-
-
-def guarded(B, O, I, dtype, gap_o=0, gap_b=0, offset=0):
-    """An output with gaps between rows and samples, and the memory around it full of canaries."""
-    out_o, out_b = I + gap_o, O * (I + gap_o) + gap_b
-    memory = torch.full((offset + B * out_b + 64,), CANARY, dtype=dtype)
-    return memory, memory.as_strided((B, O, I), (out_b, out_o, 1), offset)
-
-
-def assert_nothing_else_written(memory, out):
-    outside = torch.ones_like(memory, dtype=torch.bool)
-    outside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
-    assert (memory[outside] == CANARY).all()
 
 
 def assert_outer(out, delta, activation):

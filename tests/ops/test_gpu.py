@@ -28,7 +28,6 @@ DEVICE = torch.device("cuda", torch.cuda.current_device())
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = ("cuda", "triton")
 NAMES = ("outer", "sq_norm", "dot", "linear", "gram")
-CANARY = 7.0
 # (B, T or None, O, I): ones, odd sizes, rows shorter than 16 bytes, whole and cut vectors, tiles with edges, many T.
 SHAPES = [
     *((1, None, 1, 1), (3, None, 5, 7), (2, None, 33, 129), (4, None, 784, 400), (7, None, 10, 16), (2, None, 3, 2)),

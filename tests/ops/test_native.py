@@ -16,6 +16,8 @@ import torch
 from gradext import native
 from gradext.backends import cpu, cuda
 
+from .common import assert_nothing_else_written, factors, guarded
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
@@ -29,7 +31,6 @@ TYPES = [
     (torch.float32, torch.float16),
     (torch.float32, torch.bfloat16),
 ]
-CANARY = 7.0
 ISAS = [] if C is None else C.build_config()["cpu_isas"]
 
 
@@ -37,11 +38,6 @@ def kernel(delta, activation, out, threads=1, stream_from=-1, isa=""):
     """The C function itself on [B, T, ·] tensors."""
     C.outer_cpu(cpu.outer_fields(delta, activation, out), threads, stream_from, isa)
     return out
-
-
-def factors(B, T, O, I, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(B + 10 * T + 100 * O + 1000 * I)
-    return (torch.randn(B, T, n, generator=generator, dtype=dtype) for n in (O, I))
 
 
 def expected(delta, activation):
@@ -60,19 +56,6 @@ def assert_correct(out, delta, activation):
         rounding = rounding * delta.shape[1]
     bound = 2 * (by_torch.double() - exact).abs().max() + rounding
     assert (out.double() - exact).abs().max() <= bound
-
-
-def guarded(B, O, I, dtype, gap_o=0, gap_b=0, offset=0):
-    """An output with gaps between rows and samples, and the memory around it full of canaries."""
-    out_o, out_b = I + gap_o, O * (I + gap_o) + gap_b
-    memory = torch.full((offset + B * out_b + 64,), CANARY, dtype=dtype)
-    return memory, memory.as_strided((B, O, I), (out_b, out_o, 1), offset)
-
-
-def assert_nothing_else_written(memory, out):
-    outside = torch.ones_like(memory, dtype=torch.bool)
-    outside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
-    assert (memory[outside] == CANARY).all()
 
 
 @pytest.mark.parametrize("stream_from", [NEVER, ALWAYS], ids=["plain", "stream"])
