@@ -1,8 +1,9 @@
 """The partial backward: from the losses and the entries of a watched run to each parameter's per-sample gradient.
 
-One backward gives the deltas of all entries. Which rows are whose is read from the graph, else proved by a second
-backward from losses of other weights, else the entry is left to `fallback`. `rules` makes gradients of values, and a
-batched vjp carries these back to the parameters. Nothing here knows about arguments, modules or how calls are seen.
+One backward gives the deltas of all entries. Which sample each row belongs to is read from the graph, else proved by a
+second backward from losses of other weights, else the entry is left to `fallback`. `rules` makes gradients of values,
+and a batched vjp carries these back to the parameters. Nothing here knows about arguments, modules or how calls are
+seen.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Backward:
         self.parameter_names = {id(p): name for name, p in self.mode.chosen.items()}
 
     def run(self) -> dict[str, Gradient]:
-        """The gradient of every chosen parameter, as the user's hooks on it leave each sample's."""
+        """The gradient of every chosen parameter, after the user's hooks, applied to each sample's gradient."""
         with _hooks_apart(self.mode.chosen.values()) as hooks:
             found = self._run()
         return {name: _hooked(gradient, hooks.get(id(self.mode.chosen[name]))) for name, gradient in found.items()}
@@ -95,7 +96,9 @@ class Backward:
         return self._to_parameters(whole)
 
     def _structure(self) -> Structure:
-        checked = self.weights is None and not row_rules.capturing(self.root.gradient)  # else what they read is freed
+        checked = self.weights is None and not row_rules.capturing(
+            self.root.gradient
+        )  # else the backward has freed what the checks read
         found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked)
         if not all(row_rules.verdicts(found.checks)):
             found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)
@@ -164,10 +167,10 @@ class Backward:
                     delta.mul_(own)
                     done.add(place)
 
-    # --- whose rows are whose -----------------------------------------------------------------------------------------
+    # --- which sample each row belongs to -----------------------------------------------------------------------------
 
     def _settle_rows(self, work: list[Entry], structure: Structure) -> list[Entry]:
-        """Settle which rows are whose. Returns the entries of which this cannot be told."""
+        """Settle which sample each row belongs to. Returns the entries of which this cannot be told."""
         lost, doubtful = [], []
         for entry in work:
             if self.batch == 1:
@@ -193,7 +196,7 @@ class Backward:
             advice = "it takes a second backward to prove; call watch.factors(losses) before the training step's"
         if advice:
             raise CaptureError(
-                f"{listed(entry.names)}: at {entry.name} the graph does not tell which rows are whose (at "
+                f"{listed(entry.names)}: at {entry.name} the graph does not tell which sample each row belongs to (at "
                 f"{entry.reason()}), and {advice}"
             )
         weights, tolerance = row_rules.proof_weights(self.batch, root.gradient, structure.dtypes)
@@ -292,7 +295,7 @@ class Backward:
         return written.reshape(self.batch, *value.shape).to(value.dtype)
 
     def _rebuilt(self, value: Tensor) -> Tensor:
-        """A value made once more by the same calls."""
+        """A value computed again by the same calls."""
         if id(value) in self.parameter_names:
             return value
         known = self.mode.values.get(id(value))
@@ -329,7 +332,7 @@ def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor
 
 @contextlib.contextmanager
 def _hooks_apart(parameters: Iterable[Tensor]) -> Iterator[dict[int, dict]]:
-    """The user's hooks on parameters, by id, taken off: each sample's whole gradient goes through them once."""
+    """The user's hooks on parameters, by id, removed during the backward: each sample's whole gradient goes through them once."""
     hooks = {id(p): (p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks}
     try:
         for own, _ in hooks.values():

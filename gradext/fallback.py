@@ -137,7 +137,7 @@ def _refuse_one_for_all(root: Root, gradients: Mapping[str, Tensor]) -> None:
 def _explained(names: str, reason: str | None) -> str:
     if reason is None:
         return f"{names} is used where gradext cannot see it (a custom autograd function, scripted or compiled code)"
-    return f"{names}: which rows are whose cannot be told (at {reason})"
+    return f"{names}: it cannot be told which sample each row belongs to (at {reason})"
 
 
 def _warn(reasons: list[tuple[str, str | None]], batch: int) -> None:

@@ -116,7 +116,7 @@ def batch_layer_factors(
     choice = {"layers": layers, "exclude": exclude, "fallback": fallback, "mixing": mixing, "segments": segments}
     found, watched = _gradients(model, x, loss, target, check_finite, create_graph, False, **choice)
     result = LayerFactors.of(found, watched.coverage)
-    del found, watched  # with the graph
+    del found, watched  # frees the graph
     return result.kept_apart()
 
 
@@ -211,7 +211,7 @@ def as_constant(value: Any) -> Any:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What a forward in training mode updates (running statistics, power iterations) are copies of the buffers.
+    """During a forward in training mode copies stand for the buffers (running statistics, power iterations).
 
     Other modules and plain attributes that hold one of these buffers, or a view of it, hold the copy meanwhile.
     """

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
-# Nodes that move values without changing them: looked through when asking what an output ends in.
+# Nodes that move values without changing them: looked through to find the last function of an output.
 _MOVES = {
     "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias", "Clone", "ToCopy", "Transpose", "Permute",
     "T", "Unflatten", "BackwardHookFunction",
@@ -83,7 +83,7 @@ def backward_root(loss: str, output: Tensor, target: Tensor, *, create_graph: bo
 
 
 def _widened(output: Tensor) -> Tensor:
-    """Losses sum many terms, which half precision would lose."""
+    """Losses sum many terms, whose digits half precision would lose."""
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 

@@ -26,7 +26,7 @@ from .losses import Root
 from .rules import Entry, is_in_place, tensors_of
 from .selection import Selection
 
-# Functions of torch's that are written in Python and call others with parameters: each of these is seen by itself.
+# Functions of torch's that are written in Python and call others with parameters: so that the mode sees each of these calls.
 _COMPOSED = {F.multi_head_attention_forward}
 # Functions whose result never depends on a parameter differentiably, or that are meant for the parameter itself: the
 # most frequent, passed on at once.
@@ -38,7 +38,7 @@ _PASSED = {
     *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
     *(Tensor.register_hook, Tensor.requires_grad_, Tensor.backward, torch.autograd.grad, Tensor.retain_grad),
 }
-# Functions that take of other tensors their type or shape alone: how many of the tensors they take whole.
+# Functions that use only the type or shape of later arguments: how many of the first they use whole.
 _WHOLE = dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as), 1) | (
     dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor), 0)
 )
@@ -50,7 +50,9 @@ _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _CALL = nn.Module._call_impl.__code__
 
-_MARK = "_gradext_mark"  # on a tensor: the token of the run whose samples it depends on, or minus that
+_MARK = (
+    "_gradext_mark"  # on a tensor: the run's token if it depends on samples, -token if it is a constant made in the run
+)
 _tokens = iter(range(1, 1 << 62))
 
 
@@ -89,7 +91,7 @@ class WatchMode(TorchFunctionMode):
         self.ends: set[Node] = set()  # where values are attached: the graph of the parameters begins
         self.token = next(_tokens)  # on tensors that depend on samples; its negative on constants made meanwhile
         self.given: set[int] = set()  # ids of the stand-ins
-        self.owned: set[int] | None = None  # ids of the tensors that the model holds, once asked for
+        self.owned: set[int] | None = None  # ids of the tensors that the model holds, read on first use
         self.told = False  # whether the inputs were marked
         self.replay = False  # in a backward that runs a checkpointed forward again
         self.opaque = False  # nothing is recorded: inside a layer with a user's own rule, or in a run of one sample
@@ -113,7 +115,7 @@ class WatchMode(TorchFunctionMode):
                 self._note_hidden(values)
                 self._mark(result, sampled, args)
             return result
-        # Torch has no public way to ask; both names are the same in every version that the package supports.
+        # Torch has no public function for this; both names are the same in every version that the package supports.
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if self.opaque:
@@ -137,7 +139,7 @@ class WatchMode(TorchFunctionMode):
 
     def _look_inside(self, func, args, kwargs):
         """Run a function of torch's that is written in Python so that the calls it makes are seen one by one."""
-        # Its own first step would ask the modes, this one among them, to take over the whole of it again.
+        # Its first step would hand the whole function to the modes again.
         names = {**func.__globals__, "has_torch_function": lambda arguments: False}
         inside = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
         inside.__kwdefaults__ = func.__kwdefaults__
@@ -147,7 +149,7 @@ class WatchMode(TorchFunctionMode):
     # --- telling tensors apart ----------------------------------------------------------------------------------------
 
     def mark_inputs(self, tensors: Iterable[Tensor]) -> None:
-        """These, and what is computed from them, are the samples; no other tensor from outside is."""
+        """Mark the samples: these tensors and what is computed from them, no other tensor from outside."""
         self.told = True
         for tensor in tensors:
             if id(tensor) not in self.values:
@@ -178,7 +180,7 @@ class WatchMode(TorchFunctionMode):
         return values, others, sampled
 
     def _adopted(self, tensor: Tensor) -> Value | None:
-        """The value that something unseen has made of parameters alone: custom functions, an earlier forward.
+        """The value that unseen code computed from parameters alone: custom functions, an earlier forward.
 
         What is made of tensors that are neither parameters nor samples, though they require grad, is constant.
         """
@@ -211,7 +213,7 @@ class WatchMode(TorchFunctionMode):
         return frozenset(names)
 
     def _is_foreign(self, leaf: Tensor) -> bool:
-        """Whether a tensor that requires grad, and is no parameter, is no sample either."""
+        """Whether a tensor that requires grad is neither a parameter nor a sample."""
         if id(leaf) in self.given or getattr(leaf, _MARK, None) == self.token:
             return False
         return self.told or isinstance(leaf, nn.Parameter) or id(leaf) in self._held_by_model()
@@ -252,7 +254,7 @@ class WatchMode(TorchFunctionMode):
                     setattr(tensor, _MARK, mark)
 
     def _note_hidden(self, values: list[Value]) -> None:
-        """What the forward of a custom autograd function does with a parameter leaves no graph."""
+        """Remember parameters that the forward of a custom autograd function uses: this leaves no graph."""
         names = {name for value in values for name in value.names}
         if names - self.hidden.keys() and (function := _custom_function()) is not None:
             self.hidden |= dict.fromkeys(names, function)
@@ -305,7 +307,7 @@ class WatchMode(TorchFunctionMode):
         maker = Entry(func, args, kwargs, [names], own, made, [])
         for tensor in made:
             if id(tensor) in self.values and (tensor.is_leaf or not is_in_place(maker.func)):
-                continue  # given back as it is, or the parameter itself: an assignment to it
+                continue  # returned unchanged, or the parameter itself: an assignment to it
             # In place, only its own history says how it was made.
             self.values[id(tensor)] = Value(tensor, names, None if is_in_place(maker.func) else maker, tensor._version)
         return result
@@ -337,7 +339,7 @@ class WatchMode(TorchFunctionMode):
         elif not self.replay:
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
             named = [self.values[i].names for i in stand_ins]
-            # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
+            # A later in-place operation on a view of the same base rewrites the view's history, but not the base's.
             bases = outputs if inner else [t if (base := row_rules.base_of(t)) is None else base for t in outputs]
             edges, ends = list(map(get_gradient_edge, bases)), list(map(get_gradient_edge, inner or outputs))
             entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None)

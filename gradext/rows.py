@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     owners: Tensor | None = None
 
     def size(self, batch: int) -> int:
-        """Of the dimension."""
+        """The size of the dimension."""
         return self.pre * batch * self.post if self.owners is None else len(self.owners)
 
     def at(self, dim: int) -> Rows:
@@ -104,7 +104,7 @@ def read_structure(root: GradientEdge | None, batch: int, ends: set[Node], check
         if name == _LEAF:
             found.leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
         elif inputs and node in found.states:
-            # All that the loss of one sample depends on is that sample's.
+            # Everything that one sample's loss depends on belongs to that sample.
             states = [first] * len(inputs) if batch == 1 else _input_states(node, name, inputs, found)
         for k, (source, place) in enumerate(inputs):
             if source is None:
@@ -418,7 +418,7 @@ def _taken(state: Rows, first: int, indices, shape, before, found: Structure) ->
         return state
     if d >= first + block:
         return state.at(d - block + len(indices))
-    # The samples lie in what was taken: the first index tells of which rows.
+    # The samples lie in what was taken: the first index says which rows.
     index, size = indices[0], before[first]
     dim = d - first - (block - index.ndim)  # the samples' dimension in the index
     if dim < 0 or index.shape[dim] != shape[d] or size % found.batch:

@@ -109,7 +109,7 @@ class Entry:
         return list({id(x): x for x in tensors_of([self.args, self.kwargs]) if id(x) in self.values}.values())
 
     def live(self, structure: Structure) -> Entry:
-        """The entry with those of its outputs that the losses depend on: what they do not has no gradient."""
+        """The entry with those of its outputs that the losses depend on: the others have no gradient."""
         states = [structure.of(edge) for edge in self.edges]
         kept = [k for k, state in enumerate(states) if state is not None]
         entry = copy.copy(self) if len(kept) < len(states) else self
@@ -350,7 +350,7 @@ def _bound(entry: Entry) -> Call | None:
     try:
         rule = getattr(entry.func, "rule", None) or _FAST[entry.func]
         call = rule(entry, *entry.args, **entry.kwargs)
-    except (KeyError, TypeError, AttributeError):  # no rule, or spelt in a way that it does not know
+    except (KeyError, TypeError, AttributeError):  # no rule, or called with arguments that the rule does not take
         return None
     if call is None or id(call.input) in entry.values:
         return None
@@ -369,7 +369,7 @@ _SUB = {"sub", "subtract", "__sub__", "sub_", "__isub__"}
 _RSUB = {"rsub", "__rsub__"}
 _MUL = {"mul", "multiply", "__mul__", "__rmul__"}
 _EXPAND = {"expand", "expand_as", "broadcast_to"}
-# Functions without a rule of their own that give the same once more, whose graph need not be kept for that.
+# Functions without a rule of their own that can be repeated, so that their graph need not be kept.
 _REPEATABLE = {"cat", "concat", "concatenate", "stack", "where", "matmul", "__matmul__", "bmm", "baddbmm", "einsum"} | {
     "div", "__truediv__", "true_divide", "index_put", "scatter", "masked_fill"
 }  # fmt: skip

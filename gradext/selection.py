@@ -25,8 +25,7 @@ class Selection:
     left_out: dict[str, str]  # name -> reason
 
 
-# Of each model, what it consisted of, and what was chosen by ``(layers, exclude)``: finding names takes longer than a
-# small model's forward.
+# The last choices of each model by ``(layers, exclude)``: finding names takes longer than a small model's forward.
 _selected = WeakIdKeyDictionary()
 
 
@@ -55,7 +54,7 @@ def _named(choice: LayerChoice) -> tuple[str | None, ...] | None:
 
 
 def _contents(model: nn.Module) -> list[object]:
-    """What tells whether a model still consists of the same modules and parameters, frozen or not."""
+    """A key that changes if the model's modules or parameters change, or become frozen."""
     contents: list[object] = []
     seen: set[int] = set()
     stack: list[nn.Module | None] = [model]

@@ -31,7 +31,7 @@ _locks_guard = threading.Lock()
 
 
 def _after_fork() -> None:
-    """A child starts with no call under way, whatever other threads of its parent were doing."""
+    """A child starts with no call under way, even if other threads of the parent were in one."""
     global _locks, _locks_guard
     _locks, _locks_guard = WeakIdKeyDictionary(), threading.Lock()
 
@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
-    """Calls on one model take turns: its parameters' flags and buffers are changed for their time."""
+    """Calls on one model take turns: its parameters' flags and buffers are changed during a call."""
     with _locks_guard:
         return _locks.setdefault(model, threading.RLock())
 
@@ -182,7 +182,7 @@ class watch:
         return LayerGrads.of(self._gradients_of(losses), self.parameters, self.coverage)
 
     def gradients(self, root: Root, weights: Tensor | None = None, *, keep_graph: bool = True) -> dict[str, Gradient]:
-        """From where the backward begins; ``weights`` [B] are those of a backward that has run, by ``train``.
+        """``root`` is where the backward begins; ``weights`` [B] are those of a backward that has run, by ``train``.
 
         keep_graph: the graph of the losses, for further calls.
         """

@@ -94,7 +94,7 @@ class LayerFactors(dict[str, GradFactors]):
                     "leave it out with exclude=, or take the gradients themselves (batch_layer_grads, watch.grads)"
                 )
         factors = {name: GradFactors.of(g) if isinstance(g, Tensor) else g.compact() for name, g in found.items()}
-        # A view keeps its base alive, which would seem to be somebody else's.
+        # A view keeps its base alive, which would count as shared memory.
         for name, f in factors.items():
             if any(t._base is not None for t in f._tensors()):
                 factors[name] = f._map(lambda t: t if t.requires_grad else t.detach())
@@ -151,7 +151,7 @@ class LayerFactors(dict[str, GradFactors]):
         return self._scaled_norm()
 
     def _side_by_side(self) -> list[GradFactors]:
-        """The layers' factors, those of small written gradients together: as good for what sums over all numbers."""
+        """The layers' factors, those of small written gradients together: equivalent for sums over all numbers."""
         if not self:
             raise ValueError("expected the factors of at least one layer, but there are none")
         small = self._small()
