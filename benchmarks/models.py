@@ -185,9 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
         "",
         "## What norms add to a training step",
         "",
-        "Own time of torch's operators, ms, without and with norms, as its profiler sees them; the share is of the whole "
-        "plain step. `bmm` makes the norms; other operators are slower where memory that the factors hold cannot be "
-        "used again. What is not torch's operators is left out.",
+        "Own time of torch's operators, ms, without and with norms, as its profiler sees them; the share is of the "
+        "whole plain step. `bmm` makes the norms; others are slower where memory that the factors hold cannot be used "
+        "again. What is not torch's operators is left out.",
         "",
         "| model | operator | plain | with norms | added |",
         "| --- | --- | --- | --- | --- |",

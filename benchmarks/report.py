@@ -110,10 +110,11 @@ def is_peer(name: str) -> bool:
 
 def render(results: Results, pictures: Sequence[str]) -> str:
     facts = sorted({tuple(row[k] for k in ("machine", "versions", "commit")) for row in results.rows})
+    real = {STEP in routes for routes in results.cells.values()}
+    made = ", ".join(f"`pytest benchmarks --grid {'models' if r else 'full'} --rows ROWS`" for r in sorted(real))
     parts = [
         "# gradext and its peers",
-        "Made by `pytest benchmarks --grid full && pytest benchmarks --grid models && python -m benchmarks.report "
-        "benchmarks/results/cpu/rows.jsonl --out benchmarks/results/cpu`.",
+        f"Made by {made} and `python -m benchmarks.report ROWS --out DIR`.",
         "\n".join(f"- {machine}; {versions}; commit {commit}" for machine, versions, commit in facts),
         "Medians in milliseconds, ± half the distance between quartiles where there was time for more than one, of "
         "calls that take turns in one process. Every result was compared with an fp64 backward of single samples "
@@ -441,7 +442,8 @@ def draw_memory(results: Results) -> Figure | None:
         sizes = [row["routes"][key]["bytes"] / 1e6 for key in keys]
         ax.barh(positions, sizes, color=[BLUE if ours(key) else "#c3c9d0" for key in keys])
         for position, size in zip(positions, sizes, strict=True):
-            ax.text(size + top / 1e6 * 0.012, position, f"{size:,.3g}", va="center", fontsize=9, color=INK)
+            shown = f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
+            ax.text(size + top / 1e6 * 0.012, position, shown, va="center", fontsize=9, color=INK)
         ax.axvline(row["bytes"] / 1e6, color=INK, linewidth=1, linestyle="--")
         ax.set_yticks(positions, [key.replace(": ", ", ") for key in keys])
         ax.invert_yaxis()

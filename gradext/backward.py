@@ -113,7 +113,7 @@ class Backward:
             for k, output in enumerate(entry.outputs):
                 dims = [d for d, size in enumerate(output.shape) if size == len(segments)]
                 if dims and not isinstance(entry.states[k], Rows):
-                    rows = Rows(dims[0], owners=segments.to(output.device).long())
+                    rows = Rows(dims[0], owners=segments.to(entry.device).long())
                     entry.states[k] = Unproved("segments", rows)
 
     # --- deltas -------------------------------------------------------------------------------------------------------
@@ -127,14 +127,14 @@ class Backward:
             for entry in work:
                 if any((edge.node, edge.output_nr) not in captured for edge in entry.edges):
                     raise CaptureError(f"{listed(entry.names)}: the last backward did not reach {entry.name}; {BEFORE}")
-                entry.spent = True
+            keep = False
             found = [captured[edge.node, edge.output_nr] for edge in edges]
         else:
             keep = self.keep_graph or unseen or self.create_graph or self.mode.differentiated > 0
-            keep |= not all((e.call or e.is_elementwise) and all(isinstance(s, Rows) for s in e.states) for e in work)
+            keep = keep or row_rules.capturing(self.root.gradient) or any(entry.needs_graph() for entry in work)
             found = self.mode.differentiate(self.root, self.root.gradient, edges, keep, self.create_graph)
         for entry, deltas in zip(work, _by_entry(work, found), strict=True):
-            entry.deltas = deltas
+            entry.deltas, entry.spent = deltas, not keep
 
     def _undo_weights(self, told: list[Entry], lost: list[Entry], unseen: list[str]) -> None:
         """From the deltas of weighted losses those of each sample's own loss; in place where nobody else holds them."""
@@ -145,21 +145,24 @@ class Backward:
             raise CaptureError(f"{listed(dict.fromkeys(names))}: used {at}: it takes one backward a sample; {BEFORE}")
         scale, done = self.weights.reciprocal(), set()
         deltas = [delta for entry in told for delta in entry.deltas]
-        parts = Counter(place[0] for place in set(map(_place, deltas)))  # different ones of one storage
+        places = {id(delta): _place(delta) for delta in deltas}
+        parts = Counter(place[0] for place in set(places.values()))  # different ones of one storage
         shared = held_elsewhere([*filter(torch.is_tensor, self.mode.captured.values()), *deltas])
         for entry in told:
             for k, (delta, rows) in enumerate(zip(entry.deltas, entry.rows, strict=True)):
-                if _place(delta) in done:
+                place = places[id(delta)]
+                if place in done:
                     continue
                 own = scale.to(delta.dtype)
                 if self.batch > 1:
-                    own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
+                    if rows.owners is not None or delta.shape[rows.dim] > self.batch:
+                        own = own[rows.owners_of(delta.shape[rows.dim], self.batch, delta.device)]
                     own = own.reshape(-1, *[1] * (delta.ndim - rows.dim - 1))
-                if shared(delta) or 0 in delta.stride() or parts[memory(delta)] > 1:
+                if shared(delta) or 0 in delta.stride() or parts[place[0]] > 1:
                     entry.deltas[k] = delta * own
                 else:
                     delta.mul_(own)
-                    done.add(_place(delta))
+                    done.add(place)
 
     # --- whose rows are whose -----------------------------------------------------------------------------------------
 
@@ -314,7 +317,7 @@ def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor
 
     def delta_of(entry: Entry, output: Tensor, found: Tensor | None) -> Tensor:
         if found is None:  # the losses do not depend on this output
-            return output.new_zeros(output.shape)
+            return torch.zeros(output.shape, dtype=output.dtype, device=entry.device)
         return found if entry.direct else row_rules.delta_of_view(output, found)
 
     parts = cut(found, (len(entry.edges) for entry in work))

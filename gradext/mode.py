@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from . import rows as row_rules
 from .losses import Root
-from .rows import base_of
 from .rules import Entry, is_in_place, tensors_of
 from .selection import Selection
 
@@ -43,8 +43,12 @@ _WHOLE = dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshap
     dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor), 0)
 )
 
+# Functions whose results are data where they are called outside of every module, and constants inside of one.
+_DATA = {torch.tensor, torch.as_tensor, torch.rand, torch.randn, torch.randint, torch.normal, torch.randperm}
+
 _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_CALL = nn.Module._call_impl.__code__
 
 _MARK = "_gradext_mark"  # on a tensor: the token of the run whose samples it depends on, or minus that
 _tokens = iter(range(1, 1 << 62))
@@ -113,6 +117,8 @@ class WatchMode(TorchFunctionMode):
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if self.opaque:
+            return func(*args, **kwargs)
+        if func in _DATA and not self.told and _frame_of(_CALL) is None:
             return func(*args, **kwargs)
         if func in _COMPOSED:
             return self._look_inside(func, args, kwargs)
@@ -332,10 +338,12 @@ class WatchMode(TorchFunctionMode):
             values = {id(new): self.values[i].tensor for i, new in stand_ins.items()}
             named = [self.values[i].names for i in stand_ins]
             # A later in-place operation on a view, or on another of its base, rewrites its history, but not its base's.
-            bases = outputs if inner else [t if (base := base_of(t)) is None else base for t in outputs]
+            bases = outputs if inner else [t if (base := row_rules.base_of(t)) is None else base for t in outputs]
             edges, ends = list(map(get_gradient_edge, bases)), list(map(get_gradient_edge, inner or outputs))
             entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None)
             if not is_in_place(entry.func):
+                if len(outputs) == 1 and (entry.call or entry.is_elementwise):
+                    entry.outputs = [row_rules.form_of(outputs[0])]
                 used = (*others, *(value.tensor for value in found if not value.names))
                 entry.versions = [(t, t._version) for t in used]
             for kind in ("cpu", "cuda"):
@@ -379,7 +387,13 @@ class WatchMode(TorchFunctionMode):
 
 def _custom_function() -> str | None:
     """The name of the custom autograd function whose forward is running."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _APPLY:
-        frame = frame.f_back
+    frame = _frame_of(_APPLY)
     return None if frame is None else getattr(frame.f_locals.get("cls"), "__name__", "a custom autograd function")
+
+
+def _frame_of(code: CodeType) -> FrameType | None:
+    """The innermost frame that runs this code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame

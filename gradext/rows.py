@@ -440,6 +440,15 @@ def base_of(output: Tensor) -> Tensor | None:
     return base if base is not None and base.requires_grad else None
 
 
+def form_of(output: Tensor) -> Tensor:
+    """An output without its numbers, whose memory it does not hold: on the meta device, and a view where it is one."""
+    base = base_of(output)
+    held = output if base is None else base
+    form = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta", requires_grad=True)
+    offset = output.storage_offset() - held.storage_offset()
+    return form if base is None else form.as_strided(output.shape, output.stride(), offset)
+
+
 def _as_base(output: Tensor, base: Tensor) -> bool:
     return base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
 

@@ -55,7 +55,7 @@ class Entry:
     kwargs: dict
     named: list[frozenset[str]]  # the names of the parameters that each value depends on
     values: dict[int, Tensor]  # by id of what the function was given: the value of parameters that it stands for
-    outputs: list[Tensor]  # those with a gradient
+    outputs: list[Tensor]  # those with a gradient; without their numbers (meta) where no rule needs these
     edges: list[GradientEdge]  # where the losses' graph meets them: of a view, its base's
     ends: list[GradientEdge] = field(default_factory=list)  # their own, from before anything is done to them in place
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the tensors among the arguments
@@ -79,6 +79,16 @@ class Entry:
         known = self.name in _ELEMENTWISE and len(self.args) > 1 and self.kwargs in ({}, {"alpha": 1}) and all(plain)
         return known or self.name in _EXPAND
 
+    def needs_graph(self) -> bool:
+        """Whether its own graph, or a second backward to it, may be needed."""
+        told = all(isinstance(state, Rows) for state in self.states)
+        known = self.call is not None or self.is_elementwise or self.name in _REPEATABLE
+        return not (told and known) or self.overwritten()
+
+    def under_autocast(self) -> contextlib.AbstractContextManager:
+        """As the call was made."""
+        return torch.autocast(self.autocast[0], self.autocast[1]) if self.autocast else contextlib.nullcontext()
+
     @property
     def name(self) -> str:
         return getattr(self.func, "__name__", None) or str(self.func)
@@ -86,6 +96,10 @@ class Entry:
     @property
     def names(self) -> list[str]:
         return sorted(frozenset().union(*self.named))
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.values.values())).device
 
     def overwritten(self) -> bool:
         return any(tensor._version != version for tensor, version in self.versions)
@@ -355,6 +369,10 @@ _SUB = {"sub", "subtract", "__sub__", "sub_", "__isub__"}
 _RSUB = {"rsub", "__rsub__"}
 _MUL = {"mul", "multiply", "__mul__", "__rmul__"}
 _EXPAND = {"expand", "expand_as", "broadcast_to"}
+# Functions without a rule of their own that give the same once more, whose graph need not be kept for that.
+_REPEATABLE = {"cat", "concat", "concatenate", "stack", "where", "matmul", "__matmul__", "bmm", "baddbmm", "einsum"} | {
+    "div", "__truediv__", "true_divide", "index_put", "scatter", "masked_fill"
+}  # fmt: skip
 _ELEMENTWISE = _ADD | _SUB | _RSUB | _MUL | _EXPAND
 
 
@@ -443,11 +461,11 @@ def _by_rule(entry: Entry, call: Call, delta: Tensor, rows: Rows, batch: int) ->
 
 def _general(entry: Entry, deltas: list[Tensor], rows: list[Rows], batch: int, create_graph: bool) -> list[Share]:
     sliceable = batch > 1 and not (create_graph or is_in_place(entry.func) or entry.overwritten())
-    sliceable = sliceable and all(r.owners is None for r in rows)
+    sliceable = sliceable and all(r.owners is None for r in rows) and not entry.outputs[0].is_meta
     # Slices are compared with what the call gave, by a look at them. A gradient that is scaled by what is in the whole
     # batch shows in no output.
     if sliceable and not row_rules.capturing(deltas[0]) and entry.name not in ("embedding", "embedding_bag"):
-        with torch.autocast(entry.autocast[0], dtype=entry.autocast[1]) if entry.autocast else contextlib.nullcontext():
+        with entry.under_autocast():
             found = _sliced(entry, deltas, rows, batch)
         if found is not None:
             return found
@@ -490,10 +508,11 @@ def _again(entry: Entry) -> Entry:
     args, kwargs = pytree.tree_map_only(Tensor, again, (entry.args, entry.kwargs))
     outputs: list[Tensor] = []
     if not is_in_place(entry.func):
-        with torch.enable_grad():
+        with torch.enable_grad(), entry.under_autocast():
             outputs = [t for t in tensors_of(entry.func(*args, **kwargs)) if t.requires_grad]
-    pairs = [(new[None], former.detach()[None]) for new, former in zip(outputs, entry.outputs, strict=False)]
-    if len(outputs) != len(entry.outputs) or not all(close(new, former) for new, former in pairs):
+    pairs = zip(outputs, entry.outputs, strict=False)
+    same = all(former.is_meta or close(new[None], former.detach()[None]) for new, former in pairs)
+    if len(outputs) != len(entry.outputs) or not same:
         raise CaptureError(f"{listed(entry.names)}: at {entry.name} the graph is freed that tells of them; {BEFORE}")
     values = {id(stand_ins[i]): value for i, value in entry.values.items()}
     ends = [get_gradient_edge(output) for output in outputs]

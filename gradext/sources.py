@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -98,6 +98,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample."""
+        raise NotImplementedError
+
     def blocks(self, rows: np.ndarray, size: int) -> Iterator[Block]:
         """The given rows in their order, at most ``size`` at a time; rows that had to be skipped are not among them."""
         for start in range(0, len(rows), size):
@@ -130,6 +135,10 @@ class ArraySource(Source):
 
     rows: Any = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape[1:]
+
     def read(self, rows: np.ndarray) -> Block:
         taken = self.rows.iloc[rows] if hasattr(self.rows, "iloc") else self.rows[rows]
         return Block(rows, taken)
@@ -148,6 +157,10 @@ class ImageFolder(Source):
     image_format: ImageFormat
     root: Path = Path()
     skip_unreadable: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.image_format.shape
 
     def read(self, rows: np.ndarray) -> Block:
         kept, images, failed = [], [], {}
@@ -387,7 +400,9 @@ def _table(
         given = frame.pop(labels).to_numpy() if labels in frame.columns else _label_file(Path(labels), path)
     unknown = [c for c in (*(columns or ()), *drop) if c not in frame.columns and c != labels]
     if unknown:
-        raise DatasetError(f"{path}: expected columns of {', '.join(frame.columns[:12])}, got {', '.join(unknown)}")
+        raise DatasetError(
+            f"{path}: --columns and --drop: expected some of {_some(frame.columns)}, got {', '.join(unknown)}"
+        )
     frame = frame[[c for c in (frame.columns if columns is None else columns) if c not in drop and c != labels]]
     fitted = None if fitted_columns is None else [str(c) for c in fitted_columns]
     if columns is None and fitted is not None and set(fitted) <= set(frame.columns):
@@ -395,6 +410,11 @@ def _table(
         if others:
             notes.append(f"{path}: columns that the model does not know are left out: {_some(others)}")
         frame = frame[fitted]
+    elif columns is None and fitted is not None:
+        missing = [c for c in fitted if c not in frame.columns]
+        raise DatasetError(
+            f"{path}: expected the columns of the model, {_some(fitted)}, but has no {_some(missing)}; name them alike"
+        )
     elif columns is None and len(frame.columns) > 1 and _is_row_number(frame.iloc[:, 0], frame.columns[0]):
         notes.append(f"{path}: the column {frame.columns[0]!r} counts the rows and is left out; --columns takes it in")
         frame = frame.iloc[:, 1:]
@@ -408,6 +428,15 @@ def _table(
             f"leave them out by --drop {' '.join(text[:5])}, name one with --labels, or write one column of 0 and 1 "
             "for each value"
         )
+    gaps = [(c, frame[c].isna().to_numpy() | np.isin(frame[c], (np.inf, -np.inf))) for c in frame.columns]
+    gaps = [(c, rows) for c, rows in gaps if rows.any()]
+    if gaps:
+        column, rows = gaps[0]
+        raise DatasetError(
+            f"{path}: expected numbers in all cells, but {_some([c for c, _ in gaps])} has empty or infinite ones, "
+            f"{column} in {rows.sum()} of {len(frame)} rows, first in row {rows.argmax()}; fill them, remove these "
+            f"rows, or leave the column out by --drop {column}"
+        )
     if frame.empty:
         raise DatasetError(f"{path}: expected at least one row and one column, got {list(frame.shape)}")
     return ArraySource(
@@ -419,7 +448,8 @@ def _table(
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 

@@ -8,7 +8,7 @@ mkdir -p "$1"
 root=$(cd "$1" && pwd) torch=$2
 shift 2
 cd "$(dirname "$0")/.."
-export QEMU_CPU=cortex-a72 OMP_NUM_THREADS=1 # without SVE, whose emulation is slow
+export QEMU_CPU=neoverse-n1 OMP_NUM_THREADS=1 # without SVE, whose emulation is slow; torch 2.10 needs what it has
 
 if [ ! -x "$root/usr/bin/python3" ]; then
   debootstrap --arch=arm64 --variant=minbase --include=python3-dev,python3-venv,g++,git,ca-certificates trixie "$root"

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from sklearn.metrics import average_precision_score
 from .. import datasets
 from .._version import __version__
 from ..datasets import DatasetError
-from ..sources import AUTO_SIDE, Source, open_source
+from ..sources import Source, open_source
 from . import evaluation, guards, persistence, reporting, scoring, writing
 from .batches import joined
 from .detector import NoveltyDetector
@@ -46,7 +46,6 @@ def fit(arguments: argparse.Namespace) -> int:
         _print_notes(source, processes)
         chosen = arguments.normal or source.normal
         rows = np.flatnonzero(_normal(source, arguments)) if chosen else np.arange(len(source))
-        _check_memory(source, arguments)
         detector = NoveltyDetector(
             arguments.score, model=arguments.model, layer=_layer(arguments.layer), epochs=arguments.epochs,
             hidden_dim=arguments.hidden_dim,
@@ -54,6 +53,7 @@ def fit(arguments: argparse.Namespace) -> int:
             random_state=arguments.seed, device=arguments.device,
             verbose=not arguments.quiet and processes.rank == 0,
         )  # fmt: skip
+        detector._check_memory(source.shape, arguments.data)
         checkpoint = _checkpoint(arguments, source, rows)
         with _partial_named(checkpoint.path):
             detector.fit(source.samples(rows), process_group=processes.group, checkpoint=checkpoint)
@@ -257,42 +257,29 @@ def _open(arguments: argparse.Namespace) -> tuple[NoveltyDetector, Source]:
     _warn_of_calibration(detector, arguments.target_fpr)
     if arguments.target_fpr is not None:
         detector.offset_ = -detector.threshold(arguments.target_fpr)
+        detector.target_fpr = arguments.target_fpr
     source = _source(
         arguments, image_format=detector.image_format_, part="test",
         fitted_columns=getattr(detector, "feature_names_in_", None),
     )  # fmt: skip
     _print_notes(source, Processes())
+    shape = source.shape
+    if math.prod(shape) != detector.n_features_in_:
+        raise ValueError(
+            f"{arguments.data}: expected what {arguments.model} was fit on, {_shaped(detector.input_shape_)}, got "
+            f"{_shaped(shape)}"
+        )
     return detector, source
+
+
+def _shaped(shape: Sequence[int]) -> str:
+    return f"rows of {shape[0]} columns" if len(shape) == 1 else f"images of {'x'.join(map(str, shape))}"
 
 
 def _print_notes(source: Source, processes: Processes) -> None:
     if processes.rank == 0 and int(os.environ.get("RANK", "0")) == 0:
         for note in source.notes:
             _tell(f"note: {note}")
-
-
-def _check_memory(source: Source, arguments: argparse.Namespace) -> None:
-    """Raise ValueError for images whose model would not fit into memory, with a size that would."""
-    if source.image_format is None or arguments.model not in ("auto", "autoencoder", "vae"):
-        return
-    shape = source.image_format.shape
-    # Weights of both ends in single precision, with their gradients and Adam's two moments, and in double for scores.
-    needed = 2 * math.prod(shape) * (arguments.hidden_dim or 256) * (4 * 4 + 8)
-    if needed > 0.6 * _memory():
-        factor = AUTO_SIDE / max(shape[-2:])
-        smaller = "x".join(str(max(4, 4 * round(side * factor / 4))) for side in shape[-2:])
-        raise ValueError(
-            f"{arguments.data}: a model of images of {source.image_format} needs about {needed / 1e9:.0f} GB of "
-            f"memory, and this machine has {_memory() / 1e9:.0f}; bring them to another size, such as --size {smaller}"
-        )
-
-
-def _memory() -> int:
-    """Bytes of the machine's memory; a terabyte if it is unknown."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 40
 
 
 def _check_maps(arguments: argparse.Namespace, detector: NoveltyDetector) -> None:

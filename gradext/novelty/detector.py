@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from ..losses import checked
-from ..sources import ImageFormat
+from ..sources import AUTO_SIDE, ImageFormat
 from . import guards
 from .batches import BLOCK_ROWS, NO_SAMPLES, as_array, blocks, comes_in_batches, joined, rows_at_a_time, spooled
 from .calibration import Calibration, benjamini_hochberg
@@ -36,6 +37,7 @@ from .training import Checkpoint, History, auto_epochs, train
 __all__ = ["CLASSIFIER_SCORES", "Batches", "FittedScore", "NoveltyDetector", "Rows", "fit_score"]
 
 NEEDS_LATENT = frozenset(("combined_evidence", "joint_density"))
+FITS = 0.6  # share of the machine's memory that a model may take
 HELD_BYTES = 1 << 28  # of single precision: larger training sets are read again for each batch
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "vae": VAE, "conv": ConvVAE, "rotation": RotationNet}
@@ -144,6 +146,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         calibration_: the `Calibration`, novelties [n] of held-out normal samples.
         offset_: the threshold on `score_samples`, below which a sample is called novel.
         fitted_fpr_: the ``target_fpr`` of the fit.
+        fitted_parameters_: all parameters of the fit. Of those changed since, ``target_fpr`` and ``verbose`` count at
+            once; `score_samples` warns of the others, which need a new fit.
         loss_: the reconstruction error that ``loss`` chose, ``"bce"`` or ``"mse"``.
         input_shape_: a sample's shape as the model takes it.
         scaling_: the `Scaling` by which the model sees the samples, with ``shift``, ``scale``, ``low``, ``high`` [D].
@@ -262,6 +266,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         self.image_format_: ImageFormat | None = None
         self.warnings_: list[str] = []
         self.kind_ = self._choose_kind()
+        self._check_memory(self.input_shape_)
         if not self._tells_turns(X, training, validation, seed, processes):
             self.scaling_ = self._fit_scaling(X, training)
             training, validation = self._without_far_out(X, training), self._without_far_out(X, validation, tell=False)
@@ -278,7 +283,7 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         else:
             novelty = self._novelty(X_calibration, np.arange(len(X_calibration)), processes)
         self.calibration_ = Calibration(novelty)
-        self.fitted_fpr_ = self.target_fpr
+        self.fitted_fpr_, self.fitted_parameters_ = self.target_fpr, self.get_params(deep=False)
         if self.contamination is None:
             _warn(guards.of_calibration(len(self.calibration_.scores), self.target_fpr), self.warnings_)
             self.offset_ = -_just_above(self.calibration_.threshold(self.target_fpr))
@@ -478,6 +483,23 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
             )
         return MODELS[kind](self.n_features_in_, **given)
 
+    def _check_memory(self, shape: tuple[int, ...], what: str = "X") -> None:
+        """Raise ValueError if a perceptron of samples of this shape needs more memory than there is. what: the data."""
+        if self._choose_kind() not in ("autoencoder", "vae"):
+            return
+        # Weights of both ends in single precision with their gradients and Adam's two moments, in double for scores.
+        needed, there = 2 * math.prod(shape) * (self.hidden_dim or 256) * (4 * 4 + 8), memory()
+        if needed <= FITS * there:
+            return
+        advice = "take fewer columns, or a smaller hidden_dim"
+        if is_image(shape):
+            smaller = (max(4, 4 * round(side * AUTO_SIDE / max(shape[-2:]) / 4)) for side in shape[-2:])
+            advice = f"bring them to another size, such as --size {'x'.join(map(str, smaller))}"
+        raise ValueError(
+            f"{what}: a model of samples of {'x'.join(map(str, shape))} values needs about {needed / 1e9:.0f} GB of "
+            f"memory, and this machine has {there / 1e9:.0f}; {advice}"
+        )
+
     def _objective(self) -> Callable[[Tensor], Tensor]:
         """The training objective, x [B, ...] -> [B]: the model's ``loss``, or reconstruction error and latent loss."""
         own = getattr(self.model_, "loss", None)
@@ -584,6 +606,8 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
     def _novelty_of(self, X: Any, start: int = 0) -> np.ndarray:
         """The novelty of an array whose first row is sample ``start``; warns about the first samples of all."""
         X = self._validated(X, start=start)
+        if start == 0:
+            _warn(guards.of_changes(self.fitted_parameters_, self.get_params(deep=False)))
         if start == 0 and self.profile_ is not None:
             first = X[: rows_at_a_time(self.n_features_in_)]
             _warn(guards.of_input(self._in_units(first), self.scaling_.excess(first) > 0, self.profile_))
@@ -637,9 +661,13 @@ class NoveltyDetector(OutlierMixin, BaseEstimator):
         if X.dtype.kind == "f":
             for rows in _cut(np.arange(len(X)), X.shape[1]):  # so that a memory map is not read into memory
                 if not (finite := np.isfinite(X[rows[0] : rows[-1] + 1]).all(1)).all():
-                    bad = (start + rows[~finite]).tolist()
+                    bad = rows[~finite]
+                    feature = int((~np.isfinite(X[bad[0]])).argmax())
+                    names = getattr(self, "feature_names_in_", None)
+                    where = f"feature {feature}" if names is None else str(names[feature])
                     raise ValueError(
-                        f"X: expected finite values, but {len(bad)} samples hold NaN or infinity, first {bad[:5]}"
+                        f"X: expected finite values, but {len(bad)} samples hold NaN or infinity, first "
+                        f"{(start + bad[:5]).tolist()}, and of this in {where}; fill them or leave these samples out"
                     )
         if reset:
             own = None if self.input_shape is None else tuple(int(size) for size in self.input_shape)
@@ -727,12 +755,22 @@ def raised(novelty: np.ndarray, excess: np.ndarray, highest: float, median: floa
         return np.where(excess > 0, np.maximum(novelty, highest + unit * np.log1p(excess)), novelty)
 
 
+def memory() -> int:
+    """Bytes of the machine's memory; a terabyte if it is unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
 def working_device(name: str | None) -> torch.device:
     """The device called ``name``, or the CPU for None; ValueError if torch cannot compute on it here."""
     try:
         return torch.empty(0, device=torch.device(name or "cpu")).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0].split(". ")[0]
+        if reason.startswith("Could not run"):  # an operator of the dispatcher's table
+            reason = "this torch is built without it, or the machine has none"
         raise ValueError(f"device: expected one that works here, such as 'cpu', but got {name!r}: {reason}") from None
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
@@ -81,17 +82,42 @@ def _expected_of(detector: NoveltyDetector, samples: Tensor) -> np.ndarray:
 def heat(detector: NoveltyDetector, X: Rows) -> np.ndarray:
     """Maps [N, H, W] of images: the largest absolute value of the `residual` over the channels.
 
-    For a `RotationNet`, which has no reconstruction, the `saliency` in place of the residual, smoothed.
+    A `RotationNet` has no reconstruction: there it is how far the first two convolutions' outputs are from what they
+    were in training, ``mean_c (h_c - m_c)² / v_c`` with the running statistics m, v of their batch normalisations,
+    smoothed. It shows colours and edges that are new, less so parts of other objects.
     """
     if not is_image(detector.input_shape_):
         raise ValueError(f"X: expected images, but samples have the shape {list(detector.input_shape_)}")
     if detector.loss_ == "rotation":
-        sizes = np.abs(saliency(detector, X))
-        smooth = float(max(detector.input_shape_[-2:])) / 16
-        sizes = gaussian_filter(sizes, (*[0] * (sizes.ndim - 2), smooth, smooth))
-    else:
-        sizes = np.abs(residual(detector, X))
+        deviation = np.concatenate(
+            [_deviation(detector.model_, b) for b in _samples(detector, X).split(ROWS_AT_A_TIME)]
+        )
+        smooth = max(detector.input_shape_[-2:]) / 20
+        return gaussian_filter(deviation, (0, smooth, smooth))
+    sizes = np.abs(residual(detector, X))
     return sizes if sizes.ndim == 3 else sizes.max(1)
+
+
+def _deviation(model: Any, batch: Tensor) -> np.ndarray:
+    """Of the first two convolutions' outputs from training's, in squared standard deviations -> [B, H, W]."""
+    found: list[Tensor] = []
+
+    def keep(norm: Any, inputs: tuple[Tensor]) -> None:
+        mean, variance = (t[:, None, None] for t in (norm.running_mean, norm.running_var + norm.eps))
+        upright = inputs[0].unflatten(0, (len(batch), -1))[:, 0]
+        found.append(((upright - mean).square() / variance).mean(1, keepdim=True))
+
+    norms = [module for module in model.body.modules() if isinstance(module, nn.BatchNorm2d)][:2]
+    hooks = [norm.register_forward_pre_hook(keep) for norm in norms]
+    try:
+        with torch.no_grad():
+            model.features(batch, mirrored=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    H = model.sample_shape[1]
+    both = [F.interpolate(x, size=(H, H), mode="bilinear").squeeze(1) for x in found]
+    return torch.stack(both).mean(0).cpu().double().numpy()
 
 
 class Reason(NamedTuple):

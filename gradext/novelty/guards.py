@@ -6,8 +6,9 @@ Every message begins with the name of its kind, up to the colon.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ ACTIVE_NATS = 0.01  # a latent dimension whose mean divergence is below carries 
 IMAGE_FEATURES = 64  # features from which on rows may be flat images, whose edges never change
 FEW = 0.02  # share of the training samples that may be left out of the training for lying far out
 FAR_SQUARE = 16.0  # mean square in standard deviations from which on a sample may lie far out
+CHANGEABLE = ("target_fpr", "verbose")  # parameters that count without a new fit
 FENCE = 3.0  # interquartile ranges beyond the upper quartile: "far out" in Tukey, Exploratory Data Analysis, 1977
 
 
@@ -138,6 +140,17 @@ def of_calibration(n: int, target_fpr: float) -> Iterator[str]:
 
 
 # --- in scoring ------------------------------------------------------------------------------------------------------
+
+
+def of_changes(fitted: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Parameters of the fit and those now, by name: which ones were changed and have no effect without a new fit."""
+    told = [
+        f"{name}={fitted[name]!r} is now {value!r}"
+        for name, value in now.items()
+        if name not in CHANGEABLE and value is not fitted[name] and value != fitted[name]
+    ]
+    if told:
+        yield f"changed parameters: {', '.join(told)}; scores are those of the last fit, call fit again"
 
 
 def of_input(samples: Tensor, beyond: np.ndarray, profile: Profile) -> Iterator[str]:

@@ -304,6 +304,7 @@ def _rebuild(
     _check_tensors(learned, expected, "score")
     if given:
         raise ModelFileError(f"tensors: unknown names {sorted(given)}")
+    detector.fitted_parameters_ = detector.get_params(deep=False)
     detector.score_ = template.with_tensors({k: learned[k].to(like.device) for k, like in template.tensors().items()})
     return detector
 

@@ -60,7 +60,8 @@ def draw_histogram(ax: Axes, inliers: np.ndarray, outliers: np.ndarray, title: s
         ax.stairs(height, edges, fill=True, color=colour, alpha=0.28)
         ax.stairs(height, edges, color=colour, linewidth=1.6, label=label)
     ax.stairs(np.minimum(*heights), edges, fill=True, color=INK, alpha=0.35, label=f"overlap {share:.0%}")
-    ax.set(title=title, xlabel=unit, yticks=[], xlim=(edges[0], edges[-1]), ylim=(0, 1.22 * max(map(np.max, heights))))
+    top = 1.42 * max(map(np.max, heights))  # room for the legend
+    ax.set(title=title, xlabel=unit, yticks=[], xlim=(edges[0], edges[-1]), ylim=(0, top))
     ax.spines["left"].set_visible(False)
     ax.legend(loc="upper right", fontsize=9, handlelength=1.2)
 
@@ -92,7 +93,7 @@ def draw_precision_recall(ax: Axes, novelty: np.ndarray, outlier: np.ndarray) ->
     ax.step(recall, precision, where="post", color=INLIER, linewidth=2, label=label)
     ax.axhline(outlier.mean(), color=GREY, linewidth=0.8, linestyle=":")
     ax.set(title="Precision and recall", xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
-    ax.legend(loc="lower left", fontsize=9)
+    ax.legend(loc="best", fontsize=9)
 
 
 def draw_reliability(ax: Axes, p_values: np.ndarray, band: float | None) -> None:
@@ -109,7 +110,7 @@ def draw_reliability(ax: Axes, p_values: np.ndarray, band: float | None) -> None
     ax.step(np.r_[0, ordered, 1], np.r_[0, shares, 1], where="post", color=INLIER, linewidth=2, label="observed")
     ax.set(title="Reliability of the p-values", xlabel="p-value t", ylabel="share with p at most t")
     ax.set(xlim=(0, 1), ylim=(0, 1.01))
-    ax.legend(loc="lower right", fontsize=9)
+    ax.legend(loc="best", fontsize=9)
 
 
 def draw_distribution(ax: Axes, novelty: np.ndarray, threshold: float, unit: str) -> None:

@@ -24,7 +24,7 @@ from .scoring import in_finite_numbers, novelties
 
 SHOWN = 12  # most novel samples
 BORDERLINE = 8  # samples on either side of the threshold
-LISTED = 500  # flagged samples
+LISTED = 500  # flagged samples, and labels
 NEIGHBOURS = 5
 TRAINING_SHOWN = 4096  # training samples among which neighbours are sought
 EXPLAINED = 1024  # samples over which the layers' shares are averaged
@@ -51,7 +51,8 @@ figure .trio { display: flex; gap: 4px; } figure .trio img { width: 33%; }
 figure img, td img { image-rendering: pixelated; border-radius: 4px; border: 1px solid var(--line); }
 .novel { color: var(--orange); } .normal { color: var(--blue); }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-td, th { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td, th { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); }
+td:first-child { overflow-wrap: anywhere; min-width: 8em; }
 th { color: var(--grey); font-weight: normal; } td img { width: 48px; }
 .bar { background: var(--line); height: 10px; border-radius: 5px; } .bar i { display: block; height: 10px;
   border-radius: 5px; background: var(--blue); }
@@ -98,7 +99,7 @@ def page(
         blocks.append(_neighbours(detector, source, index[top], *training))
     if source.skipped:
         rows = "".join(f"<tr><td>{_e(reason)}</td></tr>" for reason in list(source.skipped.values())[:50])
-        blocks.append(_section(f"Skipped: {len(source.skipped)}", f"<table>{rows}</table>"))
+        blocks.append(_section(f"Skipped: {len(source.skipped)}", _scrolled(rows)))
     blocks.append(_section("Model", _model_table(detector)))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -115,6 +116,11 @@ def _e(text: object) -> str:
 def _section(title: str, body: str, note: str = "") -> str:
     note = f'<p class="note">{note}</p>' if note else ""
     return f"<section><h2>{_e(title)}</h2>{note}{body}</section>\n"
+
+
+def _scrolled(rows: str) -> str:
+    """A table that scrolls sideways on a narrow screen."""
+    return f'<div class="wide"><table>{rows}</table></div>'
 
 
 def _facts(detector, novelty, outlier, both: bool, source: Source, pixels: float | None) -> str:
@@ -142,7 +148,7 @@ def _warnings_of_the_fit(detector) -> str:
     told = list(detector.warnings_)
     if detector.contamination is None:
         told += [
-            m for m in guards.of_calibration(len(detector.calibration_.scores), detector.fitted_fpr_) if m not in told
+            m for m in guards.of_calibration(len(detector.calibration_.scores), detector.target_fpr) if m not in told
         ]
     if not told:
         return ""
@@ -166,19 +172,25 @@ def _plots(detector, novelty, p_values, outlier, both: bool) -> str:
 
     def roc(ax) -> None:
         plots.draw_roc(ax, {unit: novelty}, outlier)
-        ax.legend(loc="lower right", fontsize=9)
+        ax.legend(loc="best", fontsize=9)
 
-    drawn = [distribution, lambda ax: plots.draw_reliability(ax, known, band)]
+    drawn = {
+        "histogram of the novelties": distribution,
+        "reliability of the p-values": lambda ax: plots.draw_reliability(ax, known, band),
+    }
     if both:
-        drawn += [roc, lambda ax: plots.draw_precision_recall(ax, novelty, outlier)]
+        drawn |= {
+            "receiver operating characteristic": roc,
+            "precision over recall": lambda ax: plots.draw_precision_recall(ax, novelty, outlier),
+        }
     pictures = ""
-    for draw in drawn:
+    for name, draw in drawn.items():
         with rc_context(plots.STYLE):
             figure = Figure(figsize=(5.6, 4), facecolor="white", layout="constrained")
             draw(figure.subplots())
             content = io.BytesIO()
             figure.savefig(content, format="svg", metadata={"Date": None})
-        pictures += f'<img class="plot" alt="plot of the scores" src="{_data("image/svg+xml", content.getvalue())}">'
+        pictures += f'<img class="plot" alt="{name}" src="{_data("image/svg+xml", content.getvalue())}">'
     return f'<div class="plots">{pictures}</div>'
 
 
@@ -223,17 +235,20 @@ def _most_novel(detector, source, rows, novelty, p_values, outlier) -> str:
 
 
 def _by_label(detector, source, index, novelty, outlier) -> str:
-    if outlier is None or source.labels is None or len(set(source.labels[index])) < 2:
+    if source.labels is None or not 2 <= len(set(source.labels[index])) <= LISTED:
         return ""
+    labels, known = source.labels[index], outlier is not None
     rows = ""
-    for kind in evaluation.by_label(source.labels[index], ~outlier, novelty, -detector.offset_):
-        area = "" if kind.auroc is None else f"{kind.auroc:.3f} ({kind.low:.3f} to {kind.high:.3f})"
-        rows += (
-            f'<tr><td>{_e(kind.label)}</td><td class="{_kind(not kind.normal)}">{_kind(not kind.normal)}</td>'
-            f"<td>{kind.samples:,}</td><td>{kind.called_novel:.1%}</td><td>{area}</td></tr>"
-        )
-    head = "<tr><th>label</th><th></th><th>samples</th><th>called novel</th><th>AUROC, 95% interval</th></tr>"
-    return _section("By label", f'<div class="wide"><table>{head}{rows}</table></div>')
+    for kind in evaluation.by_label(
+        labels, ~outlier if known else np.ones(len(labels), bool), novelty, -detector.offset_
+    ):
+        rows += f"<tr><td>{_e(kind.label)}</td><td>{kind.samples:,}</td><td>{kind.called_novel:.1%}</td>"
+        if known:
+            area = "" if kind.auroc is None else f"{kind.auroc:.3f} ({kind.low:.3f} to {kind.high:.3f})"
+            rows += f'<td class="{_kind(not kind.normal)}">{_kind(not kind.normal)}</td><td>{area}</td>'
+        rows += "</tr>"
+    more = "<th></th><th>AUROC, 95% interval</th>" if known else ""
+    return _section("By label", _scrolled(f"<tr><th>label</th><th>samples</th><th>called novel</th>{more}</tr>{rows}"))
 
 
 def _table_of(source, index, order, novelty, p_values, outlier) -> str:
@@ -244,7 +259,7 @@ def _table_of(source, index, order, novelty, p_values, outlier) -> str:
             f"<tr><td>{_e(source.names[index[k]])}</td><td>{novelty[k]:.4g}</td><td>{p_values[k]:.3g}</td>{truth}</tr>"
         )
     head = f"<tr><th>sample</th><th>novelty</th><th>p</th>{'' if outlier is None else '<th>label</th>'}</tr>"
-    return f'<div class="wide"><table>{head}{rows}</table></div>'
+    return _scrolled(head + rows)
 
 
 def _borderline(detector, source, index, novelty, p_values, outlier) -> str:
@@ -279,8 +294,12 @@ def _layers(detector, source, index, called) -> str:
             bar = f'<div class="bar"><i style="width:{100 * mean:.1f}%"></i></div>'
             cells += f"<td>{mean:.1%}{bar}</td>" if kind.any() else "<td>none</td>"
         rows.append(f"<tr><td>{_e(name)}</td>{cells}</tr>")
-    table = f"<table><tr><th>layer</th><th>called normal</th><th>called novel</th></tr>{''.join(rows)}</table>"
-    return _section("Layers", table, f"Mean share of the squared gradient norm, over {len(chosen):,} samples.")
+    head = "<tr><th>layer</th><th>called normal</th><th>called novel</th></tr>"
+    return _section(
+        "Layers",
+        _scrolled(head + "".join(rows)),
+        f"Mean share of the squared gradient norm, over {len(chosen):,} samples.",
+    )
 
 
 def _neighbours(detector, source, rows, training: Source, training_rows: np.ndarray) -> str:
@@ -298,9 +317,7 @@ def _neighbours(detector, source, rows, training: Source, training_rows: np.ndar
         lines.append(f"<tr>{cells}</tr>")
     head = f'<tr><th>sample</th><th colspan="{k}">training samples and cosines</th></tr>'
     note = f"By the cosine of the gradients of the detector's layer, among {len(block.index):,} training samples."
-    return _section(
-        "Nearest training gradients", f'<div class="wide"><table>{head}{"".join(lines)}</table></div>', note
-    )
+    return _section("Nearest training gradients", _scrolled(head + "".join(lines)), note)
 
 
 def _model_table(detector: NoveltyDetector) -> str:
@@ -319,7 +336,7 @@ def _model_table(detector: NoveltyDetector) -> str:
         else f"none; contamination {detector.contamination:g}",
         "versions": f"gradext {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
-    return "<table>" + "".join(f"<tr><th>{_e(k)}</th><td>{_e(v)}</td></tr>" for k, v in rows.items()) + "</table>"
+    return _scrolled("".join(f"<tr><th>{_e(k)}</th><td>{_e(v)}</td></tr>" for k, v in rows.items()))
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class ProgressLines:
 
 
 class PlainAdam:
-    """Adam (Kingma and Ba, ICLR 2015). The first use of torch's imports the compiler, over a second of CPU time.
+    """Adam (Kingma and Ba, ICLR 2015). The first use of one of torch's imports the compiler, over a second of CPU time.
 
     Only with the defaults, ``β = (0.9, 0.999), ε = 1e-8``, on plain tensors.
     """
@@ -146,28 +146,39 @@ class OneCycle:
     MOMENTUM, DECAY, RISE, START = 0.9, 5e-4, 0.3, 1 / 25
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, steps: int) -> None:
-        self.lr, self.total, self.steps = lr, steps, 0
-        self.descent = torch.optim.SGD(
-            parameters, lr, momentum=self.MOMENTUM, weight_decay=self.DECAY, nesterov=True, foreach=False
-        )
+        self.parameters, self.lr, self.total, self.steps = parameters, lr, steps, 0
+        self.momentum = [torch.zeros_like(p) for p in parameters]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.descent.zero_grad(set_to_none)
+        for parameter in self.parameters:
+            parameter.grad = None
 
-    def step(self) -> None:
+    @property
+    def rate(self) -> float:
+        """Of the next step."""
         peak = max(1.0, self.RISE * self.total)
         part = min(1.0, self.steps / peak) if self.steps < peak else 1 - (self.steps - peak) / max(1, self.total - peak)
         least = self.START if self.steps < peak else 0.0
-        self.descent.param_groups[0]["lr"] = self.lr * (least + (1 - least) * (1 - math.cos(math.pi * part)) / 2)
-        self.descent.step()
+        return self.lr * (least + (1 - least) * (1 - math.cos(math.pi * part)) / 2)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        rate = self.rate
+        for parameter, momentum in zip(self.parameters, self.momentum, strict=True):
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.add(parameter, alpha=self.DECAY)
+            momentum.mul_(self.MOMENTUM).add_(gradient)
+            parameter.add_(gradient.add_(momentum, alpha=self.MOMENTUM), alpha=-rate)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "descent": self.descent.state_dict()}
+        return {"steps": self.steps, "momentum": self.momentum}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self.descent.load_state_dict(state["descent"])
+        for own, kept in zip(self.momentum, state["momentum"], strict=True):
+            own.copy_(kept)
 
 
 class Samples(Protocol):

@@ -620,8 +620,9 @@ def test_one_sample_and_any_cut_into_batches_give_the_same():
     model, x = build("attention")
     whole = gradext.batch_layer_grads(model, x, loss="mse")
     parts = [gradext.batch_layer_grads(model, part, loss="mse") for part in x.split([1, 3])]
+    scale = max(value.abs().amax().item() for value in whole.values())  # the keys' bias has gradient zero
     for key, value in whole.items():
-        assert_close(torch.cat([part[key] for part in parts]), value, 1e-12)
+        assert_close(torch.cat([part[key] for part in parts]), value, 1e-12, scale)
 
 
 def test_second_derivatives_reach_the_parameters(oracle):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradext
 
-from .common import B, D, Net, Product, T, V, in_threads, linear, own_gradients, squared, x_of
+from .common import B, D, Net, Product, T, V, assert_right, in_threads, linear, own_gradients, squared, x_of
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -1240,3 +1241,49 @@ def test_rows_that_are_picked_in_a_training_step_are_refused_clearly():
     losses.mean().backward()
     with pytest.raises(gradext.CaptureError, match="before the training step's"):
         watch.factors()
+
+
+def test_outputs_of_layers_are_not_held():
+    held = []
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(3, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            before = self.linear(x)
+            after = before * self.scale
+            held.extend(map(weakref.ref, (before, after)))
+            return after.sum(-1)
+
+    model = Scaled()
+    with gradext.watch(model) as watch:
+        losses = model(torch.rand(5, 2, 3)).square().sum(1)
+    before, after = (reference() for reference in held)
+    assert before is not None  # the input of the product
+    assert after is None
+    assert watch.factors(losses).norm().shape == (5,)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(B, D), lambda: torch.tensor([[0.1 * k] * D for k in range(B)])])
+def test_data_made_in_the_block_are_samples(make):
+    model = nn.Sequential(nn.Linear(D, 3), nn.Tanh())
+    with gradext.watch(model) as watch:
+        x = make()
+        losses = model(x).square().sum(1)
+    found = watch.grads(losses)
+    assert found.coverage.rules == {"0.weight": "linear", "0.bias": "linear"}
+    assert_right(found, own_gradients(model, model(x).square().sum(1)))
+
+
+def test_random_numbers_made_in_a_module_are_constants():
+    def forward(net, x):
+        return net.layer(x + torch.rand(D)) * (net.layer.bias + torch.rand(3))
+
+    model, x = Net(forward, layer=nn.Linear(D, 3)), torch.rand(B, D)
+    torch.manual_seed(1)
+    with gradext.watch(model) as watch:
+        losses = model(x).square().sum(1)
+    torch.manual_seed(1)
+    assert_right(watch.grads(losses), own_gradients(model, model(x).square().sum(1)))

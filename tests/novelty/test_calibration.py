@@ -122,6 +122,26 @@ def test_detectors_false_alarms_on_new_samples(score, digits):
     assert np.mean(rates) > 0.05, "and it is not silent"
 
 
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore::gradext.novelty.DetectorWarning")
+@pytest.mark.parametrize(("N", "novel"), [(300, 0), (300, 15), (30, 0)])
+def test_the_wanted_rate_holds_over_many_fits(N, novel):
+    """On average over fits, also with novelties among the samples; with few samples at the rate that these attain."""
+    rng = np.random.default_rng(0)
+    mixing, alarms = rng.normal(size=(3, 10)), []
+
+    def drawn(n):
+        return rng.normal(size=(n, 3)) @ mixing + 0.3 * rng.normal(size=(n, 10))
+
+    for k in range(20):
+        X = np.concatenate([drawn(N - novel), 4 * rng.normal(size=(novel, 10))])
+        detector = NoveltyDetector(epochs=8, hidden_dim=16, target_fpr=0.05, random_state=k).fit(X)
+        alarms.append((detector.predict(drawn(1000)) == -1).mean())
+    promised = max(0.05, detector.calibration_.attainable_fpr)
+    assert np.mean(alarms) <= promised + 2 * np.std(alarms) / np.sqrt(20)
+    assert novel or np.mean(alarms) >= promised / 2 - 2 * np.std(alarms) / np.sqrt(20)
+
+
 @pytest.mark.parametrize("score", [name for name in SCORES if NEEDS[name]])
 def test_statistics_are_of_all_samples_but_those_of_calibration(score, digits, monkeypatch):
     """Which is why p-values are valid: calibration samples and new ones meet the same finished score."""

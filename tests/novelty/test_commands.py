@@ -556,6 +556,16 @@ def test_a_table_with_an_index_a_name_and_a_reason(tmp_path, capsys):
     assert abs(float(rows[1]["expected"])) < 30
 
 
+def test_samples_of_another_kind_are_named(digits, model, tmp_path, capsys):
+    for shape, what in (((5, 7), "rows of 7 columns"), ((5, 3, 16, 16), "images of 3x16x16")):
+        np.save(tmp_path / "x.npy", np.zeros(shape))
+        assert main(["score", model, str(tmp_path / "x.npy"), "--out", str(tmp_path / "s.csv")]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == (
+            f"gradext score: {tmp_path}/x.npy: expected what {model} was fit on, images of 8x8, got {what}"
+        )
+
+
 def test_photos_that_no_memory_holds_are_told_with_a_size(tmp_path, capsys):
     from PIL import Image
 

@@ -108,3 +108,20 @@ def test_warnings_change_no_score(digits, detector):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         np.testing.assert_array_equal(detector.score_samples(X), scores)
+
+
+def test_parameters_changed_since_the_fit_are_told(digits, tmp_path):
+    X = digits[1][:5]
+    detector = NoveltyDetector("gradient_norm", hidden_dim=16, epochs=2, random_state=0).fit(digits[0])
+    expected = silent(lambda: detector.set_params(verbose=True, target_fpr=0.3, epochs=2).score_samples(X))
+    detector.set_params(novelty_score="delta_norm", contamination=0.1)
+    told = "contamination=None is now 0.1, novelty_score='gradient_norm' is now 'delta_norm'; .* call fit again"
+    with pytest.warns(DetectorWarning, match=told):
+        np.testing.assert_array_equal(detector.score_samples(X), expected)
+    detector.set_params(novelty_score="gradient_norm", contamination=None)
+    save(detector, tmp_path / "model")
+    silent(lambda: load(tmp_path / "model").score_samples(X))
+    with pytest.warns(DetectorWarning, match=r"changed parameters: layer='auto' is now 'last'"):
+        load(tmp_path / "model").set_params(layer="last").score_samples(X)
+    own = NoveltyDetector(model=detector.model_, epochs=1, random_state=0).fit(digits[0])
+    silent(lambda: own.score_samples(X))

@@ -31,7 +31,7 @@ from gradext.novelty import (
 )
 from gradext.novelty.detector import CLASSIFIER_SCORES, fit_score
 from gradext.novelty.plots import overlap
-from gradext.novelty.training import PlainAdam
+from gradext.novelty.training import OneCycle, PlainAdam
 from gradext.oracles import loop_layer_grads
 
 
@@ -130,6 +130,26 @@ def test_adam_is_torchs():
             optimizer.step()
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-12, atol=1e-12)
+
+
+def test_one_cycle_is_torchs_descent():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Linear(5, 3).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    cycle = OneCycle(list(ours.parameters()), lr=0.1, steps=20)
+    descent = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    rates = []
+    for k in range(20):
+        x = torch.randn(7, 5, dtype=torch.float64)
+        descent.param_groups[0]["lr"] = cycle.rate
+        rates.append(cycle.rate)
+        for model, optimizer in ((ours, cycle), (theirs, descent)):
+            optimizer.zero_grad()
+            (model(x) - k).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=1e-12)
+    assert (rates[0], rates[6]) == pytest.approx((0.004, 0.1))
+    assert rates == sorted(rates[:7]) + sorted(rates[7:], reverse=True)
 
 
 def test_train_is_seeded(digits):

@@ -20,11 +20,14 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.loaded, self.tags, self.text = [], [], set(), ""
+        self.open, self.loaded, self.tags, self.text, self.last = [], [], set(), "", None
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
+        if tag == "table":
+            assert self.last == ("div", [("class", "wide")]), "a table scrolls on a phone"
+        self.last = tag, attrs
         if tag not in self.VOID:
             self.open.append(tag)
         self.loaded += [value for name, value in attrs if name in ("src", "href", "data", "action")]
@@ -56,6 +59,8 @@ def report(digits, *arguments):
     assert "script" not in page.tags
     assert "link" not in page.tags
     assert not re.search(r"url\(|@import|https?:", text)
+    assert 'name="viewport" content="width=device-width' in text
+    assert max(int(width) for width in re.findall(r"[; {](?:min-)?width: (\d+)px", text)) <= 320
     return page
 
 
@@ -92,6 +97,13 @@ def test_neighbours_are_sought_among_normal_training_samples(digits, tmp_path):
         arguments = [str(model), str(tmp_path / "t.csv"), *labels, "--training", str(tmp_path / training)]
         assert main(["report", *arguments, "--out", str(tmp_path / "r.html")]) == 0
         assert f"among {among} training samples" in (tmp_path / "r.html").read_text()
+
+
+def test_folders_are_told_apart_also_where_no_normal_one_is_named(digits):
+    page = report(digits, digits / "test")
+    assert "By label" in page.text
+    assert "95% interval" not in page.text
+    assert re.search(r"labelsamplescalled novel0\d\d[\d.]+%1\d\d[\d.]+%2", page.text)
 
 
 def test_without_labels_and_with_one_kind(digits):

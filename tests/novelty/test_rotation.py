@@ -135,3 +135,21 @@ def test_its_p_values_are_valid():
     p = NoveltyDetector(random_state=0, calibration_fraction=0.4).fit(X).p_values(T)
     for t in (0.05, 0.1, 0.3):
         assert (p <= t).mean() <= t + 3 * np.sqrt(t * (1 - t) * (1 / 800 + 1 / 160))
+
+
+def test_the_map_shows_a_defect_of_a_texture():
+    rng = np.random.default_rng(0)
+
+    def textures(count: int) -> np.ndarray:
+        y, x = np.mgrid[:32, :32]
+        waves = [60 * np.sin(x / 2 + rng.uniform(0, 6)) * np.cos(y / 3) for _ in range(count)]
+        return np.clip(120 + np.stack(waves) + rng.normal(0, 8, (count, 32, 32)), 0, 255).astype(np.uint8)
+
+    detector = NoveltyDetector(model="rotation", epochs=6, random_state=0).fit(textures(200))
+    X, defect = textures(30), np.zeros((30, 32, 32), dtype=bool)
+    for k in range(30):
+        y, x = rng.integers(2, 24, 2)
+        defect[k, y : y + 6, x : x + 6] = True
+    X[defect] = 250
+    maps = heat(detector, X)
+    assert np.mean([roc_auc_score(defect[k].ravel(), maps[k].ravel()) for k in range(30)]) > 0.95

@@ -351,5 +351,17 @@ def test_columns_are_chosen_and_left_out(tmp_path):
     assert list(everything(source).samples.columns) == ["b", "a"]
     assert source.labels.tolist() == ["ok", "bad"]
     assert "left out: id" in source.notes[0]
-    with pytest.raises(DatasetError, match="expected columns of id, a, b, kind, got c"):
+    with pytest.raises(DatasetError, match="--columns and --drop: expected some of id, a, b, kind, got c"):
         open_source(path, drop=["c"])
+
+
+def test_gaps_and_missing_columns_are_named(tmp_path):
+    pytest.importorskip("pandas")
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,c\n1,2,3\n1,,inf\n4,,6\n")
+    with pytest.raises(DatasetError, match=r"b, c has empty .* b in 2 of 3 rows, first in row 1; .* --drop b"):
+        open_source(path)
+    assert list(everything(open_source(path, drop=["b", "c"])).samples.columns) == ["a"]
+    path.write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(DatasetError, match=r"the columns of the model, b, d, a, but has no d; name them alike"):
+        open_source(path, fitted_columns=["b", "d", "a"])
