@@ -332,7 +332,7 @@ def _by_entry(work: list[Entry], found: list[Tensor | None]) -> list[list[Tensor
 
 @contextlib.contextmanager
 def _hooks_apart(parameters: Iterable[Tensor]) -> Iterator[dict[int, dict]]:
-    """The user's hooks on parameters, by id, removed during the backward: each sample's whole gradient goes through them once."""
+    """The user's hooks on parameters, by id, removed during the backward: each sample's gradient goes through them."""
     hooks = {id(p): (p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks}
     try:
         for own, _ in hooks.values():

@@ -26,7 +26,7 @@ from .losses import Root
 from .rules import Entry, is_in_place, tensors_of
 from .selection import Selection
 
-# Functions of torch's that are written in Python and call others with parameters: so that the mode sees each of these calls.
+# Functions of torch's that are written in Python and call others with parameters: the mode sees each of these calls.
 _COMPOSED = {F.multi_head_attention_forward}
 # Functions whose result never depends on a parameter differentiably, or that are meant for the parameter itself: the
 # most frequent, passed on at once.
