@@ -308,7 +308,7 @@ def route_cases(device: str) -> Iterator:
     """Each route of the norms' kernel, for `kCosts` in csrc/cuda/sq_norm.cu: its time a step of a tile."""
     import torch
 
-    from gradext.backends import cuda
+    from gradext.backends import cpu, cuda
 
     if cuda.available() is not None:
         return
@@ -323,11 +323,11 @@ def route_cases(device: str) -> Iterator:
         splits = max(1, min(tiles, 528 // B))
         out = torch.empty(B, dtype=torch.float32, device=device)
         shares = torch.empty(B * splits, dtype=torch.float32, device=device)
-        fields = [cuda._norm_fields(delta, activation)]
+        fields = [(delta.data_ptr(), activation.data_ptr(), *cpu.sizes(delta, activation))]
 
         def run():
             pointers = (out.data_ptr(), shares.data_ptr(), delta.get_device(), cuda._stream(delta.device))
-            C.sq_norm_cuda(fields, [(number, splits)], cuda._CODE[dtype], *pointers)
+            C.sq_norm_cuda(fields, [(number, splits)], cpu.CODE[dtype], *pointers)
 
         row = {"routes": {route: measured([run], device)}}
         steps = B * tiles * (O + I if gram else T)

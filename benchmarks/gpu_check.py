@@ -32,7 +32,7 @@ STAGES = {
     "B": {"all_tests": 180, "races": 60, "language": 90, "models": 60, "routes": 60, "tiles": 90, "blocks": 120},
 }
 KEY_TESTS = (
-    "default or empty or strided_inputs or single_product or drift or test_group or graph_capture_of_a_group "
+    "default or strided_inputs or converts or single_product or drift or test_group or graph_capture_of_a_group "
     "or norms_of_all_layers"
 )
 
@@ -100,16 +100,17 @@ def command(step: str, arguments: argparse.Namespace) -> list[str]:
     python = [sys.executable, "-u"]
     child = [*python, __file__, "--child", step, "--device", arguments.device, "--out", str(arguments.out)]
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *workers()]
-    files = ["test_gpu.py"] if arguments.device == "cuda" else ["test_ops.py"]
+    cuda = arguments.device == "cuda"
+    files = ["test_contract.py", "test_gpu.py"] if cuda else ["test_ops.py"]
     if step == "build":
         return [*python, "setup.py", "build_ext", "--inplace"]
     if step == "tests":
-        return [*pytest, f"tests/ops/{files[0]}", "-k", KEY_TESTS if arguments.device == "cuda" else "group or table"]
+        return [*pytest, *(f"tests/ops/{name}" for name in files), "-k", KEY_TESTS if cuda else "group or table"]
     if step == "all_tests":
-        files += ["triton_operators.py"] if arguments.device == "cuda" else []
+        files += ["triton_operators.py"] if cuda else []
         return [*pytest, *(f"tests/ops/{name}" for name in files)]
     tools = {"memcheck": "memcheck", "races": "racecheck"}
-    if step in tools and arguments.device == "cuda":
+    if step in tools and cuda:
         options = ["--tool", tools[step], "--error-exitcode", "9", "--kernel-name", "kernel_substring=gradext"]
         return ["compute-sanitizer", *options, *child]
     return child

@@ -145,7 +145,8 @@ def test_commands_are_those_of_the_machine(tmp_path):
 
 
 def test_key_tests_are_there():
-    names = re.findall(r"^def (test_\w+)", (gpu_check.ROOT / "tests/ops/test_gpu.py").read_text(), re.MULTILINE)
+    texts = [(gpu_check.ROOT / "tests/ops" / name).read_text() for name in ("test_contract.py", "test_gpu.py")]
+    names = re.findall(r"^def (test_\w+)", "\n".join(texts), re.MULTILINE)
     for word in gpu_check.KEY_TESTS.split(" or "):
         assert any(word in name for name in names), word
 
@@ -163,7 +164,8 @@ def test_nothing_but_that_machines_packages_is_imported():
         "pandas",
         "pytest_benchmark",
     )
-    files = [str(gpu_check.ROOT / "tests/ops" / name) for name in ("test_gpu.py", "triton_operators.py", "test_ops.py")]
+    names = ("test_contract.py", "test_gpu.py", "triton_operators.py", "test_ops.py")
+    files = [str(gpu_check.ROOT / "tests/ops" / name) for name in names]
     code = (
         f"import sys; sys.modules |= dict.fromkeys({missing!r}); sys.path.insert(0, {str(gpu_check.ROOT)!r}); "
         "import benchmarks.gpu_cases, pytest; [list(make('cpu')) for make in benchmarks.gpu_cases.CASES.values()]; "

@@ -20,33 +20,7 @@ namespace {
 using gradext::DType;
 using gradext::OuterParams;
 
-OuterParams outer_params(std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B,
-                         std::int64_t T, std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t,
-                         std::int64_t delta_o, std::int64_t activation_b, std::int64_t activation_t,
-                         std::int64_t activation_i, std::int64_t out_b, std::int64_t out_o, int in_dtype,
-                         int out_dtype) {
-  return {reinterpret_cast<const void*>(delta),
-          reinterpret_cast<const void*>(activation),
-          reinterpret_cast<void*>(out),
-          B,
-          T,
-          O,
-          I,
-          delta_b,
-          delta_t,
-          delta_o,
-          activation_b,
-          activation_t,
-          activation_i,
-          out_b,
-          out_o,
-          static_cast<DType>(in_dtype),
-          static_cast<DType>(out_dtype)};
-}
-
-#if defined(GRADEXT_WITH_CUDA)
-
-// The integers of one problem for the GPU, in a tuple: a function may take many of them.
+// The integers of one problem, in a tuple: a function may take many problems.
 class Fields {
  public:
   Fields(const py::tuple& fields, std::size_t expected) : fields_(fields) {
@@ -79,6 +53,8 @@ OuterParams outer_params(const py::tuple& problem) {
   p.in_dtype = fields.dtype(), p.out_dtype = fields.dtype();
   return p;
 }
+
+#if defined(GRADEXT_WITH_CUDA)
 
 // (delta, activation, B, T, O, I, strides of delta and activation)
 std::vector<gradext::SqNormParams> sq_norm_params(const std::vector<py::tuple>& layers) {
@@ -160,28 +136,16 @@ py::dict build_config() {
 PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
-  m.attr("F32") = static_cast<int>(DType::f32);
-  m.attr("F64") = static_cast<int>(DType::f64);
-  m.attr("F16") = static_cast<int>(DType::f16);
-  m.attr("BF16") = static_cast<int>(DType::bf16);
-
   m.def("build_config", &build_config);
 
   m.def(
       "outer_cpu",
-      [](std::uintptr_t delta, std::uintptr_t activation, std::uintptr_t out, std::int64_t B, std::int64_t T,
-         std::int64_t O, std::int64_t I, std::int64_t delta_b, std::int64_t delta_t, std::int64_t delta_o,
-         std::int64_t activation_b, std::int64_t activation_t, std::int64_t activation_i, std::int64_t out_b,
-         std::int64_t out_o, int in_dtype, int out_dtype, int threads, std::int64_t stream_from,
-         const std::string& isa) {
-        gradext::outer_cpu(outer_params(delta, activation, out, B, T, O, I, delta_b, delta_t, delta_o, activation_b,
-                                        activation_t, activation_i, out_b, out_o, in_dtype, out_dtype),
-                           threads, stream_from, isa);
+      [](const py::tuple& problem, int threads, std::int64_t stream_from, const std::string& isa) {
+        const OuterParams params = outer_params(problem);
+        const py::gil_scoped_release without_gil;
+        gradext::outer_cpu(params, threads, stream_from, isa);
       },
-      py::arg("delta"), py::arg("activation"), py::arg("out"), py::arg("B"), py::arg("T"), py::arg("O"), py::arg("I"),
-      py::arg("delta_b"), py::arg("delta_t"), py::arg("delta_o"), py::arg("activation_b"), py::arg("activation_t"),
-      py::arg("activation_i"), py::arg("out_b"), py::arg("out_o"), py::arg("in_dtype"), py::arg("out_dtype"),
-      py::arg("threads"), py::arg("stream_from") = -1, py::arg("isa") = "", without_gil);
+      py::arg("problem"), py::arg("threads"), py::arg("stream_from") = -1, py::arg("isa") = "");
   m.def(
       "nt_fill_cpu",
       [](std::uintptr_t out, std::int64_t bytes, int threads) {

@@ -1,4 +1,4 @@
-// What this machine's GPUs and driver are, without making a context on any of them.
+// The GPUs and the driver of this machine, found without creating a context on any GPU.
 #pragma once
 
 #include <string>

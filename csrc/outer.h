@@ -27,8 +27,8 @@ struct OuterParams {
   DType out_dtype;
 };
 
-// One input feature leaves rows of one element, the worst shape for both devices; the same memory seen as one
-// row of O elements is the best. The roles of delta and activation are symmetric, so this is only a change of names.
+// With one input feature every row has one element, the slowest shape on both devices. The same memory read as one row
+// of O elements is the fastest. delta and activation have symmetric roles, so this only swaps their names.
 inline OuterParams with_long_rows(OuterParams p) {
   if (p.I == 1 && p.out_o == 1) {
     std::swap(p.delta, p.activation);
@@ -43,11 +43,10 @@ inline OuterParams with_long_rows(OuterParams p) {
 
 // f32 -> f32, f16, bf16 and f64 -> f64. Uses at most `threads` threads, fewer where the work is small. From
 // `stream_from` output bytes on the stores go past the cache; negative means three quarters of the last-level cache.
-// `isa` names another of cpu_isas() than the best, for tests.
+// `isa` selects one of cpu_isas() in place of the best, for tests.
 void outer_cpu(const OuterParams& p, int threads, std::int64_t stream_from = -1, const std::string& isa = "");
 
-// Fills [out, out + bytes) with streaming stores by the same threads: the ceiling that outer_cpu is measured
-// against.
+// Fills [out, out + bytes) with streaming stores by the same threads. Benchmarks compare outer_cpu with its speed.
 void nt_fill_cpu(void* out, std::int64_t bytes, int threads);
 
 // Output bytes from which outer_cpu streams past the cache on this machine.
@@ -56,8 +55,8 @@ std::int64_t default_stream_from();
 // The instruction sets of this machine that outer_cpu was built for, the best first.
 std::vector<std::string> cpu_isas();
 
-// f32 -> f32, f16, bf16; f16 -> f16, f32; bf16 -> bf16, f32; f64 -> f64, one such pair for all problems. Those of T = 1
-// share launches, the others have one each. Asynchronous on `stream` (a cudaStream_t).
+// f32 -> f32, f16, bf16; f16 -> f16, f32; bf16 -> bf16, f32; f64 -> f64, one such pair for all problems. Problems with
+// T = 1 share launches, each of the others has its own. Asynchronous on `stream` (a cudaStream_t).
 void outer_cuda(const std::vector<OuterParams>& problems, int device, std::uintptr_t stream);
 
 }  // namespace gradext

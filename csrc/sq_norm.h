@@ -39,16 +39,16 @@ struct SqNormPlan {
   std::int64_t splits;  // blocks that share the tiles of one sample
 };
 
-// The plans of the least counted time on a GPU of so many multiprocessors, which all layers together fill.
+// The plans with the least estimated time on a GPU with so many multiprocessors, which all layers together fill.
 std::vector<SqNormPlan> sq_norm_plan(const std::vector<SqNormParams>& layers, DType dtype, int multiprocessors,
                                      int capability);
 
 // The same for the given device.
 std::vector<SqNormPlan> sq_norm_plan_for(const std::vector<SqNormParams>& layers, DType dtype, int device);
 
-// A launch for up to kMostLayers layers of one B and type, and one that adds up `shares` [sum of B * splits], what each
-// block found. out [layers, B] and shares are fp64 for fp64 factors, else fp32. Sums are taken in a fixed order: the
-// same call gives the same bits. Asynchronous on `stream` (a cudaStream_t).
+// One launch for up to kMostLayers layers of one B and type writes the partial sum of each block to `shares`
+// [sum of B * splits]; a second one adds them up. out [layers, B] and shares are fp64 for fp64 factors, else fp32. Sums
+// are taken in a fixed order: the same call gives the same bits. Asynchronous on `stream` (a cudaStream_t).
 constexpr int kMostLayers = 320;
 void sq_norm_cuda(const std::vector<SqNormParams>& layers, const std::vector<SqNormPlan>& plans, DType dtype, void* out,
                   void* shares, int device, std::uintptr_t stream);

@@ -8,6 +8,8 @@ one level outliers, as many of either. CURE-TSR comes from ``DIR/CURE-TSR`` (`gr
 default at 28x28, as in its authors' code. The classifier sees every weight of the last layer: the narrow defaults
 of the VAE and the classifier keep its own weights to 12 million, where 400 and 64 would need 79 million.
 
+Beside them two-sided scores by spatial frequency (`fit_spectral`): blur makes gradients smaller at high frequencies.
+
 Where it is not there, or with ``--stand-in``, the same runs on BelgiumTSC, the 14 sign types of CURE-TSR at 32x32, with
 the five conditions simulated at five levels (`simulate`): a stand-in, and everything that is printed says so.
 Results: ``<out>/fig4-<set>.jsonl``, ``.md`` and ``.png``, and for the stand-in a contact sheet of the conditions.
@@ -20,7 +22,7 @@ import functools
 import io
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +32,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
+from sklearn.covariance import ShrunkCovariance
 from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from gradext import datasets
-from gradext.novelty import VAE, train
+from gradext.novelty import VAE, characterize, distort, train, train_classifier
 from gradext.novelty.demo import fit_all_scores, markdown_table
 from gradext.novelty.detector import CLASSIFIER_SCORES
 from gradext.novelty.plots import INK, STYLE
@@ -46,13 +51,23 @@ LEVELS = range(1, 6)
 PAPER_AVERAGE = 0.746  # of the gradient classifier on CURE-TSR; the curves stand in the paper's figure only
 STAND_IN = "STAND-IN: BelgiumTSC with simulated conditions, not CURE-TSR"
 ARCHIVE = Path("belgiumtsc", "belgiumtsc-32.tar.gz")
+LAYERS = ("last", "first", "encoder.0")
+# The scores of `fit_spectral`, and what the table says of them.
+SPECTRAL = {
+    "two_sided_classifier": "two-sided classifier",
+    "spectral_density": "spectral density of the gradient",
+    "spectral_evidence": "the same and reconstruction error",
+    "image_density": "spectral density of the image",
+    "image_evidence": "the same and reconstruction error, no gradient",
+}
 CURVES = {
-    "gradient_classifier": ("#d55e00", "-"),  # colours of Okabe and Ito, which the colour-blind tell apart
+    "spectral_evidence": ("#000000", "-"),  # colours of Okabe and Ito, which the colour-blind tell apart
+    "two_sided_classifier": ("#cc79a7", "-"),
+    "gradient_classifier": ("#d55e00", "-"),
     "reconstruction_classifier": ("#0072b2", "-"),
     "latent_classifier": ("#009e73", "-"),
-    "gradient_norm": ("#d55e00", ":"),
-    "whitened_delta_norm": ("#cc79a7", ":"),
     "reconstruction_error": ("#0072b2", ":"),
+    "gradient_norm": ("#d55e00", ":"),
 }
 
 
@@ -65,10 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden-dim", type=int, default=128, metavar="N", help="of the VAE")
     parser.add_argument("--classifier-dim", type=int, default=32, metavar="N", help="hidden units of the classifiers")
     options = parser.parse_args(arguments)
-    data_dir = options.data_dir or os.environ.get("GRADEXT_DATA")
-    if not data_dir:
-        parser.error("traffic signs are read from local files: pass --data-dir DIR or set GRADEXT_DATA")
-    kind = "cure-tsr" if Path(data_dir, "CURE-TSR").is_dir() and not options.stand_in else "stand-in"
+    data_dir = options.data_dir or os.environ.get("GRADEXT_DATA", "")
+    has_cure_tsr = bool(data_dir) and Path(data_dir, "CURE-TSR").is_dir()
+    kind = "cure-tsr" if has_cure_tsr and not options.stand_in else "stand-in"
     if kind == "stand-in":
         print(STAND_IN)
     epochs = 5 if options.quick else None
@@ -79,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work = functools.partial(evaluate, data_dir=data_dir)
     rows = runs.run(options.out / f"{name}.jsonl", tasks, work, jobs=options.jobs, description=name)
     draw(rows).savefig(options.out / f"{name}.png")
-    if kind == "stand-in":
+    if kind == "stand-in" and data_dir:
         contact_sheet(read_belgiumtsc(data_dir)).savefig(options.out / f"{name}-conditions.png")
     text = render(rows, name)
     (options.out / f"{name}.md").write_text(text)
@@ -101,6 +115,8 @@ class Signs:
 def read_belgiumtsc(data_dir: str | Path) -> Signs:
     """The 14 sign types of CURE-TSR from BelgiumTSC's archive, original split; a group is a track of frames."""
     path = Path(data_dir, ARCHIVE)
+    if not data_dir:
+        raise datasets.DatasetError("traffic signs are read from local files: pass --data-dir DIR or set GRADEXT_DATA")
     if not path.is_file():
         raise datasets.DatasetError(
             f"BelgiumTSC: expected {path}, got nothing; or CURE-TSR in {Path(data_dir, 'CURE-TSR')}"
@@ -193,14 +209,85 @@ def evaluate(task: dict, data_dir: str) -> dict:
         torch.manual_seed(seed)
         model = VAE(x.shape[1], task["hidden_dim"]).eval()
     history = train(model, x, validation, epochs=task["epochs"], seed=seed, progress=False)
-    score = fit_all_scores(model, x, validation, layer=("last", "first"), seed=seed, hidden_dim=task["classifier_dim"])
-    of_test = score(test)
+    options = {"seed": seed, "hidden_dim": task["classifier_dim"]}
+    usual = fit_all_scores(model, x, validation, layer=LAYERS, **options)
+    spectral, bands = fit_spectral(model, x, signs.train.shape[-1], **options)
+    score = lambda samples: usual(samples) | spectral(samples)  # noqa: E731
+    of_test, in_bands = score(test), {"none": bands(test)}
     auroc: dict[str, dict[str, list[float]]] = {name: {} for name in of_test}
     for condition in CONDITIONS:
-        of_levels = [score(_flat(outliers(condition, level))) for level in LEVELS]
+        images = [_flat(outliers(condition, level)) for level in LEVELS]
+        of_levels = [score(part) for part in images]
+        in_bands[condition] = bands(images[len(LEVELS) // 2])
         for name, inside in of_test.items():
             auroc[name][condition] = [_auroc(inside, found[name], rng) for found in of_levels]
-    return {"best_epoch": history.best_epoch, "auroc": auroc}
+    return {"best_epoch": history.best_epoch, "auroc": auroc, "bands": in_bands}
+
+
+def band_power(images: Tensor) -> Tensor:
+    """Logarithm of the mean power at 0 to 1, 1 to 2, ... cycles an image, [N, 3, H, H] -> [N, K].
+
+    Under a Hann window: the jump from one edge of a picture to the other has all frequencies.
+    """
+    size = images.shape[-1]
+    window = torch.hann_window(size, periodic=False, dtype=torch.float64)
+    images = images.double()
+    waves = torch.fft.fft2((images - images.mean((2, 3), keepdim=True)) * window * window[:, None])
+    power = waves.abs().square().mean(1).flatten(1)
+    cycles = size * torch.fft.fftfreq(size, dtype=torch.float64)
+    band = torch.hypot(cycles, cycles[:, None]).long().flatten()
+    count = band.bincount()
+    return (power.new_zeros(len(power), len(count)).index_add(1, band, power) / count).clamp_min(1e-12).log()
+
+
+def fit_spectral(
+    model: VAE, x: Tensor, size: int, *, seed: int, hidden_dim: int
+) -> tuple[Callable[[Tensor], dict[str, np.ndarray]], Callable[[Tensor], list[float]]]:
+    """Two functions of samples: the scores of `SPECTRAL`, and the mean z of three groups of bands, low to high.
+
+    Of the encoder's first layer, whose gradient is ``g = δ xᵀ``, the logarithms of ``‖g F_k‖ = ‖δ‖ ‖F_k x‖`` with the
+    frequencies F_k of `band_power`. Statistics are those of the training inliers ``x``.
+
+    spectral_density: as the score `joint_density`, of these logarithms and those of the gradients' norms of `LAYERS`:
+    two-sided. spectral_evidence: ``z(spectral density) + z(reconstruction error)``. two_sided_classifier: the paper's,
+    trained against noise, on |z| of the bands. image_density and image_evidence: the same two scores of the images'
+    bands ``log ‖F_k x‖``, without a gradient, to tell what the gradient adds.
+    """
+
+    def numbers(samples: Tensor) -> tuple[np.ndarray, ...]:
+        seen = characterize(model, samples, layer=LAYERS)
+        of_layers = {name: gradient.norm().log() for name, gradient in seen.gradients.items()}
+        image = band_power(samples.reshape(len(samples), 3, size, size)) / 2
+        bands = image + seen.gradients["encoder.0.weight"].delta.double().norm(dim=1, keepdim=True).log()
+        gradient = torch.cat([bands, torch.stack(list(of_layers.values()), dim=1)], dim=1)
+        return tuple(part.numpy() for part in (image, bands, gradient, seen.reconstruction.sum(1, keepdim=True)))
+
+    def density(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        scale = StandardScaler().fit(values)
+        normal = ShrunkCovariance().fit(scale.transform(values))
+        square = lambda values: normal.mahalanobis(scale.transform(values))[:, None]  # noqa: E731
+        z = StandardScaler().fit(square(values))
+        return lambda found: z.transform(square(found))[:, 0]
+
+    image, bands, gradient, error = numbers(x)
+    of_image, of_gradient = density(image), density(gradient)
+    z_bands, z_error = StandardScaler().fit(bands), StandardScaler().fit(error)
+    features = lambda bands: torch.from_numpy(np.abs(z_bands.transform(bands))).float()  # noqa: E731
+    noisy = numbers(distort(x, seed=seed))[1]
+    classifier = train_classifier(features(bands), features(noisy), hidden_dim=hidden_dim, seed=seed)
+
+    @torch.no_grad()
+    def score(samples: Tensor) -> dict[str, np.ndarray]:
+        image, bands, gradient, error = numbers(samples)
+        plain, spectral, error = of_image(image), of_gradient(gradient), z_error.transform(error)[:, 0]
+        values = (classifier(features(bands)).numpy(), spectral, spectral + error, plain, plain + error)
+        return dict(zip(SPECTRAL, values, strict=True))
+
+    def mean_z(samples: Tensor) -> list[float]:
+        z = z_bands.transform(numbers(samples)[1]).mean(0)
+        return [round(float(part.mean()), 3) for part in np.array_split(z, 3)]
+
+    return score, mean_z
 
 
 def read_cure_tsr(data_dir: str, size: int):
@@ -246,23 +333,32 @@ def _title(rows: Sequence[dict]) -> str:
 def render(rows: Sequence[dict], name: str) -> str:
     head = ["AUROC, mean over levels", *CONDITIONS, "average", "spread"]
     lines, by_level = [], []
-    for score in (name for name in (*CLASSIFIER_SCORES, *SCORES) if runs.has_score(rows, name)):
+    for score in (name for name in (*SPECTRAL, *CLASSIFIER_SCORES, *SCORES) if runs.has_score(rows, name)):
         values = _mean(rows, score)
         averages = [_mean([row], score).mean() for row in rows]
         spread = f"{np.std(averages, ddof=1):.3f}" if len(rows) > 1 else "one run"
-        label = score.replace("_", " ")
+        label = SPECTRAL.get(score, score.replace("_", " "))
         lines.append([label, *(f"{v:.3f}" for v in (*values.mean(1), values.mean())), spread])
         if score in CURVES:
             by_level += [
                 [label, condition, *(f"{v:.3f}" for v in levels)]
                 for condition, levels in zip(CONDITIONS, values, strict=True)
             ]
+    bands = [
+        [condition, *(f"{z:+.2f}" for z in np.mean([row["bands"][condition] for row in rows], axis=0))]
+        for condition in ("none", *CONDITIONS)
+    ]
     stand_in = rows[0]["set"] == "stand-in"
     sheet = f"\n![The simulated conditions, {STAND_IN}]({name}-conditions.png)\n" if stand_in else ""
     return (
-        f"# Novel condition detection\n\n**{_title(rows)}.** Last decoder layer. The paper's average for the gradient "
-        f"classifier, on CURE-TSR: {PAPER_AVERAGE}{', not comparable with a stand-in' if stand_in else ''}.\n\n"
+        f"# Novel condition detection\n\n**{_title(rows)}.** Scores of one gradient: last decoder layer. The paper's "
+        f"average for the gradient classifier, on CURE-TSR: {PAPER_AVERAGE}"
+        f"{', not comparable with a stand-in' if stand_in else ''}. The two-sided and spectral scores: "
+        "`experiments.fig4.fit_spectral`.\n\n"
         f"![AUROC by level]({name}.png)\n\n{markdown_table(head, lines)}\n\n"
+        "The gradient of the encoder's first layer by spatial frequency: how far the condition at level 3 moves the "
+        "logarithm of its norm, in standard deviations of training inliers, mean over the bands of a third each:\n\n"
+        f"{markdown_table(['condition', 'low', 'middle', 'high frequencies'], bands)}\n\n"
         f"{markdown_table(['by level', 'condition', *map(str, LEVELS)], by_level)}\n{sheet}\n"
         f"Seeds {', '.join(str(row['seed']) for row in rows)}. {runs.origin(rows)}\n"
     )
@@ -275,7 +371,8 @@ def draw(rows: Sequence[dict]) -> Figure:
         axes = figure.subplots(1, len(CONDITIONS), sharey=True)
         for k, (ax, condition) in enumerate(zip(axes, CONDITIONS, strict=True)):
             for name, (colour, style) in CURVES.items():
-                label = name.replace("_", " ") + (", label-free" if name in SCORES else "")
+                label = name.replace("_", " ").replace("two sided", "two-sided")
+                label += "" if name.endswith("classifier") else ", label-free"
                 ax.plot(
                     LEVELS, _mean(rows, name)[k], color=colour, linestyle=style, marker="o", markersize=3.5, label=label
                 )

@@ -22,7 +22,7 @@ from gradext.novelty.demo import TITLES, markdown_table
 
 from . import runs
 from .runs import has_score
-from .table1 import CHOICES, PAPER, values_of, whole_runs
+from .table1 import CHOICES, CLASS_NAMES, PAPER, values_of, whole_runs
 
 SETS = ("mnist", "fashion-mnist", "cifar-10")
 LABELS = {
@@ -97,7 +97,7 @@ def below(logs: dict[str, list[dict]]) -> str:
         for line, score in zip(lines, LABELS, strict=True):
             rows = logs.get(dataset, [])
             behind = np.flatnonzero(values_of(rows, score).mean(0) < paper) if rows else []
-            line.append("" if not rows else ", ".join(map(str, behind)) or "none")
+            line.append("" if not rows else ", ".join(CLASS_NAMES[dataset][c] for c in behind) or "none")
     return markdown_table(head, lines)
 
 

@@ -14,7 +14,7 @@ the classifier's features    whitened, magnitude and direction apart (`gradext.n
 combined scores    of the --layer, the first layer of the encoder and the decoder's other end
 
 --members N adds up the scores of N models (a deep ensemble), each standardised on the held-out inliers;
---gradcon W trains with GradCon's penalty.
+--gradcon W trains with GradCon's penalty; --direction L gives gradients' directions the length L in the classifier.
 Within a run nothing is chosen by test outliers; which scores stand there was, in part, by earlier runs that saw some.
 Results: ``<out>/table1-<dataset>[-mlp].jsonl``, one line a class, the table ``.md`` and ``.png`` of all folds and
 seeds that the file has. CIFAR-10 keeps its original test part, so that its folds differ in the validation part only.
@@ -64,6 +64,7 @@ CLASS_NAMES = {
     ),
     "cifar-10": ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }  # fmt: skip
+BEYOND = ("members", "gradcon", "direction")
 CHOICES = ("hidden_dim", "latent_dim", "noise_std", "noise_clip", "layer")
 SERIES = (
     ("gradient_classifier", OUTLIER, "s"),
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=range(10), metavar="C", help="default: all ten")
     parser.add_argument("--members", type=int, default=1, metavar="N", help="models whose scores are added up")
     parser.add_argument("--gradcon", type=float, metavar="W", help="weight of a GradientAlignment in training, nats")
+    parser.add_argument("--direction", type=float, metavar="L", help="length of a gradient's direction (30)")
     parser.add_argument("--epochs", type=int, metavar="N", help="of the VAE")
     parser.add_argument("--channels", type=int, default=16, metavar="N", help="of the ConvVAE; 0: a perceptron")
     parser.add_argument("--hidden-dim", type=int, default=400, metavar="N", help="of the perceptron")
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.members < 1:
         parser.error(f"--members: expected 1 or more, but got {options.members}")
     beyond = {"members": options.members} if options.members > 1 else {}
-    beyond |= {"gradcon": options.gradcon} if options.gradcon else {}
+    beyond |= {key: value for key in ("gradcon", "direction") if (value := getattr(options, key)) is not None}
     choices = {name: getattr(options, name) for name in ("dataset", *CHOICES)} | {"epochs": epochs} | beyond
     choices |= {"channels": options.channels} if options.channels else {}
     tasks = [
@@ -128,7 +130,8 @@ def whole_runs(rows: Sequence[dict], choices: dict, classes: Sequence[int]) -> l
 
 def evaluate(task: dict, data_dir: str | None) -> dict:
     image_set, members = load(task["dataset"], data_dir), task.get("members", 1)
-    options = {key: value for key, value in task.items() if key not in ("dataset", "inlier", "members", "gradcon")}
+    options = {key: value for key, value in task.items() if key not in ("dataset", "inlier", *BEYOND)}
+    options |= {"direction_length": task["direction"]} if "direction" in task else {}
     options["layer"] = (options["layer"], "encoder.0", "last" if options["layer"] == "first" else "first")
     results = [
         evaluate_class(
@@ -203,7 +206,7 @@ def render(rows: Sequence[dict], picture: str) -> str:
     """The table: means over folds and seeds; the spread is the standard deviation of a run's average over classes."""
     dataset, repeats = rows[0]["dataset"], _repeats(rows)
     classes = sorted({row["inlier"] for row in rows})
-    head = ["AUROC", *map(str, classes), "average", "spread", "variance over classes"]
+    head = ["AUROC", *(CLASS_NAMES[dataset][c] for c in classes), "average", "spread", "variance over classes"]
     lines = []
     for name in (name for name in (*CLASSIFIER_SCORES, *SCORES) if runs.has_score(rows, name)):
         values = values_of(rows, name)
@@ -226,7 +229,8 @@ def _kind(row: dict) -> str:
     """The title of a picture says what was run."""
     said = "convolutional VAE" if "channels" in row else "multilayer perceptron"
     said += f", {row['members']} models" if "members" in row else ""
-    return said + (f", GradCon's penalty {row['gradcon']:g}" if "gradcon" in row else "")
+    said += f", GradCon's penalty {row['gradcon']:g}" if "gradcon" in row else ""
+    return said + (f", directions of length {row['direction']:g}" if "direction" in row else "")
 
 
 def _model(row: dict) -> str:
@@ -238,6 +242,8 @@ def _model(row: dict) -> str:
         said += f"Every score is the sum of that of {row['members']} models with other seeds, standardised. "
     if "gradcon" in row:
         said += f"Trained with GradCon's penalty (`GradientAlignment`) of weight {row['gradcon']:g}. "
+    if "direction" in row:
+        said += f"Gradients' directions have length {row['direction']:g} for the classifier, in place of 30. "
     return said
 
 

@@ -1,8 +1,8 @@
-"""What the rules cannot do: one backward of the same graph a sample, or an error that says why not.
+"""Gradients for which there is no rule: one backward a sample through the graph of the run, or an error that says why.
 
-Entries are *lost* where it cannot be told which rows are whose; parameters are *unseen* where the losses depend on them
-past the mode (custom autograd functions, scripted code). ∂ losses[b] along the very graph of the run is exact for both.
-Nothing here knows how parameters are chosen, or what is done with the gradients.
+An entry is *lost* where it is not known which row belongs to which sample. A parameter is *unseen* where the losses
+depend on it by code that the mode does not see (custom autograd functions, scripted code). ∂ losses[b] along the graph
+of the run is exact for both. This file does not know how parameters are chosen, nor what the gradients are used for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ADVICE = "; leave it out with exclude=, use torch's own functions, or pass fall
 def gradients(
     mode: WatchMode, root: Root, lost: list[Entry], unseen: dict, fallback: str | None, mixing: str, create_graph: bool
 ) -> tuple[list[Share], dict[str, Tensor]]:
-    """The gradients of the values of ``lost``, and by all paths in the graph those of the parameters ``unseen``."""
+    """The gradients of the values of ``lost``, and those of the parameters ``unseen`` along all paths of the graph."""
     reasons: list[tuple[str, str | None]] = [(listed(entry.names), entry.reason()) for entry in lost]
     reasons += [(name, None) for name in unseen]
     if fallback == "error":
@@ -53,7 +53,7 @@ def _each_sample(
         return [x.new_zeros(1, *x.shape) if g is None else dense(g)[None] for x, g in zip(inputs, row, strict=True)]
     edges = [edge for entry in judged for edge in entry.edges]
     found = [x.new_zeros(len(gradient), *x.shape) for x in inputs]
-    touched: list[Tensor | int] = [0] * len(edges)  # of each element, by how many samples' losses
+    touched: list[Tensor | int] = [0] * len(edges)  # for each element, how many samples' losses depend on it
     for b in range(len(gradient)):
         own = torch.zeros_like(gradient)
         own[b] = gradient[b]
@@ -100,7 +100,7 @@ def refuse_hidden(hidden: Mapping[str, str], reached: Iterable[str], structure: 
     hidden: by parameter, the function in whose forward it is used; reached: the parameters that the graph leads to.
     """
     seen = set(reached)
-    # A checkpoint of what needs no gradient leaves no node, though it may need one where all parameters are chosen.
+    # A checkpoint whose inputs need no gradient leaves no node, but all parameters may be chosen, which then need one.
     hidden = {
         name: function
         for name, function in hidden.items()

@@ -1,4 +1,4 @@
-"""A whole call as one CUDA graph, for small batches, whose kernels take less time than their launches."""
+"""A whole call as one CUDA graph. For small batches, where launching the kernels takes longer than running them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def make_graphed_layer_grads(
     check that waits for the GPU (``check_finite``) is made once, on the sample. A model whose rows need a proof in
     every call cannot be recorded, and raises CaptureError.
 
-
     Args:
         model: on a GPU, in the mode that it is to run in.
         sample_x: an input of the types and shapes of all that will follow: tensor, tuple or dict.
@@ -70,7 +69,7 @@ def make_graphed_layer_grads(
 
 class Recorder(Protocol):
     def capture(self, function: Callable[[], object]) -> object:
-        """Call ``function`` and return its result, of which each `replay` writes the tensors anew."""
+        """Call ``function`` and return its result; each `replay` writes new values into its tensors."""
 
     def replay(self) -> None: ...
 
@@ -82,13 +81,13 @@ class CudaGraphRecorder:
 
     def capture(self, function: Callable[[], object]) -> object:
         with torch.cuda.device(self._device):
-            # Handles, workspaces and compiled kernels come into being at first use, which must not be recorded.
+            # The first use makes handles, workspaces and compiled kernels, and must not be recorded.
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(self._num_warmup_iters):
                     function()
             torch.cuda.synchronize()
-            # Registers the default generator by itself.
+            # This registers the default random number generator with the graph.
             with torch.cuda.graph(self._graph, pool=self._pool, stream=_recording_stream(self._device)):
                 return function()
 
@@ -98,7 +97,7 @@ class CudaGraphRecorder:
 
 @functools.cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a GPU, which may share a pool; torch's own is of the GPU that was recorded on first."""
+    """One stream for all graphs of a GPU, which may share a pool. Torch's belongs to the GPU of the first recording."""
     return torch.cuda.Stream(device)
 
 
@@ -128,7 +127,7 @@ class GraphedLayerGrads:
                 return batch_layer_grads(model, x, target=target, loss=loss, **options)
             return reduce(batch_layer_factors(model, x, target=target, loss=loss, **options))
 
-        # What waits for the GPU to judge the values cannot be recorded: it is judged once, on the sample.
+        # Checks of values wait for the GPU and cannot be recorded: they are made once, on the sample.
         batch_layer_factors(model, x, target=target, loss=loss, check_finite=check_finite, **_choices(options))
         self._recorder = recorder
         self._results = recorder.capture(call)
@@ -143,16 +142,16 @@ class GraphedLayerGrads:
 
 
 def _choices(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that `batch_layer_factors` takes too."""
+    """The options that `batch_layer_factors` takes too."""
     return {name: value for name, value in options.items() if name not in ("out", "dtype", "backend")}
 
 
 class _StaticInput:
-    """Tensors that stay where they are, in the structure that they came in; other values are constants."""
+    """Copies of the sample's tensors, whose memory stays, in the input's structure; other values are constants."""
 
     def __init__(self, name: str, sample: Any) -> None:
         self._name = name
-        # Under inference mode they could not be written to later, outside of it.
+        # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.value = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sample)
         self._leaves, self._structure = pytree.tree_flatten(self.value)
@@ -184,7 +183,7 @@ def _describe(value: Any) -> str:
 
 
 class _Assumptions:
-    """What the graph takes for granted: which modules there are, in which mode, and where their tensors lie."""
+    """What must not change after the recording: the modules, their modes, and the addresses of their tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.named_modules(prefix="model"))

@@ -1,7 +1,7 @@
 """Numbers whose squares leave the range of their type, and exact powers of two that bring them back into it.
 
-A gradient of size 1 may have factors of 1e20 and 1e-20, whose squares are inf and 0 in fp32. Nothing is scaled where
-that is not needed: results are looked at, and those out of range computed again, for the samples in question alone.
+A gradient of size 1 may have factors of 1e20 and 1e-20, whose squares are inf and 0 in fp32. Factors are scaled only
+where that is needed: results are checked, and those out of range are computed again, for their samples alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def times_two_to(n: Tensor, x: Tensor) -> Tensor:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether the tensor's values may decide what is computed: a GPU's would have to be waited for."""
+    """Whether the tensor's values may decide what is computed: reading those of a GPU would wait for it."""
     return x.device.type == "cpu"
 
 

@@ -1,6 +1,6 @@
-"""`register_layer`: faster rules of the user's own for types of layers, whose calls are recorded as wholes.
+"""`register_layer`: faster rules that users write for their types of layers. A call of such a layer is one entry.
 
-Every layer is covered without it. Nothing here knows how entries are made or which rows are whose.
+Every layer is covered without it. This file does not know how entries are made, nor to which sample a row belongs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def register_layer(*types: type[nn.Module]) -> Callable[[LayerGradients], LayerG
 
 @contextlib.contextmanager
 def whole_layers(mode: WatchMode) -> Iterator[None]:
-    """Record layers that have a rule of their user's own as wholes."""
+    """Record each call of a layer with a registered rule as one entry."""
     former: list[tuple[nn.Module, Callable | None]] = []
     try:
         for name, module in _modules(mode.model):
@@ -77,7 +77,7 @@ def whole_layers(mode: WatchMode) -> Iterator[None]:
 
 
 def _as_whole(mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> Callable:
-    """A forward that is one function of its arguments and of the parameters ``own``, by their names in the module."""
+    """A forward that is one function of its arguments and of the parameters ``own`` {name in the module: parameter}."""
     forward, thread = module.forward, threading.get_ident()
 
     def run(given: dict[str, Tensor], args: tuple, kwargs: dict):
@@ -106,7 +106,7 @@ def _as_whole(mode: WatchMode, name: str, module: nn.Module, own: dict[str, nn.P
 
 
 def _exchange(module: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Put tensors in place of parameters, by their names in the module; returns what was there."""
+    """Replace parameters, given by their names in the module, by tensors; return the former ones."""
     former = {}
     for role, tensor in tensors.items():
         owner, _, name = role.rpartition(".")
@@ -117,7 +117,7 @@ def _exchange(module: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost modules with a rule of their user's own, by name."""
+    """(name, module) of the outermost modules with a registered rule."""
     inside: set[int] = set()
     found = []
     for name, module in model.named_modules() if _registered else ():
@@ -130,10 +130,10 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _call(
     name: str, module: nn.Module, entry: Entry, given: dict[str, Tensor], args: tuple, kwargs: dict
 ) -> Call | None:
-    """``given``: by their names in the module, what stands for its parameters."""
+    """``given``: {name in the module: the tensor that stands for that parameter}."""
     arguments = tensors_of(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
     own = {id(t) for t in given.values()}
-    if not entry.edges or any(id(t) in own for t in arguments):  # of weights alone, or of these by another way too
+    if not entry.edges or any(id(t) in own for t in arguments):  # depends on weights alone, or takes them as arguments
         return None
     rule, input = _registered[type(module)], arguments[0]
     if len(entry.outputs) != 1:
@@ -141,7 +141,7 @@ def _call(
             f"layer {name!r} ({type(module).__name__}): expected one tensor that depends on its parameters, as the "
             f"layer has a rule of its own, but it returned {len(entry.outputs)}"
         )
-    last: list[Any] = [None, None]  # a delta, and what the rule gives for it: of all parameters at once
+    last: list[Any] = [None, None]  # the last delta, and the rule's gradients of all parameters for it
 
     def gradient(role: str, input: Tensor, delta: Tensor) -> Gradient:
         if last[0] is not delta:

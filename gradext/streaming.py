@@ -64,7 +64,7 @@ def iter_layer_grads(
         cut: which inputs have their samples in the first dimension and are cut there: positions of positional inputs,
             names of keyword inputs, and ``"target"``. Default: a batch that is one tensor, and a target that is one,
             are cut; batches of several inputs are not cut.
-        reduce: see above. Without it the memory of the gradients is reused, and each chunk overwrites the one before:
+        reduce: see above. Without it the memory of the gradients is reused, and each chunk overwrites the previous one:
             clone what you keep.
         progress: show a progress bar on standard error.
         options: ``loss``, ``layers`` and the like, as for `batch_layer_grads`.
@@ -115,11 +115,11 @@ def iter_layer_grads(
 
 @contextlib.contextmanager
 def _shown(progress: bool) -> Iterator[Callable[[int], object]]:
-    """What to tell how many samples were done."""
+    """A function to call with the number of samples that have been done."""
     if not progress:
         yield lambda samples: None
         return
-    from tqdm import tqdm  # which nothing else here needs
+    from tqdm import tqdm  # not needed by the rest of the package
 
     with tqdm(unit=" samples", desc="gradients") as bar:
         yield bar.update
@@ -178,8 +178,8 @@ class _Parts:
 def _bytes_per_sample(
     model: nn.Module, parts: _Parts, memory_budget: int, reduce: Callable | None, options: Mapping[str, Any]
 ) -> int:
-    """What one more sample needs: what its graph saves, its factors, and its gradients if they are formed."""
-    x, target = parts.of(slice(0, 1), torch.clone)  # of its own memory: not the whole batch's
+    """The bytes that one more sample needs: tensors saved by the graph, its factors, and its gradients if formed."""
+    x, target = parts.of(slice(0, 1), torch.clone)  # a view would count the memory of the whole batch
     model_memory = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
@@ -192,7 +192,7 @@ def _bytes_per_sample(
     options = {key: value for key, value in options.items() if key not in ("dtype", "backend")} | {"target": target}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         factors = batch_layer_factors(model, x, **options)
-    # The deltas between the layers take about what the graph saves.
+    # The deltas between the layers take about as much memory as the tensors that the graph saves.
     size = 2 * sum(saved.values()) + sum(f.nbytes for f in factors.values())
     if reduce is None:
         kind = options.get("dtype")

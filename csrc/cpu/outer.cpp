@@ -19,11 +19,11 @@
 namespace gradext {
 namespace {
 
-// Below this a second thread costs more than it takes over.
+// Below this size a second thread costs more time than it saves.
 constexpr std::int64_t kBytesPerThread = 256 << 10;
 
-// The size that one core can reach. The kernel's cache description comes first: glibc's sysconf adds up the
-// caches of a whole socket on AMD machines, and is 0 on other architectures.
+// The size of the cache that one core can use. Linux's description of the cache is read first: glibc's sysconf adds up
+// the caches of a whole socket on AMD machines, and is 0 on other architectures.
 std::int64_t last_level_cache() {
   long kilobytes = 0;
   if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
@@ -43,7 +43,7 @@ struct Isa {
   OuterRange outer_range;
 };
 
-// Those of this machine, the best first.
+// The instruction sets of this machine, the best first.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> found = [] {
     std::vector<Isa> isas;
@@ -74,8 +74,8 @@ int threads_for(std::int64_t bytes, int threads) {
   return static_cast<int>(std::clamp<std::int64_t>(bytes / kBytesPerThread, 1, std::max(threads, 1)));
 }
 
-// More parts than threads: a thread that comes late, because torch's own still spin on its core, or that loses its
-// core in between, holds up one small part and not its share of the whole.
+// There are more parts than threads. A thread may start late, because torch's own threads still spin on its core, or
+// may lose its core; it then delays one small part and not its whole share.
 constexpr std::int64_t kBytesPerPart = 512 << 10;
 
 int parts_for(std::int64_t bytes, int threads) {
@@ -83,8 +83,8 @@ int parts_for(std::int64_t bytes, int threads) {
   return static_cast<int>(std::clamp<std::int64_t>(bytes / kBytesPerPart, threads, std::int64_t{256} * threads));
 }
 
-// The first byte of the given part of [0, bytes), moved to where a cache line of `out` begins: no two threads
-// write one line.
+// The first byte of the given part of [0, bytes), moved to the beginning of a cache line of `out`, so that no two
+// threads write to the same line.
 std::int64_t part_begin(const void* out, std::int64_t bytes, int part, int parts) {
   const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) % 64);
   const auto begin = bytes / parts * part;
@@ -99,8 +99,8 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-// Up to about the size of the cache plain stores are the faster ones, beyond it the slower; a quarter is left to
-// whoever else uses it.
+// Plain stores are faster up to about the size of the cache, and slower beyond it. A quarter of the cache is left for
+// other data.
 std::int64_t default_stream_from() {
   static const std::int64_t bytes = last_level_cache() / 4 * 3;
   return bytes;

@@ -47,16 +47,16 @@ inline Vector<Element> load(const Element* from) {
 
 template <class Element>
 inline Vector<Element> broadcast(Element x) {
-  return x - Vector<Element>{};  // plus would lose the sign of a zero
+  return x - Vector<Element>{};  // x + 0 would lose the sign of a negative zero
 }
 
-// A vector of sums in the output's type, which the unused pointer names.
+// Converts a vector of sums to the output's type, which is that of the unused pointer.
 inline Vector<float> narrow(const float*, Vector<float> v) { return v; }
 inline Vector<double> narrow(const double*, Vector<double> v) { return v; }
 
 using Narrow = Vector<std::uint16_t>;
 
-// Of integers below 2^16.
+// The low halves of integers below 2^16.
 inline Narrow low_halves(Vector<std::uint32_t> v) {
 #if defined(__AVX2__)
   const auto bits = (__m256i)v;
@@ -66,7 +66,8 @@ inline Narrow low_halves(Vector<std::uint32_t> v) {
 #endif
 }
 
-// Round to nearest even by adding just under half of the last kept bit; a NaN would carry into infinity.
+// Rounds to nearest even by adding just under half of the last kept bit. Not for NaNs: the carry may make them
+// infinite.
 inline Vector<std::uint32_t> rounded(Vector<float> v) {
   const auto bits = (Vector<std::uint32_t>)v;
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -82,8 +83,8 @@ inline Narrow narrow(const Half*, Vector<float> v) {
 #if defined(__F16C__)
   return (Narrow)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  // The adder rounds for us: adding a power of two whose last mantissa bit weighs what the half's last bit
-  // will weigh leaves the rounded mantissa in the low bits. The two scalings turn overflow into infinity.
+  // The addition rounds: the last mantissa bit of the power of two that is added has the weight of the half's last bit,
+  // so that the low bits of the sum are the rounded mantissa. The two scalings turn overflow into infinity.
   const auto bits = (Vector<std::uint32_t>)v;
   const auto sign = bits & 0x80000000u;
   const auto magnitude = bits ^ sign;
@@ -96,7 +97,7 @@ inline Narrow narrow(const Half*, Vector<float> v) {
 #endif
 }
 
-// 16 or 32 bytes; past the cache if kStream, and `to` is then a multiple of their number.
+// Stores 16 or 32 bytes; past the cache if kStream, and then `to` must be a multiple of their number.
 template <bool kStream, class Bytes>
 inline void put(void* to, Bytes v) {
 #if defined(__AVX__)
@@ -116,12 +117,13 @@ inline void put(void* to, Bytes v) {
 
 #if defined(__AVX2__)
 
-// Two vectors of sums as bf16, of which none is special: those are rare enough to be asked for once.
+// Converts two vectors of sums to bf16. None may be special (see has_special): special sums are rare, and tested for
+// once for four vectors.
 #if defined(__AVX512BF16__)
 inline __m256i narrow_pair(Vector<float> low, Vector<float> high) {
   return (__m256i)_mm256_cvtne2ps_pbh((__m256)high, (__m256)low);
 }
-// Subnormal numbers, which the instruction takes for zeros.
+// Whether there are subnormal numbers, which the instruction takes for zeros.
 inline bool has_special(const Vector<float> (&sum)[4]) {
   const auto special = [&](int v) { return _mm256_fpclass_ps_mask((__m256)sum[v], 0x20); };
   return (special(0) | special(1) | special(2) | special(3)) != 0;
@@ -131,7 +133,7 @@ inline __m256i narrow_pair(Vector<float> low, Vector<float> high) {
   const auto packed = _mm256_packus_epi32((__m256i)rounded(low), (__m256i)rounded(high));
   return _mm256_permute4x64_epi64(packed, 0b11'01'10'00);
 }
-// NaNs, by a comparison that looks at two vectors.
+// Whether there are NaNs, by a comparison that takes two vectors.
 inline bool has_special(const Vector<float> (&sum)[4]) {
   const __m256 nan = _mm256_or_ps(_mm256_cmp_ps((__m256)sum[0], (__m256)sum[1], _CMP_UNORD_Q),
                                   _mm256_cmp_ps((__m256)sum[2], (__m256)sum[3], _CMP_UNORD_Q));
@@ -139,7 +141,7 @@ inline bool has_special(const Vector<float> (&sum)[4]) {
 }
 #endif
 
-// 32 bytes of outputs; `to` is aligned as 16 of them if kStream, and half of the time as all.
+// Stores 32 bytes of outputs. If kStream, `to` is a multiple of 16 bytes, and half of the time one of 32.
 template <bool kStream>
 inline void put_packed(BFloat16* to, __m256i v) {
   if (!kStream || reinterpret_cast<std::uintptr_t>(to) % 32 == 0) return put<kStream>(to, v);
@@ -149,7 +151,7 @@ inline void put_packed(BFloat16* to, __m256i v) {
 
 #endif
 
-// Writes neighbouring vectors; past the cache if kStream, and `to` is then aligned as a vector of outputs.
+// Writes neighbouring vectors; past the cache if kStream, and then `to` must be aligned as a vector of outputs.
 template <bool kStream, class Out, class Lanes, std::size_t kVectors>
 inline void write(Out* to, const Lanes (&sum)[kVectors]) {
   constexpr std::int64_t V = sizeof(Lanes) / sizeof(sum[0][0]);
@@ -175,8 +177,8 @@ struct Rows {
   std::int64_t T, delta_t, delta_o, activation_t, out_o, I;
 };
 
-// Positions that are added up one after the other. The error of a sum of numbers of one sign grows with the root of
-// their number: sums of sums keep it small.
+// How many positions are added up one after the other. The error of such a sum of numbers of one sign grows with the
+// root of their number; sums of partial sums keep it small.
 constexpr std::int64_t kPiece = 256;
 
 // Adds the products at positions 1 to T - 1 to `sum`, which holds those at position 0; add(t, lanes) adds those at t.
@@ -207,8 +209,8 @@ inline void tile(const Rows<Real, Out>& r, const Real* delta, Vector<Real> first
   write<kStream>(to, sum);
 }
 
-// Streaming stores must write whole cache lines, but rows begin and end within lines. What does not fill a
-// line goes here, aligned as its destination is, and leaves when the next row has completed the line.
+// Streaming stores must write whole cache lines, but rows begin and end within lines. Elements that do not fill a line
+// are kept here, aligned as their destination is, and are written when the next row has completed the line.
 template <class Out>
 class Stage {
  public:
@@ -217,8 +219,8 @@ class Stage {
   Stage(const Stage&) = delete;
   Stage& operator=(const Stage&) = delete;
 
-  // Where to put the next n elements, which belong to `destination`. A line before and behind them may be
-  // written too.
+  // Returns the place for the next n elements, which belong to `destination`. The caller may also write to the line
+  // before them and to the line after them.
   Out* reserve(Out* destination, std::int64_t n) {
     auto* to = reinterpret_cast<unsigned char*>(destination);
     if (to != line_ + end_) {
@@ -233,7 +235,7 @@ class Stage {
 
   std::int64_t room() const { return (kBytes - end_) / static_cast<std::int64_t>(sizeof(Out)); }
 
-  // Writes the whole lines and keeps the begun one.
+  // Writes the complete lines and keeps the incomplete one.
   void flush() {
     const std::int64_t first = (begin_ + kLine - 1) / kLine * kLine, last = end_ / kLine * kLine;
     if (first > last) return;
@@ -276,7 +278,7 @@ class Stage {
   const bool stream_;
 };
 
-// Into the cache: each row straight to its place. Needs I >= a vector.
+// Stores each row through the cache, directly to its place. Needs I >= a vector.
 template <bool kOne, class Real, class Out>
 inline void plain_rows(const Rows<Real, Out>& r) {
   constexpr auto V = VectorOf<Real>::kSize;
@@ -312,9 +314,9 @@ inline Vector<double> join(std::int64_t count, Vector<double> one, Vector<double
   return lane < count ? one : other;
 }
 
-// Past the cache: rows without gaps between them, as one stretch of aligned vectors of which some lie across
-// two rows. Only what shares a cache line with other stretches goes through the stage. Needs I >= a vector,
-// and activations that can be read for a vector before and behind each row.
+// Stores rows without gaps past the cache, as one range of aligned vectors, some of which lie across two rows. Only
+// elements that share a cache line with other ranges go through the stage. Needs I >= a vector, and activations that
+// can be read for one vector before and after each row.
 template <bool kOne, class Real, class Out>
 inline void stream_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
   constexpr auto V = VectorOf<Real>::kSize;
@@ -378,8 +380,8 @@ inline void stream_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
   if (tail > 0) to_stage(tail);
 }
 
-// Rows of less than a vector: each by a whole one into the stage, where the next row overwrites what is too
-// much. Needs activations that can be read for a vector behind a row.
+// Rows shorter than a vector: each is written to the stage as a whole vector, and the next row overwrites the surplus.
+// Needs activations that can be read for one vector after a row.
 template <bool kOne, class Real, class Out>
 inline void narrow_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
   const Real* const a = r.activation + r.first;
@@ -396,9 +398,9 @@ inline void narrow_rows(const Rows<Real, Out>& r, Stage<Out>& stage) {
   }
 }
 
-#if defined(__AVX2__)  // without a permutation by variable indices, the rows one by one are as fast
+#if defined(__AVX2__)  // without a permutation by variable indices, row by row is as fast
 
-// Picks lanes of v by their numbers; of doubles by those of their halves.
+// Picks lanes of v by their indices; those of doubles by the indices of their halves.
 template <class Real>
 inline Vector<Real> permute(Vector<Real> v, Vector<std::int32_t> index) {
   return (Vector<Real>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
@@ -434,13 +436,12 @@ struct Period {
   }
 };
 
-// Rows so short that the work for each row would count, not that for each element. Needs T = 1 and an output
-// without gaps: it is then one stretch of aligned vectors, whatever rows and samples their lanes belong to.
+// Rows so short that the work for each row would take more time than that for each element. Needs T = 1 and an output
+// without gaps, which is then one range of aligned vectors, whatever rows and samples their lanes belong to.
 //
-// From vector to vector, the features and rows of the lanes repeat with a period. For one period they are laid
-// out beforehand: activations as the vector needs them, and deltas as where to load and how to permute. This
-// holds for a block of rows of one sample, in which positions are counted from its first row's first element.
-// Vector 0 begins `lead` elements before that one.
+// The features and rows of the lanes repeat with a period of vectors. They are laid out once for one period: the
+// activations of each vector, and for the deltas where to load and how to permute. This is done for a block of rows of
+// one sample; positions count from the first element of its first row. Vector 0 begins `lead` elements before it.
 template <bool kStream, class Real, class Out>
 void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
   constexpr auto V = VectorOf<Real>::kSize;
@@ -456,7 +457,7 @@ void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
   std::int32_t row_room[(kShort + 1) * V];
   std::int32_t* const row_at = row_room + V;  // by position
   const std::int64_t rows_before = (V + p.I - 1) / p.I;
-  std::int64_t next = -rows_before * p.I;  // where the next row begins; a division for each lane would cost more
+  std::int64_t next = -rows_before * p.I;  // where the next row begins; a division for each lane would take longer
   for (std::int64_t x = -V, row = -rows_before - 1; x < period.vectors * V; ++x) {
     for (; next <= x; next += p.I) ++row;
     row_at[x] = static_cast<std::int32_t>(row);
@@ -466,7 +467,7 @@ void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
   const auto phase = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) / sizeof(Out) % V);
   std::int64_t skip = (phase + begin) % V;  // lanes of the first vector that are not of this range
   Out* to = out + begin - skip;
-  Vector<Real> begun{};  // the vector at `to`, as far as blocks before have filled it
+  Vector<Real> begun{};  // the vector at `to`, as far as earlier blocks have filled it
   const auto write_part = [&](std::int64_t last) {
     Out lanes[V];
     write<false>(lanes, {begun});
@@ -508,7 +509,7 @@ void short_rows(const OuterParams& p, std::int64_t begin, std::int64_t end) {
       }
     }
 
-    // The vectors from the begun one to the one that the next block will end.
+    // The vectors from the incomplete one to the one that the next block will complete.
     const std::int64_t begun_at = (lead + first) / V, whole = (lead + stop) / V;
     const auto row_0 = [&](std::int64_t v) { return delta + v / period.vectors * period.rows; };
     begun = join((lead + first) % V, begun, period.product(row_0(begun_at), begun_at % period.vectors));
@@ -554,7 +555,7 @@ void range(const OuterParams& p, std::int64_t begin, std::int64_t end, bool stre
       }
       activation = copy;
     }
-    // As many whole rows as can be done at once, or what the range holds of one row.
+    // As many whole rows as can be done at once, or the part of one row that lies in the range.
     const bool whole = i == 0 && end - begin >= p.I;
     const bool apart = stream && p.out_o != p.I;
     const std::int64_t rows = whole && !apart ? std::min(p.O - o, (end - begin) / p.I) : 1;

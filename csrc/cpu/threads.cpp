@@ -1,5 +1,5 @@
 // Threads that outlive the call: torch's, or, where there are none, workers of our own. Starting and joining a
-// std::thread takes 20 to 70 us, the time to write 2 MB; a thread that still spins from the last call takes up a part
+// std::thread takes 20 to 70 us, the time to write 2 MB; a thread that still spins from the last call starts on a part
 // in about 1 us.
 #include "threads.h"
 
@@ -47,7 +47,7 @@ class Workers {
     if (sleeping_.load() > 0) {
       {
         const std::lock_guard<std::mutex> lock(sleep_);
-      }  // a worker about to sleep has either seen the job or waits
+      }  // after this a worker has either seen the job or is waiting for wake_
       wake_.notify_all();
     }
     take_parts();
@@ -60,7 +60,7 @@ class Workers {
     for (; count_ < wanted; ++count_) {
       try {
         std::thread([this] { serve(); }).detach();
-      } catch (const std::exception&) {  // no more threads to be had: those that run take all parts
+      } catch (const std::exception&) {  // no more threads can be started: the running ones take all parts
         return;
       }
     }
@@ -68,9 +68,9 @@ class Workers {
 
   bool has_part() const { return static_cast<std::uint32_t>(open_.load()) > 0; }
 
-  // A part is taken by counting down the low half of open_; the high half, the job's number, keeps a late
-  // worker from counting down the next job by mistake. Whoever took a part holds up the job's end, so work_
-  // is still its own.
+  // A part is taken by counting down the low half of open_. The high half is the number of the job, so that a late
+  // worker does not count down the next job by mistake. A job does not end before its taken parts do, so work_ stays
+  // valid.
   void take_parts() {
     for (std::uint64_t open = open_.load(); static_cast<std::uint32_t>(open) > 0;) {
       if (!open_.compare_exchange_weak(open, open - 1)) continue;
@@ -107,12 +107,12 @@ class Workers {
   int count_ = 0;
 };
 
-// Torch's own team, where there is one. Its threads spin for milliseconds after every parallel region of torch's, so
-// that workers of ours would wait for their cores, and would find them at once as members of the team. Both libgomp and
-// LLVM's OpenMP runtime export this entry point; torch loads whichever it uses into the global namespace.
+// Torch's own OpenMP threads, where there are any. They spin for milliseconds after every parallel region of torch, and
+// other threads would have to wait for their cores; work given to these threads starts at once. Both libgomp and LLVM's
+// OpenMP runtime export this entry point; torch loads the one it uses into the global namespace.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-std::atomic<bool> forked{false};  // OpenMP's threads do not survive a fork, and its runtime waits for them in vain
+std::atomic<bool> forked{false};  // OpenMP's threads do not survive a fork, and its runtime would wait for them forever
 
 GompParallel team() {
   static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -138,13 +138,13 @@ struct Job {
   }
 };
 
-// Never destroyed: detached workers may wait in it until the process has gone.
+// Never destroyed: detached workers may wait in it until the process ends.
 Workers* workers;
 
 Workers& instance() {
   static const bool ready = [] {
     workers = new Workers;
-    // Threads do not survive a fork, and locks may be held in it: the child begins anew.
+    // Threads do not survive a fork, and locks may be held during it: the child starts with new ones.
     pthread_atfork(nullptr, nullptr, [] {
       workers = new Workers;
       forked.store(true, std::memory_order_relaxed);

@@ -5,9 +5,9 @@
 
 namespace gradext {
 
-// Calls work(0), ..., work(parts - 1) on the calling thread and up to threads - 1 others, each taking the next part
-// when it is done with one, and returns when all are done. The first exception of a part is thrown here. A call made
-// while another is under way runs alone on its own thread.
+// Calls work(0), ..., work(parts - 1) on the calling thread and up to threads - 1 others, and returns when all parts
+// are done. Each thread takes the next part when it has finished one. The first exception of a part is thrown here. A
+// call that is made while another one runs uses its calling thread alone.
 void parallel(int threads, int parts, const std::function<void(int)>& work);
 
 }  // namespace gradext

@@ -36,7 +36,7 @@ void* map_block(std::size_t size) {
   if (skip > 0) munmap(begin, skip);
   munmap(begin + skip + size, kHugePage - skip);
 #if defined(MADV_HUGEPAGE)
-  madvise(begin + skip, size, MADV_HUGEPAGE);  // advice: small pages are right too
+  madvise(begin + skip, size, MADV_HUGEPAGE);  // only a hint: small pages give correct results too
 #endif
   return begin + skip;
 }
@@ -61,7 +61,7 @@ class Pool {
       try {
         block.data = map_block(size);
       } catch (const std::bad_alloc&) {
-        evict_down_to(0);  // what is cached may be what is missing
+        evict_down_to(0);  // the cached blocks may be the memory that is missing
         block.data = map_block(size);
       }
       ++stats_.misses;
@@ -93,7 +93,7 @@ class Pool {
     return stats_;
   }
 
-  // A fork while another thread holds the mutex would leave it locked for ever in the child.
+  // A fork while another thread holds the mutex would leave it locked forever in the child.
   void before_fork() { mutex_.lock(); }
   void after_fork() { mutex_.unlock(); }
 
@@ -111,7 +111,7 @@ class Pool {
   WorkspaceStats stats_{};
 };
 
-// Never destroyed: a tensor may give its block back after the statics have gone.
+// Never destroyed: a tensor may return its block after static objects have been destroyed.
 Pool& pool() {
   static Pool* const instance = [] {
     static Pool* const made = new Pool;

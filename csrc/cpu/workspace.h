@@ -6,8 +6,8 @@
 
 namespace gradext {
 
-// A fresh result of n bytes costs n / 4096 page faults, ten times the work of filling it. Blocks given back
-// are kept, up to GRADEXT_WORKSPACE_MB (2048 by default), and lie on huge pages where the system allows.
+// New memory of n bytes causes n / 4096 page faults, which take ten times as long as filling it. Returned blocks are
+// kept, up to GRADEXT_WORKSPACE_MB (2048 by default), and lie on huge pages where the system allows.
 struct WorkspaceBlock {
   void* data;
   std::size_t size;  // of the block, at least what was asked for

@@ -1,4 +1,4 @@
-// The state of this machine's GPUs, and what to tell of a CUDA call that failed.
+// The state of this machine's GPUs, and the error messages of failed CUDA calls.
 #include "../device.h"
 #include "launch.cuh"
 
@@ -9,7 +9,7 @@ std::string version_name(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// 90 for 9.0; 0 where it cannot be found out.
+// The compute capability, 90 for 9.0; 0 where it cannot be read.
 int capability(int device) {
   int major = 0, minor = 0;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
@@ -40,7 +40,7 @@ const char* advice(cudaError_t error) {
 void fail(cudaError_t error, const char* call, const char* operation, std::int64_t B, std::int64_t T, std::int64_t O,
           std::int64_t I, int device) {
   const int known = capability(device);
-  cudaGetLastError();  // neither this error nor one of the queries above must be found by the next caller
+  cudaGetLastError();  // so that the next caller finds neither this error nor one of the queries above
   throw std::runtime_error(std::string("gradext ") + operation + ": " + call + " failed: " + cudaGetErrorString(error) +
                            " (" + cudaGetErrorName(error) + ", B=" + std::to_string(B) + ", T=" + std::to_string(T) +
                            ", O=" + std::to_string(O) + ", I=" + std::to_string(I) + ", device " +

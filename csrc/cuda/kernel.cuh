@@ -10,11 +10,11 @@
 
 namespace gradext {
 
-constexpr int kThreads = 256;  // the most that any kernel has in a block
+constexpr int kThreads = 256;  // the most threads that any kernel has in a block
 constexpr int kWarp = 32;
 
 template <class In>
-using Sum = std::conditional_t<std::is_same_v<In, double>, double, float>;  // what a sum is kept in
+using Sum = std::conditional_t<std::is_same_v<In, double>, double, float>;  // the type of a sum
 
 template <class To, class From>
 __device__ __forceinline__ To convert(From x) {
@@ -37,8 +37,9 @@ __device__ __forceinline__ __nv_bfloat16 convert<__nv_bfloat16, float>(float x) 
   return __float2bfloat16_rn(x);
 }
 
-// Division of n < 2^31 by a divisor known on the host, in three instructions: 2^(31 + s) / divisor, rounded up, exceeds
-// the quotient by less than 2^s / divisor, so that n times it is off by less than n / 2^31 < 1 of what would count.
+// Divides n < 2^31 by a divisor known on the host, in three instructions: multiplies by 2^(31 + s) / divisor, rounded
+// up. Rounding up adds less than 1 to that factor. The result is too large by less than n / 2^(31 + s) < 1 / divisor,
+// which does not change its integer part.
 struct Divisor {
   std::uint32_t divisor = 1, factor = 0x80000000u;
   int shift = 31;
@@ -51,7 +52,7 @@ struct Divisor {
     factor = static_cast<std::uint32_t>((std::uint64_t{1} << shift) / divisor + (s > 0));
   }
 
-  // n / divisor, and what is left in n.
+  // Returns n / divisor and leaves the remainder in n.
   __device__ __forceinline__ std::uint32_t operator()(std::uint32_t& n) const {
     const auto quotient = static_cast<std::uint32_t>((static_cast<std::uint64_t>(n) * factor) >> shift);
     n -= quotient * divisor;
@@ -64,9 +65,9 @@ template <class T>
 __device__ __forceinline__ void store_cached(T* to, T value) {
   *to = value;
 }
-#endif  // else the emulator's, which counts
+#endif  // the emulator has its own, which counts stores
 
-// A 64-bit division takes some hundred instructions, a 32-bit one twenty; nearly all sizes fit.
+// A 64-bit division takes about a hundred instructions, a 32-bit one about twenty. Nearly all sizes fit into 32 bits.
 __device__ __forceinline__ std::int64_t divide(std::int64_t a, std::int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
   return a / b;

@@ -16,7 +16,7 @@ namespace gradext {
 
 constexpr std::int64_t kMaxBlocks = 2147483647;
 
-// Raises `error` of a CUDA call with the sizes, the device and, where it is known, what to do about it.
+// Throws the `error` of a CUDA call with the sizes, the device and, where it is known, what to do.
 [[noreturn]] void fail(cudaError_t error, const char* call, const char* operation, std::int64_t B, std::int64_t T,
                        std::int64_t O, std::int64_t I, int device);
 
@@ -25,7 +25,7 @@ void check(cudaError_t error, const char* call, const char* operation, const Par
   if (error != cudaSuccess) fail(error, call, operation, p.B, p.T, p.O, p.I, device);
 }
 
-// Makes a device current and, on every way out, the former one again.
+// Makes a device current; the destructor makes the previous one current again.
 class DeviceGuard {
  public:
   template <class Params>
@@ -46,7 +46,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Every kernel steps over its work by the whole grid, so that a grid may be smaller than the work.
+// Every kernel steps over its work by the size of the grid, so that a grid may be smaller than the work.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), std::int64_t blocks, dim3 block, cudaStream_t stream,
                    Arguments&&... arguments) {

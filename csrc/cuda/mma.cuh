@@ -5,8 +5,8 @@
 
 namespace gradext {
 
-constexpr int kMmaSlice = 32;                 // of the summed dimension
-constexpr int kMmaPitch = kMmaSlice + 8;      // of a row in shared memory: eight rows of four words meet no bank twice
+constexpr int kMmaSlice = 32;             // of the summed dimension
+constexpr int kMmaPitch = kMmaSlice + 8;  // of a row in shared memory: eight rows of four words have no bank conflict
 constexpr int kMmaRows = 4, kMmaColumns = 2;  // of warps in a block
 static_assert(kMmaRows * kMmaColumns * kWarp == kThreads);
 
@@ -25,31 +25,32 @@ __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
-#endif  // else the emulator's
+#endif  // the emulator has its own
 
-// A slice of a factor, [kTile, kMmaSlice], its summed dimension side by side.
+// A slice of a factor, [kTile, kMmaSlice], contiguous along the summed dimension.
 template <class In, int kTile>
 struct alignas(16) MmaSlice {
   In row[kTile][kMmaPitch];
 
-  // Two neighbours of the summed dimension.
+  // Two neighbours along the summed dimension.
   __device__ __forceinline__ std::uint32_t pair(int n, int k) const {
     return *reinterpret_cast<const std::uint32_t*>(&row[n][k]);
   }
 };
 
-// A thread's part of a slice x[k0 + k, n0 + n], zero from n = columns and k = rows on: twice eight numbers that lie
-// side by side, along the summed dimension or, of two neighbours of it, along the tile. They are in registers before
-// the first is stored; those that are not aligned, or across an edge, are read number by number while they are stored.
+// A thread's part of a slice x[k0 + k, n0 + n], which is zero for n >= columns and for k >= rows. It is twice eight
+// contiguous numbers, along the summed dimension or, for two neighbours along it, along the tile. All are loaded into
+// registers before the first is stored; those that are not aligned, or lie across an edge, are read one by one when
+// they are stored.
 template <class In, int kTile>
 struct MmaStaged {
-  static constexpr int kEights = kTile * kMmaSlice / 8 / kThreads;  // 2 or 1, along the sum
+  static constexpr int kEights = kTile * kMmaSlice / 8 / kThreads;  // 2 or 1, along the summed dimension
   uint4 value[2];
 
   struct Place {
     const In* from;
     std::int64_t stride;
-    int n, k, count;  // of numbers that exist
+    int n, k, count;  // count: how many of the numbers exist
     bool whole;
   };
 
@@ -113,7 +114,8 @@ struct MmaStaged {
   }
 };
 
-// The part of a tile [kTile, kTile] of Σ_k x[k, x0 + ...] y[k, y0 + ...] that a warp makes, 16 x 8 numbers at a time.
+// The part of a tile [kTile, kTile] of Σ_k x[k, x0 + ...] y[k, y0 + ...] that a warp computes, 16 x 8 numbers at a
+// time.
 template <class In, int kTile>
 struct MmaTile {
   static constexpr int kX = kTile / kMmaRows / 16, kY = kTile / kMmaColumns / 8;
@@ -122,7 +124,7 @@ struct MmaTile {
   };
   float sum[kX][kY][4];
 
-  // Every thread of the block has to call it.
+  // Every thread of the block must call it.
   __device__ __forceinline__ void multiply(const Strided<In>& x, int x0, int x_size, const Strided<In>& y, int y0,
                                            int y_size, int K, Shared& slices) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, group = lane / 4, pair = lane % 4 * 2;

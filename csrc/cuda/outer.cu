@@ -17,7 +17,7 @@ union Chunk {
   uint4 all;
 };
 
-// Past the cache, or into it where a result is small enough for its reader to find it there.
+// Stores past the cache, or through it where the result is so small that its reader finds it there.
 template <bool kStream, class T>
 __device__ __forceinline__ void store(T* to, T value) {
   if constexpr (kStream)
@@ -31,8 +31,9 @@ __device__ __forceinline__ void store_one(Out* to, Out value) {
   __stcs(to, value);
 }
 
-// T = 1, activations side by side, and rows of whole, aligned 16-byte chunks. A thread takes one chunk of a row, loads
-// its activations once, and steps down the rows of its sample: a delta, a multiplication and a store each.
+// T = 1, contiguous activations, and rows of whole, aligned 16-byte chunks. A thread takes one chunk of a row, loads
+// its activations once, and steps down the rows of its sample: one delta, one multiplication and one store for each
+// row.
 struct Rows {
   const void *delta, *activation;
   void* out;
@@ -76,7 +77,7 @@ __device__ __forceinline__ void write_rows(const Rows& p, std::uint32_t tile, st
     for (int k = 0; k < kSize; ++k) c.element[k] = convert<Out>(d * a[k]);
     store<kStream>(at, c.all);
   };
-  constexpr int kAtOnce = 4;  // deltas on their way
+  constexpr int kAtOnce = 4;  // deltas that are being loaded
   for (; row + (kAtOnce - 1) * p.y < end; row += kAtOnce * p.y) {
     In d[kAtOnce];
 #pragma unroll
@@ -100,11 +101,11 @@ __global__ void __launch_bounds__(kThreads, 4) outer_rows(const __grid_constant_
     write_rows<In, Out, kStream>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
 }
 
-// T = 1 and any rows. The output falls into runs: stretches of memory without gaps, a sample's [O, I] or, where rows
-// are padded, one row. In a run the 16-byte chunks repeat their position relative to the rows every `period` rows, the
-// least number of rows that fills whole chunks. So a thread takes one position within the period, loads its activations
-// once, and steps from period to period: per store it loads two deltas, which differ where the chunk lies across rows,
-// or as many as rows are shorter than a chunk. Nothing is divided but by multiplication.
+// T = 1 and any rows. The output consists of runs: memory ranges without gaps, each a sample's [O, I] or, where rows
+// are padded, one row. In a run the positions of the 16-byte chunks relative to the rows repeat every `period` rows,
+// the least number of rows that fills whole chunks. So a thread takes one position within the period, loads its
+// activations once, and steps from period to period. For each store it loads two deltas, which differ where the chunk
+// lies across rows, or more where rows are shorter than a chunk. Divisions are done by multiplication.
 struct Runs {
   const void *delta, *activation;
   void* out;
@@ -123,7 +124,7 @@ struct Runs {
 constexpr std::int64_t kMostOfRun =
     1 << 29;  // so that 32 bits hold a chunk a step behind the last one of the last block
 
-// What the thread (x, y, z) writes of a tile: one block's share.
+// The part of a tile that the thread (x, y, z) writes. A tile is the work of one block.
 template <class In, class Out>
 __device__ __forceinline__ void write_runs(const Runs& p, std::uint32_t tile, std::uint32_t x, std::uint32_t y,
                                            std::uint32_t z) {
@@ -138,7 +139,7 @@ __device__ __forceinline__ void write_runs(const Runs& p, std::uint32_t tile, st
   const In* activation = static_cast<const In*>(p.activation) + b * p.activation_b;
   Out* out = static_cast<Out*>(p.out) + b * p.out_b + row * p.out_o;
 
-  // Elements in front of the first 16-byte boundary, and the whole chunks behind it.
+  // The elements before the first 16-byte boundary, and the whole chunks after it.
   const auto misplaced = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(Out));
   const std::uint32_t head = min((kSize - misplaced) % kSize, p.length);
   const std::uint32_t chunks = (p.length - head) / kSize;
@@ -194,7 +195,7 @@ __device__ __forceinline__ void write_runs(const Runs& p, std::uint32_t tile, st
     for (std::uint32_t k = 0; k < kSize; ++k) c.element[k] = convert<Out>((k < cut ? d0 : d1) * a[k]);
     __stcs(at, c.all);
   };
-  constexpr std::uint32_t kAtOnce = 4;  // pairs of deltas on their way
+  constexpr std::uint32_t kAtOnce = 4;  // pairs of deltas that are being loaded
   for (; chunk + (kAtOnce - 1) * next < end; chunk += kAtOnce * next) {
     In first[kAtOnce], second[kAtOnce];
 #pragma unroll
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 4) outer_runs(const __grid_constant_
     write_runs<In, Out>(p, tile, threadIdx.x, threadIdx.y, threadIdx.z);
 }
 
-// Several problems. All cross as one argument, which may take 4 KB before CUDA 12.1.
+// Several problems. All are passed as one argument, of at most 4 KB before CUDA 12.1.
 constexpr int kGroup = 16;
 struct Problem {
   bool by_rows;
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 3) outer_group(const __grid_constant
   }
 }
 
-// T > 1 (and T = 0). A block makes a 64 x 64 tile of one sample's output. Only the output is written.
+// T > 1 (and T = 0). A block computes a 64 x 64 tile of one sample's output. Nothing else is written.
 constexpr int kPatch = 4, kTile = kSide * kPatch;
 
 template <class In, class Out>
@@ -314,9 +315,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Sum<In>>)
 
 std::int64_t common_divisor(std::int64_t a, std::int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-// A thread's steps spread its preparation over several stores. As many blocks as stay resident, some twice over, leave
-// each the most steps and the GPU no idle part.
-#ifndef GRADEXT_BLOCKS  // to try others
+// A thread prepares once for all of its steps. With somewhat more blocks than can be resident each thread has many
+// steps and no part of the GPU is idle.
+#ifndef GRADEXT_BLOCKS  // set to try other numbers
 #define GRADEXT_BLOCKS 12
 #endif
 constexpr std::int64_t kBlocksOfMultiprocessor = GRADEXT_BLOCKS;
@@ -342,7 +343,8 @@ Rows plan_rows(const OuterParams& p, std::int64_t element_size, std::int64_t in_
   r.out_b = p.out_b, r.out_o = p.out_o;
   r.chunks = static_cast<std::uint32_t>(chunks), r.rows = static_cast<std::uint32_t>(p.O);
   r.samples = static_cast<std::uint32_t>(p.B);
-  // x takes a row in blocks as even as can be, y what x leaves of the threads, z what the sample leaves.
+  // x divides a row into blocks as evenly as possible, y takes the threads that x leaves, z those that the sample
+  // leaves.
   const std::int64_t column_tiles = divide_up(chunks, kThreads);
   r.x = static_cast<std::uint32_t>(divide_up(chunks, column_tiles));
   r.y = static_cast<std::uint32_t>(std::min<std::int64_t>(p.O, kThreads / r.x));
@@ -363,7 +365,8 @@ Runs plan_runs(const OuterParams& p, std::int64_t element_size, std::int64_t in_
   const std::int64_t rows = joined ? p.O : 1, runs = p.B * (joined ? 1 : p.O);
   const std::int64_t period = kSize / common_divisor(kSize, p.I), period_chunks = period * p.I / kSize;
   const std::int64_t periods = divide_up(rows, period);
-  // x takes a period in blocks as even as can be, y what x leaves of the threads, z what the run leaves.
+  // x divides a period into blocks as evenly as possible, y takes the threads that x leaves, z those that the run
+  // leaves.
   const std::int64_t column_tiles = divide_up(period_chunks, kThreads);
   const std::int64_t x = divide_up(period_chunks, column_tiles), y = std::min(periods, kThreads / x);
   const std::int64_t z = std::min<std::int64_t>(runs, std::min<std::int64_t>(kThreads / (x * y), 64));
@@ -385,7 +388,7 @@ Runs plan_runs(const OuterParams& p, std::int64_t element_size, std::int64_t in_
   return r;
 }
 
-// Calls function(part) for parts of a problem whose runs, and whose count of runs, 32 bits hold: one, of most.
+// Calls function(part) for parts of a problem whose runs, and number of runs, fit into 32 bits: usually one part.
 template <class In, class Out, class Function>
 void in_parts(const OuterParams& p, Function&& function) {
   const std::int64_t I = std::min(p.I, kMostOfRun), O = std::clamp<std::int64_t>(kMostOfRun / I, 1, p.O);

@@ -17,7 +17,7 @@ __device__ __forceinline__ Real warp_sum(Real value) {
   return value;
 }
 
-// The sum over a block of kThreads, in its first thread.
+// The sum over a block of kThreads; only the first thread gets it.
 template <class Real>
 __device__ __forceinline__ Real block_sum(Real value, Real (&shares)[kWarps]) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -49,7 +49,8 @@ __device__ __forceinline__ Sum<In> sum_of_squares(const In* x, std::int64_t size
   return sum;
 }
 
-// A layer as the kernel sees it. Its blocks are first_block to the next layer's, a share of each written to `shares`.
+// A layer as the kernel sees it. Its blocks are those from first_block to the next layer's first; each writes its
+// partial sum to `shares`.
 struct Layer {
   const void *delta, *activation;
   std::int64_t delta_b, delta_t, delta_o, activation_b, activation_t, activation_i;
@@ -59,7 +60,7 @@ struct Layer {
   std::int64_t first_share;
 };
 
-// All cross as one argument: up to 4 KB, or 32 KB for what CUDA 12.1 and its drivers take.
+// All are passed as one argument: up to 4 KB, or 32 KB from CUDA 12.1 and its drivers on.
 template <int kCapacity>
 struct Layers {
   Layer layer[kCapacity];
@@ -113,8 +114,8 @@ __device__ void rows_of(const Layer& p, std::int64_t B, std::uint32_t block, Sum
   shares[b] = d * a;
 }
 
-// Through the gradient: a tile of G is summed over the positions in registers, squared and reduced there, T O I
-// multiply-adds. This thread's share of every `splits`-th tile.
+// By the gradient: a tile of G is summed over the positions in registers, squared and reduced there, in T O I
+// multiply-adds. Returns this thread's partial sum of every `splits`-th tile.
 constexpr int kPatch = 4, kTile = kSide * kPatch;
 
 template <class In>
@@ -142,7 +143,8 @@ __device__ Sum<In> gradient_share(const Layer& p, std::int64_t b, std::uint32_t 
   return share;
 }
 
-// Calls function(row, column) for every `splits`-th tile on and below the diagonal of a square of so many tiles a side.
+// Calls function(row, column) for every `splits`-th tile on and below the diagonal of a square with so many tiles a
+// side.
 template <class Function>
 __device__ __forceinline__ void visit_triangle(std::uint32_t tiles, std::uint32_t split, std::uint32_t splits,
                                                Function&& function) {
@@ -153,8 +155,8 @@ __device__ __forceinline__ void visit_triangle(std::uint32_t tiles, std::uint32_
   }
 }
 
-// Through the Gram matrices: tiles of both in registers, multiplied there. They are symmetric: tiles below the
-// diagonal count twice and those above are left out, T^2 (O + I) / 2 multiply-adds.
+// By the Gram matrices: tiles of both are computed and multiplied in registers. The matrices are symmetric: tiles below
+// the diagonal count twice and those above are left out, in T^2 (O + I) / 2 multiply-adds.
 template <class In, int kPatch>
 __device__ Sum<In> gram_share(const Layer& p, std::int64_t b, std::uint32_t split, Slices<Sum<In>, kPatch>& slices) {
   using Real = Sum<In>;
@@ -222,10 +224,10 @@ __device__ float mma_gram_share(const Layer& p, std::int64_t b, std::uint32_t sp
 }
 
 template <class In>
-constexpr int kNormBlocks = sizeof(In) == 8 ? 1 : 2;  // that a multiprocessor has to hold at once
+constexpr int kNormBlocks = sizeof(In) == 8 ? 1 : 2;  // that a multiprocessor must hold at once
 
-// Which routes a build for an architecture holds for a type: those of tensor cores from sm_80 on, in place of the CUDA
-// cores' for half precision.
+// Which routes a build for an architecture has for a type: from sm_80 on half precision uses tensor cores, in place of
+// CUDA cores.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 constexpr bool kHasMma = true, kHalfOnCores = false;
 #elif defined(__CUDA_ARCH__)
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kNormBlocks<In>)
   __shared__ Real of_warps[2][kWarps];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   for (std::uint32_t place = blockIdx.x; place < all.blocks; place += gridDim.x) {
-    std::int32_t low = 0, high = all.layers - 1;  // the last layer that begins here or before
+    std::int32_t low = 0, high = all.layers - 1;  // finds the last layer that begins at this block or before it
     while (low < high) {
       const std::int32_t middle = (low + high + 1) / 2;
       if (all.layer[middle].first_block <= place)
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kNormBlocks<In>)
     if constexpr (sizeof(In) > 2 || kHalfOnCores) {
       if (p.route == SqNormRoute::gram_16) share = gram_share<In, 1>(p, b, split, shared.patches_1);
       if (p.route == SqNormRoute::gram_32) share = gram_share<In, 2>(p, b, split, shared.patches_2);
-      if constexpr (sizeof(In) < 8)  // whose registers do not hold two such tiles of doubles
+      if constexpr (sizeof(In) < 8)  // two such tiles of doubles do not fit into the registers
         if (p.route == SqNormRoute::gram_64) share = gram_share<In, 4>(p, b, split, shared.patches_4);
       if (p.route == SqNormRoute::gradient_64) share = gradient_share<In>(p, b, split, shared.patches_4);
     }
@@ -335,14 +337,14 @@ void launch_layers(const SqNormParams* layers, const SqNormPlan* plans, int coun
   auto* const to = static_cast<Sum<In>*>(share == all.B * count ? out : shares);
   check(launch(sq_norm_layers<In, kCapacity>, blocks, dim3(kThreads), stream, all, to), "kernel launch", kOperation,
         layers[0], device);
-  // Where no tile was shared out, what could still be below zero is clamped, in its place.
+  // With one split the Gram form has not been clamped yet.
   check(launch(sum_shares<Sum<In>, kCapacity>, divide_up(all.B * count, kWarps), dim3(kThreads), stream, all,
                static_cast<const Sum<In>*>(to), static_cast<Sum<In>*>(out)),
         "kernel launch", kOperation, layers[0], device);
 }
 
-// The time of a tile and a step of the summed dimension on a multiprocessor, in that of 128 x 128 numbers on tensor
-// cores: of the CUDA cores by their multiply-adds and loads from shared memory, counted, not measured.
+// The time that a multiprocessor takes for one step of the summed dimension of a tile, relative to that of 128 x 128
+// numbers on tensor cores. For CUDA cores it is counted from multiply-adds and loads from shared memory, not measured.
 struct Cost {
   SqNormRoute route;
   int tile;
@@ -365,14 +367,14 @@ std::vector<SqNormPlan> sq_norm_plan(const std::vector<SqNormParams>& layers, DT
   const std::int64_t slots = (dtype == DType::f64 ? 1 : 2) * std::int64_t{multiprocessors};
   struct Choice {
     std::int64_t tiles = 1;
-    double work = 0, time = 0;  // of a sample; of all, where every layer has an equal part of the GPU
+    double work = 0, time = 0;  // of one sample; of all samples, if every layer had an equal part of the GPU
   };
   std::vector<SqNormPlan> plans;
   std::vector<Choice> choices;
   double total = 0;
   for (const SqNormParams& p : layers) {
     if (p.T == 1) {
-      // About eight numbers a thread, so that a team of more warps has something to share.
+      // About eight numbers for each thread, so that more warps have enough work.
       int team = 1;
       while (team < kWarps && std::max(p.O, p.I) > 8 * kWarp * team) team *= 2;
       plans.push_back({SqNormRoute::rows, team});
@@ -387,7 +389,7 @@ std::vector<SqNormPlan> sq_norm_plan(const std::vector<SqNormParams>& layers, DT
           cost.gram ? side * (side + 1) / 2 : divide_up(p.O, cost.tile) * divide_up(p.I, cost.tile);
       const double one = cost.step * static_cast<double>(cost.gram ? p.O + p.I : p.T);
       const double work = one * static_cast<double>(tiles);
-      // Its part of the GPU does all the work, and the last tile ends a tile's time later.
+      // The layer's part of the GPU does all the work, and the last tile ends one tile's time later.
       const double time = static_cast<double>(p.B * layers.size()) * work / static_cast<double>(slots) + one;
       if (chosen.time == 0 || time < chosen.time)
         best = {cost.route, 1}, chosen = {std::max<std::int64_t>(tiles, 1), work, time};
@@ -401,7 +403,7 @@ std::vector<SqNormPlan> sq_norm_plan(const std::vector<SqNormParams>& layers, DT
     plans.push_back(best);
     choices.push_back(chosen);
   }
-  // Blocks of equal work, two for each that the GPU holds, which fill the gaps between them.
+  // Blocks of equal work, twice as many as the GPU holds at once, so that those that start later fill the gaps.
   const double block = total / static_cast<double>(2 * slots);
   for (std::size_t k = 0; k < plans.size(); ++k)
     if (choices[k].work > 0 && block > 0)
@@ -415,7 +417,8 @@ std::vector<SqNormPlan> sq_norm_plan_for(const std::vector<SqNormParams>& layers
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute",
         kOperation, layers[0], device);
-  // What the code that runs here was compiled from, by us or by the driver: of an older GPU's it has no tensor cores.
+  // The architecture for which the running code was compiled, here or by the driver: code for an older GPU has no
+  // routes of tensor cores.
   const DeviceGuard guard(kOperation, layers[0], device);
   cudaFuncAttributes attributes{};
   const auto kernel = reinterpret_cast<const void*>(&sq_norm_layers<__half, kFew>);

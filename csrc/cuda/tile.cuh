@@ -5,14 +5,14 @@
 
 namespace gradext {
 
-// A block of kThreads is 16 x 16 threads, each of which makes kPatch x kPatch numbers of the tile. A slice of the
+// A block of kThreads is 16 x 16 threads, each of which computes kPatch x kPatch numbers of the tile. A slice of the
 // summed dimension lies in shared memory, for each factor of the product, and its threads' patches as a whole: read
 // by 16-byte loads without bank conflicts. The pad behind each row keeps writes down a column to two a bank.
 constexpr int kSide = 16, kSlice = 16;
-constexpr std::int64_t kPiece = 1024;  // products that are added up one after the other
+constexpr std::int64_t kPiece = 1024;  // how many products are added up one after the other
 static_assert(kSide * kSide == kThreads);
 
-// Blocks that a multiprocessor has to hold at once, so that some multiply while others wait for memory.
+// Blocks that a multiprocessor must hold at once, so that some multiply while others wait for memory.
 template <class Real>
 constexpr int kResidentBlocks = sizeof(Real) == 4 ? 3 : 2;
 
@@ -30,11 +30,12 @@ struct Strided {
   const In* data;
   std::int64_t stride_k, stride_n;
 
-  // Whether its numbers follow each other down a column and not along a row.
+  // Whether its numbers are contiguous along a column, not along a row.
   __device__ bool by_columns() const { return stride_k == 1 && stride_n != 1; }
 };
 
-// Where a thread's numbers lie in a slice of kSlice rows and a tile's columns: neighbours read neighbouring numbers.
+// Where a thread's numbers lie in a slice of kSlice rows and a tile's columns: neighbouring threads read neighbouring
+// numbers.
 template <int kPatch>
 struct Place {
   int k, n, step_k, step_n;
@@ -47,8 +48,8 @@ struct Place {
   }
 };
 
-// A thread's numbers of a slice, x[k0 + k, n0 + n], in registers: all of them are on their way before the first is
-// stored. Zero from k = rows and from n = columns on.
+// A thread's numbers of a slice, x[k0 + k, n0 + n], in registers: all loads are started before the first number is
+// stored. Zero for k >= rows and for n >= columns.
 template <class In, int kPatch>
 __device__ __forceinline__ void load_slice(const Strided<In>& x, std::int64_t k0, int rows, std::int64_t n0,
                                            int columns, In (&staged)[kPatch]) {
@@ -74,7 +75,7 @@ __device__ __forceinline__ void store_slice(const Strided<In>& x, const In (&sta
 }
 
 // sum[u][v] = Σ_k x[k, x0 + (thread / 16) kPatch + u] · y[k, y0 + (thread % 16) kPatch + v], for begin <= k < end.
-// Every thread of the block has to call it.
+// Every thread of the block must call it.
 template <int kPatch, class In, class Real>
 __device__ __forceinline__ void multiply_tile(const Strided<In>& x, std::int64_t x0, std::int64_t x_size,
                                               const Strided<In>& y, std::int64_t y0, std::int64_t y_size,
@@ -108,7 +109,7 @@ __device__ __forceinline__ void multiply_tile(const Strided<In>& x, std::int64_t
   }
 }
 
-// The same for all K, in pieces: beside the running sum of very many products, each of them would lose its last bits.
+// The same for all K, in pieces: added to the running sum of very many products, each would lose its last bits.
 template <int kPatch, class In, class Real>
 __device__ __forceinline__ void multiply_long_tile(const Strided<In>& x, std::int64_t x0, std::int64_t x_size,
                                                    const Strided<In>& y, std::int64_t y0, std::int64_t y_size,

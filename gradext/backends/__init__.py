@@ -57,7 +57,7 @@ class Row(NamedTuple):
     device: str
     when: str
     fits: Callable[[Call], bool]
-    backends: tuple[str, ...]  # best first: the first that works here is taken
+    backends: tuple[str, ...]  # best first; the first one that works on this machine is used
     why: str
 
 

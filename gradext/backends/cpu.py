@@ -14,9 +14,8 @@ _C = native.C
 # wrapping a buffer costs 3 µs.
 _WORKSPACE_FROM = 1 << 20
 
-_CODE = (
-    {} if _C is None else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
-)
+# The numbers of csrc/dtype.h's DType.
+CODE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 def available() -> str | None:
@@ -58,44 +57,11 @@ def outer(
     if activation.dtype is not compute:
         activation = activation.to(compute)
 
-    if delta.dim() == 2:
-        B, O = delta.shape
-        I = activation.shape[1]
-        T = 1
-        delta_b, delta_o = delta.stride()
-        activation_b, activation_i = activation.stride()
-        delta_t = activation_t = 0
-    else:
-        B, T, O = delta.shape
-        I = activation.shape[2]
-        delta_b, delta_t, delta_o = delta.stride()
-        activation_b, activation_t, activation_i = activation.stride()
-
     if out is None:
-        out = empty(B, O, I, dtype)
-    out_b, out_o, out_i = out.stride()
-    if out_i != 1 and I > 1:
+        out = empty(delta.shape[0], delta.shape[-1], activation.shape[-1], dtype)
+    if out.stride(2) != 1 and out.shape[2] > 1:
         return reference.outer(delta, activation, out)
-    _C.outer_cpu(
-        delta.data_ptr(),
-        activation.data_ptr(),
-        out.data_ptr(),
-        B,
-        T,
-        O,
-        I,
-        delta_b,
-        delta_t,
-        delta_o,
-        activation_b,
-        activation_t,
-        activation_i,
-        out_b,
-        out_o,
-        _CODE[compute],
-        _CODE[dtype],
-        torch.get_num_threads(),
-    )
+    _C.outer_cpu(outer_fields(delta, activation, out), torch.get_num_threads())
     return out
 
 
@@ -106,3 +72,18 @@ def empty(B: int, O: int, I: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(B, O, I, dtype=dtype)
     buffer = _C.HostBuffer(min(nbytes, sys.maxsize))  # a size beyond size_t raises MemoryError too
     return torch.frombuffer(buffer, dtype=dtype).view(B, O, I)
+
+
+def outer_fields(delta: Tensor, activation: Tensor, out: Tensor) -> tuple[int, ...]:
+    """One problem as the compiled functions take it: addresses, sizes, strides and types."""
+    addresses = delta.data_ptr(), activation.data_ptr(), out.data_ptr()
+    return *addresses, *sizes(delta, activation), *out.stride()[:2], CODE[delta.dtype], CODE[out.dtype]
+
+
+def sizes(delta: Tensor, activation: Tensor) -> tuple[int, ...]:
+    """B, T, O, I, and the strides of both factors, with T = 1 made explicit."""
+    if delta.dim() == 2:
+        (B, O), (_, I) = delta.shape, activation.shape
+        (delta_b, delta_o), (activation_b, activation_i) = delta.stride(), activation.stride()
+        return B, 1, O, I, delta_b, 0, delta_o, activation_b, 0, activation_i
+    return *delta.shape, activation.shape[2], *delta.stride(), *activation.stride()

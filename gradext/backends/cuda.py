@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from . import reference
+from . import cpu, reference
 
 _C = native.C
-_CODE = (
-    {} if _C is None else {torch.float32: _C.F32, torch.float64: _C.F64, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
-)
 
 # The input type of the kernels for each output type. Other inputs are converted first: they are small.
 _READS = {
@@ -131,25 +128,8 @@ def _readable(delta: Tensor, activation: Tensor, out: Tensor) -> Problem:
 def _launch(problems: list[Problem]) -> None:
     """All problems on one device, of one pair of types."""
     delta = problems[0][0]
-    fields = [_outer_fields(*problem) for problem in problems]
+    fields = [cpu.outer_fields(*problem) for problem in problems]
     _C.outer_cuda(fields, delta.get_device(), _stream(delta.device))
-
-
-def _outer_fields(delta: Tensor, activation: Tensor, out: Tensor) -> tuple[int, ...]:
-    (B, T, O), delta_strides = _positions(delta)
-    (_, _, I), activation_strides = _positions(activation)
-    return (
-        *(delta.data_ptr(), activation.data_ptr(), out.data_ptr(), B, T, O, I),
-        *(*delta_strides, *activation_strides, *out.stride()[:2], _CODE[delta.dtype], _CODE[out.dtype]),
-    )
-
-
-def _positions(factor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides with T = 1 made explicit."""
-    if factor.dim() == 3:
-        return factor.shape, factor.stride()
-    (B, features), (stride_b, stride) = factor.shape, factor.stride()
-    return (B, 1, features), (stride_b, 0, stride)
 
 
 def _stream(device: torch.device) -> int:
@@ -175,17 +155,11 @@ def sq_norm_group(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         RuntimeError: the launch failed; the message holds sizes, device and what to do.
     """
     delta = layers[0][0]
-    B, device, code = delta.shape[0], delta.get_device(), _CODE[delta.dtype]
+    B, device, code = delta.shape[0], delta.get_device(), cpu.CODE[delta.dtype]
     norms = delta.new_empty(len(layers), B, dtype=reference.accumulation_type(delta.dtype))
-    fields = [_norm_fields(*layer) for layer in layers]
+    fields = [(d.data_ptr(), a.data_ptr(), *cpu.sizes(d, a)) for d, a in layers]
     plans = _C.sq_norm_plan(fields, code, device)
     # Route 0 is that of one position, whose splits are warps.
     shares = norms.new_empty(B * sum(splits if route else 1 for route, splits in plans))
     _C.sq_norm_cuda(fields, plans, code, norms.data_ptr(), shares.data_ptr(), device, _stream(delta.device))
     return norms
-
-
-def _norm_fields(delta: Tensor, activation: Tensor) -> tuple[int, ...]:
-    (B, T, O), delta_strides = _positions(delta)
-    (_, _, I), activation_strides = _positions(activation)
-    return (delta.data_ptr(), activation.data_ptr(), B, T, O, I, *delta_strides, *activation_strides)

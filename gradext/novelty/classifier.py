@@ -28,16 +28,18 @@ class GradientFeatures:
 
     Norms of raw gradients differ by orders of magnitude, which hides their direction from a classifier and saturates
     its sigmoids. z standardises with the mean and standard deviation of the training inliers' log-norms. The direction
-    is stored as factors with scaled deltas.
+    is stored as factors with scaled deltas; its length 30 is an option of `features`.
     """
 
     direction: GradFactors
     magnitude: Tensor  # [N]
 
     @staticmethod
-    def of(gradient: GradFactors, mean: float, std: float) -> GradientFeatures:
+    def of(
+        gradient: GradFactors, mean: float, std: float, direction_length: float = DIRECTION_LENGTH
+    ) -> GradientFeatures:
         norm = gradient.norm()
-        scale = torch.where(norm > 0, DIRECTION_LENGTH / norm, torch.zeros_like(norm))
+        scale = torch.where(norm > 0, direction_length / norm, torch.zeros_like(norm))
         delta = gradient.delta * scale.reshape(-1, *[1] * (gradient.delta.ndim - 1))
         magnitude = MAGNITUDE_SPREAD * (log_norm(gradient) - mean) / std
         return GradientFeatures(GradFactors(gradient.activation, delta), magnitude)
@@ -78,7 +80,7 @@ class Features:
     is then the Kronecker Fisher norm, and directions in which inliers do not vary count as much as the others.
 
     mean and std: of the training inliers' log-norms; activation_whitener [I, I] and delta_whitener [O, O]: the
-    transposes of ``L_A⁻¹`` and ``L_D⁻¹``; None: gradients are not whitened.
+    transposes of ``L_A⁻¹`` and ``L_D⁻¹``; None: gradients are not whitened. direction_length: see `features`.
     """
 
     representation: str
@@ -86,11 +88,12 @@ class Features:
     std: float = 1.0
     activation_whitener: Tensor | None = None
     delta_whitener: Tensor | None = None
+    direction_length: float = DIRECTION_LENGTH
 
     def __call__(self, sample: Characterization) -> Tensor | GradientFeatures:
         if self.representation != "gradient":
             return getattr(sample, self.representation)
-        return GradientFeatures.of(self.whitened(sample.gradient), self.mean, self.std)
+        return GradientFeatures.of(self.whitened(sample.gradient), self.mean, self.std, self.direction_length)
 
     def whitened(self, gradient: GradFactors) -> GradFactors:
         if self.activation_whitener is None or self.delta_whitener is None:
@@ -98,16 +101,26 @@ class Features:
         return GradFactors(gradient.activation @ self.activation_whitener, gradient.delta @ self.delta_whitener)
 
 
-def features(representation: str, inliers: Characterization, *, whiten: bool = True) -> Features:
-    """The classifier's features, scaled by the training inliers; ``whiten``: gradients, see `Features`."""
+def features(
+    representation: str,
+    inliers: Characterization,
+    *,
+    whiten: bool = True,
+    direction_length: float = DIRECTION_LENGTH,
+) -> Features:
+    """The classifier's features, scaled by the training inliers; ``whiten``: gradients, see `Features`.
+
+    direction_length: of a gradient's direction, beside a magnitude of spread 10. A classifier learns the noise by the
+    direction, what noise and novelty have in common by the magnitude.
+    """
     if representation not in REPRESENTATIONS:
         raise ValueError(f"representation: expected one of {REPRESENTATIONS}, but got {representation!r}")
     if representation != "gradient":
         return Features(representation)
-    made = Features(representation)
+    made = Features(representation, direction_length=direction_length)
     if whiten:
         activation, delta = (whitener(factor) for factor in inliers.gradient.kron_fisher())
-        made = Features(representation, activation_whitener=activation, delta_whitener=delta)
+        made = replace(made, activation_whitener=activation, delta_whitener=delta)
     logs = log_norm(made.whitened(inliers.gradient))
     return replace(made, mean=logs.mean().item(), std=logs.std(correction=0).item() or 1.0)
 

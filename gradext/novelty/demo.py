@@ -22,6 +22,7 @@ from .. import datasets
 from ..layer_grads import batch_layer_factors, batch_layer_grads
 from ..losses import bce
 from ..oracles import loop_layer_grads, vmap_layer_grads
+from .classifier import DIRECTION_LENGTH
 from .detector import CLASSIFIER_SCORES, fit_score
 from .models import VAE, ConvVAE
 from .plots import novelty_figure
@@ -68,13 +69,14 @@ def evaluate_class(
     layer: LayerChoices = ("first", "encoder.0", "last"),
     noise_std: float = 0.1,
     noise_clip: bool = False,
+    direction_length: float = DIRECTION_LENGTH,
     penalty: Callable[[nn.Module, Tensor], Tensor] | None = None,
     progress: bool = True,
 ) -> ClassResult:
     """The paper's protocol for one inlier class: train on its training part, score its test part and its outliers.
 
     ``channels``: of a `ConvVAE`; None: a `VAE` with ``hidden_dim``. ``seed`` is for the split, ``model_seed`` (default:
-    the same) for everything else; ``penalty`` as for `train`.
+    the same) for everything else; ``penalty`` as for `train`, ``direction_length`` as for `features`.
     """
     split = datasets.one_class_split(image_set, inlier, fold=fold, seed=seed)
     seed = seed if model_seed is None else model_seed
@@ -90,7 +92,10 @@ def evaluate_class(
         model, x, validation, epochs=epochs, seed=seed, penalty=penalty, progress=progress,
         description=f"class {inlier}",
     )  # fmt: skip
-    score = fit_all_scores(model, x, validation, layer=layer, noise_std=noise_std, noise_clip=noise_clip, seed=seed)
+    score = fit_all_scores(
+        model, x, validation, layer=layer, noise_std=noise_std, noise_clip=noise_clip, seed=seed,
+        direction_length=direction_length,
+    )  # fmt: skip
     outlier = np.arange(len(test)) >= len(split.test)
     return ClassResult(model, history, split, image_set.pixels(test), score(part(test)), outlier, score(validation))
 
@@ -109,7 +114,7 @@ def fit_all_scores(
     """A function from samples [N, D] to every score by name: the label-free ones and the paper's three classifiers.
 
     Label-free scores compare with the ``validation`` inliers, classifiers are trained on ``x`` and its distorted copy,
-    with any further arguments of `train_classifier`.
+    with any further arguments of `fit_score`.
     """
     inliers, held_out = (characterize(model, part, layer=layer) for part in (x, validation))
     distorted = characterize(model, distort(x, std=noise_std, clip=noise_clip, seed=seed), layer=layer)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .classifier import REPRESENTATIONS, Features, NoiseClassifier, features, train_classifier
+from .classifier import DIRECTION_LENGTH, REPRESENTATIONS, Features, NoiseClassifier, features, train_classifier
 from .passes import Blocks
 from .representations import Characterization
 from .scores import SCORES, Statistics
@@ -52,10 +52,10 @@ class FittedScore:
             return replace(self, statistics=Statistics.from_tensors(tensors))
         state = dict(tensors)
         mean, std = state.pop("features").tolist()
-        whiteners = {name: state.pop(name, None) for name in WHITENERS}
+        whiteners: Any = {name: state.pop(name, None) for name in WHITENERS}
         classifier = copy.deepcopy(self.classifier)
         classifier.load_state_dict(state)
-        featurize = Features(self.features.representation, mean, std, **whiteners)
+        featurize = replace(self.features, mean=mean, std=std, **whiteners)
         return replace(self, features=featurize, classifier=classifier)
 
     def to(self, device: torch.device | str) -> FittedScore:
@@ -70,12 +70,13 @@ def fit_score(
     distorted: Characterization | None,
     *,
     seed: int = 0,
+    direction_length: float = DIRECTION_LENGTH,
     **classifier: Any,
 ) -> FittedScore:
     """The score ``name`` (of `SCORES`, or ``"<representation>_classifier"``), fitted to the inliers.
 
-    ``distorted``: the characterised training outliers, which only classifiers need (these take no blocks); further
-    arguments go to `train_classifier`.
+    ``distorted``: the characterised training outliers, which only classifiers need (these take no blocks);
+    ``direction_length``: see `features`; further arguments go to `train_classifier`.
     """
     if name in SCORES:
         return FittedScore(name, Statistics.of(inliers, [name]))
@@ -85,6 +86,6 @@ def fit_score(
         raise ValueError(
             f"score {name!r}: expected characterised inliers and training outliers, but got None or blocks"
         )
-    featurize = features(CLASSIFIER_SCORES[name], inliers)
+    featurize = features(CLASSIFIER_SCORES[name], inliers, direction_length=direction_length)
     model = train_classifier(featurize(inliers), featurize(distorted), seed=seed, **classifier)
     return FittedScore(name, features=featurize, classifier=model)

@@ -48,10 +48,8 @@ B, O, I = 2, 3, 4
 delta, activation = array.array("f", range(B * O)), array.array("f", range(B * I))
 out = array.array("f", [0.0] * (B * O * I))
 address = lambda values: values.buffer_info()[0]
-native.C.outer_cpu(
-    address(delta), address(activation), address(out), B, 1, O, I,
-    O, 0, 1, I, 0, 1, O * I, I, native.C.F32, native.C.F32, 1,
-)
+addresses = address(delta), address(activation), address(out)
+native.C.outer_cpu((*addresses, B, 1, O, I, O, 0, 1, I, 0, 1, O * I, I, 0, 0), 1)
 assert list(out) == [delta[b * O + o] * activation[b * I + i] for b in range(B) for o in range(O) for i in range(I)]
 print("works")
 """

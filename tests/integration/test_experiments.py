@@ -274,9 +274,9 @@ def test_what_goes_beyond_the_paper_has_a_log_of_its_own_and_says_so(data_dir, t
     arguments = ["--quick", "--classes", "4", "--epochs", "2", "--channels", "2", "--data-dir", str(data_dir)]
     for more, name, said in (
         (
-            ["--members", "2", "--gradcon", "10"],
-            "members-2-gradcon-10",
-            ["sum of that of 2 models", "GradCon's penalty"],
+            ["--members", "2", "--gradcon", "10", "--direction", "1"],
+            "members-2-gradcon-10-direction-1",
+            ["sum of that of 2 models", "GradCon's penalty", "directions have length 1"],
         ),
         (["--channels", "0", "--hidden-dim", "16"], "mlp", ["multilayer perceptron, 16 hidden units"]),
     ):
@@ -368,6 +368,7 @@ def test_stand_in_says_so_everywhere(belgium_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(fig4.STAND_IN)
     row = json.loads((out / "fig4-stand-in-quick.jsonl").read_text())
+    assert len(row["bands"]["haze"]) == 3
     for newer in ("joint_density", "combined_evidence"):  # scores that older rows lack
         del row["auroc"][newer]
     assert "joint density" not in fig4.render([row], "fig4")
@@ -384,6 +385,17 @@ def test_stand_in_says_so_everywhere(belgium_dir, tmp_path, capsys):
     of_haze = row["auroc"]["gradient_norm"]["haze"]
     assert len(of_haze) == 5
     assert abs(of_haze[-1] - 0.5) > 0.4, "dense haze tells every image apart, by more or by less of a gradient"
+
+
+def test_power_of_a_wave_is_in_the_band_of_its_frequency():
+    x = torch.arange(32) / 32
+    for cycles in (3, 9):
+        wave = torch.cos(2 * torch.pi * cycles * x).expand(1, 3, 32, 32)
+        power = load("fig4").band_power(torch.cat([wave, 2 * wave]))
+        # The window spreads it by one cycle; two bands away less than a thousandth is left.
+        others = [k for k in range(power.shape[1]) if abs(k - cycles) > 1]
+        assert power[0, cycles] - power[0, others].max() > np.log(1000)
+        torch.testing.assert_close(power[1, cycles] - power[0, cycles], torch.tensor(4.0).double().log())
 
 
 def test_simulated_conditions_are_seeded_and_grow_with_the_level():

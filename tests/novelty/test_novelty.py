@@ -339,6 +339,13 @@ def test_features_of_a_zero_gradient_are_finite(inliers):
     assert dead.materialize()[:, :-1].eq(0).all()
 
 
+def test_the_length_of_directions_is_an_option_that_a_copy_of_the_score_keeps(inliers):
+    score = fit_score("gradient_classifier", inliers, inliers, direction_length=2.0, epochs=1)
+    for made in (score, score.with_tensors(score.tensors())):
+        directions = made.features(inliers).direction
+        torch.testing.assert_close(directions.norm(), torch.full((len(inliers),), 2.0))
+
+
 def test_classifier_on_factors_equals_the_materialised_one_in_value_and_training(model, digits, inliers):
     """Same seed, same data: scores, and weights after training, agree with the classifier on written-out gradients."""
     featurize = features("gradient", inliers)

@@ -34,21 +34,21 @@ def run_python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-FEW = "empty or strided_inputs or test_out or group or short_rows or mixed"  # of its tests, in seconds
+FEW = "group or short_rows or mixed or strided_inputs or writes or 33-129"  # of these tests, in seconds
 
 
 @pytest.mark.parametrize("device", ["few", pytest.param("interpreter", marks=pytest.mark.slow), "gpu"])
 def test_operators(device):
-    """`triton_operators.py`, in a process of its own."""
+    """The contract and `triton_operators.py`, in a process of their own."""
     triton = pytest.importorskip("triton")
     if device == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     if device != "gpu" and version(triton) < (3, 7) and version(np) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 and older does not know NumPy 2.4: it converts arrays to int")
-    tests = str(Path(__file__).with_name("triton_operators.py"))
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_contract.py", "triton_operators.py")]
     interpret = None if device == "gpu" else "1"
     chosen = ("-k", FEW) if device == "few" else ()
-    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *chosen, TRITON_INTERPRET=interpret)
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *chosen, TRITON_INTERPRET=interpret)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
