@@ -428,7 +428,7 @@ def _table(
             f"leave them out by --drop {' '.join(text[:5])}, name one with --labels, or write one column of 0 and 1 "
             "for each value"
         )
-    gaps = [(c, frame[c].isna().to_numpy() | np.isin(frame[c], (np.inf, -np.inf))) for c in frame.columns]
+    gaps = [(c, ~np.isfinite(frame[c].to_numpy(np.float64, na_value=np.nan))) for c in frame.columns]
     gaps = [(c, rows) for c, rows in gaps if rows.any()]
     if gaps:
         column, rows = gaps[0]

@@ -247,7 +247,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(model, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros((5, 64)))
     out = tmp_path / "scores.csv"
     assert main(["score", model, str(tmp_path / "narrow.npy"), "--out", str(out)]) == 1
-    assert "63 features" in capsys.readouterr().err
+    assert "got rows of 63 columns" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["narrow.npy", "x.npy"]
     assert main(["score", model, str(tmp_path / "x.npy"), "--out", str(out)]) == 0
 
