@@ -344,7 +344,7 @@ class WatchMode(TorchFunctionMode):
             edges, ends = list(map(get_gradient_edge, bases)), list(map(get_gradient_edge, inner or outputs))
             entry = Entry(func, args, kwargs, named, values, outputs, edges, ends, direct=inner is not None)
             if not is_in_place(entry.func):
-                if len(outputs) == 1 and (entry.call or entry.is_elementwise):
+                if len(outputs) == 1 and entry.is_known:
                     entry.outputs = [row_rules.form_of(outputs[0])]
                 used = (*others, *(value.tensor for value in found if not value.names))
                 entry.versions = [(t, t._version) for t in used]

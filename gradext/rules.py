@@ -79,11 +79,15 @@ class Entry:
         known = self.name in _ELEMENTWISE and len(self.args) > 1 and self.kwargs in ({}, {"alpha": 1}) and all(plain)
         return known or self.name in _EXPAND
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a rule of this module gives its gradients, and the call the same once more."""
+        return not hasattr(self.func, "rule") and (self.call is not None or self.is_elementwise)
+
     def needs_graph(self) -> bool:
         """Whether its own graph, or a second backward to it, may be needed."""
         told = all(isinstance(state, Rows) for state in self.states)
-        known = self.call is not None or self.is_elementwise or self.name in _REPEATABLE
-        return not (told and known) or self.overwritten()
+        return not (told and (self.is_known or self.name in _REPEATABLE)) or self.overwritten()
 
     def under_autocast(self) -> contextlib.AbstractContextManager:
         """As the call was made."""
