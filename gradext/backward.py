@@ -96,9 +96,8 @@ class Backward:
         return self._to_parameters(whole)
 
     def _structure(self) -> Structure:
-        checked = self.weights is None and not row_rules.capturing(
-            self.root.gradient
-        )  # else the backward has freed what the checks read
+        # The user's own backward has freed what the checks read.
+        checked = self.weights is None and not row_rules.capturing(self.root.gradient)
         found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked)
         if not all(row_rules.verdicts(found.checks)):
             found = row_rules.read_structure(self.root.edge, self.batch, self.mode.ends, checked=False)

@@ -50,9 +50,8 @@ _DERIVATIVES = {torch.autograd.grad, Tensor.backward}
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _CALL = nn.Module._call_impl.__code__
 
-_MARK = (
-    "_gradext_mark"  # on a tensor: the run's token if it depends on samples, -token if it is a constant made in the run
-)
+# On a tensor: the run's token if it depends on samples, -token if it is a constant made in the run.
+_MARK = "_gradext_mark"
 _tokens = iter(range(1, 1 << 62))
 
 

@@ -115,7 +115,7 @@ def of_training_scores(novelty: np.ndarray, rows: np.ndarray) -> Iterator[str]:
     """Training samples far above the others: novelties that the training data already hold.
 
     More than 0.8% beyond ``Q3 + 3 (Q3 - Q1)``, of the logarithm where all scores are positive, or one beyond
-    ``Q3 + 4.5 (Q3 - Q1)``: clean tables have single samples up to 4.3.
+    ``Q3 + 4.5 (Q3 - Q1)``. Both limits lie between those of clean tables and of planted noise in the tests.
     """
     values = np.log(novelty) if (novelty > 0).all() else novelty
     lower, upper = np.quantile(values, [0.25, 0.75])
